@@ -1,0 +1,810 @@
+"""data.py: every file read right or refused in one line, crops that are functions of (seed, index), a cache that can be trusted."""
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import Crops, DataConfig, DataError, Item, open_data, read_volume
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("VAE3D_TEST_DATA", ROOT.parent / "shared" / "data"))
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real test data at {REAL}")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def ct_like(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """Whole HU (X, Y, Z): air around, tissue inside, every voxel different enough to tell places apart."""
+    rng = np.random.default_rng(seed)
+    array = rng.integers(-1000, 900, shape).astype(np.int16)
+    array[:2] = -1000
+    return array
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five CT-like volumes of different sizes, the smallest of which is below the patch."""
+    for number, shape in enumerate(((20, 24, 12), (22, 20, 16), (6, 30, 14), (24, 24, 24), (18, 19, 13))):
+        save(tmp_path / "in" / f"case{number}.nii.gz", ct_like(shape, number), np.diag([1.0, 1.5, 2.0, 1]))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def opened(folder, tmp_path):
+    return open_data(config(folder, tmp_path), 3, quiet)
+
+
+def config(path: Path | str | None, tmp_path: Path, **fields) -> DataConfig:
+    return DataConfig(**{"path": path and str(path), "cache_dir": str(tmp_path / "cache"), "patch": (8, 10, 12), **fields})
+
+
+def one_line(error: pytest.ExceptionInfo | BaseException, *words: str) -> str:
+    text = str(getattr(error, "value", error))
+    assert "\n" not in text and len(text) < 500, text
+    for word in words:
+        assert word in text, f"{word!r} is missing in: {text}"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ axes, affines, reading
+def world_values(path: Path) -> dict[tuple[float, ...], float]:
+    """Slow, obvious reference: {place in mm: stored value}, voxel by voxel."""
+    image = nib.load(path)
+    values, affine = np.asarray(image.dataobj), image.affine
+    return {tuple(np.round(affine @ (*index, 1), 3)[:3]): float(values[index]) for index in np.ndindex(values.shape)}
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "AIL", "SPR", "PIR", "IRP"])
+@pytest.mark.parametrize("oblique", [False, True])
+def test_every_voxel_stays_at_its_place_in_the_world(codes, oblique, tmp_path):
+    rng = np.random.default_rng(1)
+    turn = nib.orientations.axcodes2ornt(codes)
+    affine = nib.orientations.inv_ornt_aff(turn, (3, 4, 5)) @ np.diag([1.0, 2.0, 3.5, 1])
+    if oblique:
+        tilt = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, 0.15, -0.1), (5, -3, 8))
+        affine = tilt @ affine
+    path = save(tmp_path / "a.nii.gz", rng.standard_normal((3, 4, 5)).astype(np.float32), affine)
+    volume = read_volume(path)
+    assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    assert volume.array.dtype == np.float32 and volume.array.flags.c_contiguous
+    found = {tuple(np.round(volume.affine @ (x, y, z, 1), 3)[:3]): float(volume.array[0, z, y, x])
+             for z, y, x in np.ndindex(volume.array.shape[1:])}
+    expected = world_values(path)
+    assert found == expected, f"{len(set(found.items()) ^ set(expected.items()))} voxels differ"
+    lengths = [np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1, 0)]
+    np.testing.assert_allclose(volume.spacing, lengths, rtol=1e-6)
+
+
+@needs_real
+def test_eight_axis_orders_of_one_head_are_one_array():
+    volumes = [read_volume(path) for path in sorted((REAL / "odd").glob("orient_*.nii.gz"))]
+    assert len(volumes) == 8
+    for volume in volumes[1:]:
+        assert np.array_equal(volume.array, volumes[0].array), f"maximum difference {abs(volume.array - volumes[0].array).max()}"
+        np.testing.assert_allclose(volume.affine, volumes[0].affine, atol=1e-3)
+        np.testing.assert_allclose(volume.spacing, volumes[0].spacing, rtol=1e-5)
+
+
+SHAPES = {  # (C, D, H, W) by the README of the data: shape turned to Z, Y, X
+    "big_endian_float.nii": (1, 22, 26, 21), "big_endian_int16.nii": (1, 25, 41, 33), "big_endian_zstat.nii.gz": (1, 21, 64, 64),
+    "ct_angio_clipped_uint8.nii.gz": (1, 154, 242, 256), "dwi_65vol_tiny.nii": (65, 10, 10, 10), "epi_4d_oblique.nii.gz": (2, 24, 96, 128),
+    "float64_2d.nii": (1, 1, 8, 8), "float64_oblique.nii.gz": (1, 24, 58, 58), "freesurfer.mgz": (2, 3, 4, 5),
+    "functional_4d_scl.nii": (20, 3, 21, 17), "gantry_shear_affine.nii.gz": (1, 54, 422, 306),
+    "int8_4d_big_endian.nii.gz": (10, 91, 109, 91), "label_4d.nii.gz": (3, 60, 96, 96),
+    "little_endian_zstat.nii.gz": (1, 21, 64, 64), "nifti2.nii.gz": (2, 12, 20, 32),
+    "pair_big_endian.hdr": (1, 10, 64, 64), "pair_big_endian.img": (1, 10, 64, 64), "single_slice.nii.gz": (1, 192, 192, 1),
+    "singleton_depth_4d.nii.gz": (3, 1, 256, 256), "tiny_7x5x3.nii.gz": (1, 3, 5, 7), "tiny_anisotropic.nii.gz": (1, 7, 5, 4),
+    "trailing_dim_zero_pixdim.nii.gz": (1, 151, 191, 161), **{f"orient_{codes}.nii.gz": (1, 67, 79, 64) for codes in
+                                                              ("RAS", "AIL", "ASL", "SPR", "LPS", "PIR", "RSA", "IRP")},
+    **{f"tiny27_{kind}.nii": (1, 3, 3, 3) for kind in ("float64", "int16", "int64", "int8", "uint32", "uint8")}}
+REFUSED = {"rgb24_tiny.nii": "RGB", "rgb24_volume.nii.gz": "RGB", "complex64_2d.nii": "complex", "cifti_dconn.nii": "no spatial image",
+           "vector_field_5d.nii.gz": "5-dimensional", "nan_slices.nii": "153 NaN voxels, first at (0, 0, 0)",
+           "inf_and_nan.nii.gz": "633 infinite voxels", "invalid/not_nifti.nii": "cannot be read", "invalid/bad_datatype.nii": "-9510"}
+
+
+@needs_real
+def test_every_odd_file_is_read_right_or_refused_in_one_line(capfd):
+    files = [path for path in sorted((REAL / "odd").rglob("*")) if path.is_file()]
+    names = {str(path.relative_to(REAL / "odd")) for path in files}
+    assert names == set(SHAPES) | set(REFUSED)
+    for name in sorted(names):
+        path = REAL / "odd" / name
+        if name in REFUSED:
+            with pytest.raises(DataError) as error:
+                read_volume(path)
+            one_line(error, str(path), REFUSED[name])
+            continue
+        volume = read_volume(path)
+        assert volume.array.shape == SHAPES[name], name
+        assert np.isfinite(volume.array).all() and all(mm > 0 for mm in volume.spacing)
+        image = nib.load(path)
+        if len(image.shape) > 2:  # nibabel's own reorientation, an independent path to the same grid
+            canonical = nib.as_closest_canonical(image)
+            expected = np.asarray(canonical.dataobj).reshape(*canonical.shape[:3], -1).transpose(3, 2, 1, 0)
+            np.testing.assert_array_equal(volume.array, expected.astype(np.float32), err_msg=name)
+            np.testing.assert_allclose(volume.affine, canonical.affine, atol=1e-4, err_msg=name)
+    assert capfd.readouterr() == ("", ""), "nibabel's own messages reach the terminal"
+
+
+@needs_real
+def test_nan_zero_reads_what_nan_error_refuses():
+    for name, count in (("nan_slices.nii", 153), ("inf_and_nan.nii.gz", 633)):
+        volume = read_volume(REAL / "odd" / name, nan="zero")
+        stored = np.asarray(nib.load(REAL / "odd" / name).dataobj)
+        assert np.isfinite(volume.array).all()
+        assert (volume.array == 0).sum() == count + (stored == 0).sum()
+
+
+def test_nan_message_names_counts_and_first_voxel(tmp_path):
+    array = np.ones((4, 5, 6), np.float32)
+    array[2, 3, 4] = np.nan                                    # x, y, z
+    array[3, 3, 4] = np.inf
+    path = save(tmp_path / "sub-07.nii.gz", array)
+    with pytest.raises(DataError) as error:
+        read_volume(path)
+    one_line(error, str(path), "1 NaN and 1 infinite voxels, first at (4, 3, 2)", "data.nan=zero")
+    assert read_volume(path, nan="zero").array[0, 4, 3, 2] == 0
+
+
+def test_slices_and_planes_keep_their_axis(tmp_path):
+    for shape, expected in (((5, 6, 1), (1, 1, 6, 5)), ((1, 5, 6), (1, 6, 5, 1)), ((5, 6), (1, 1, 6, 5)), ((5, 6, 7, 1), (1, 7, 6, 5))):
+        assert read_volume(save(tmp_path / "a.nii", np.zeros(shape, np.int16))).array.shape == expected
+    for shape, word in (((9,), "one-dimensional"), ((3, 3, 3, 2, 2), "5-dimensional")):
+        with pytest.raises(DataError) as error:
+            read_volume(save(tmp_path / "b.nii", np.zeros(shape, np.int16)))
+        one_line(error, "b.nii", word)
+
+
+def test_one_volume_of_a_series(tmp_path):
+    series = np.arange(2 * 3 * 4 * 5, dtype=np.int16).reshape(2, 3, 4, 5)
+    path = save(tmp_path / "a.nii.gz", series, np.diag([-1.0, 1, 1, 1]))
+    whole = read_volume(path)
+    assert whole.array.shape == (5, 4, 3, 2)
+    for number in range(5):
+        assert np.array_equal(read_volume(path, volume=number).array, whole.array[number:number + 1])
+    with pytest.raises(DataError) as error:
+        read_volume(path, volume=5)
+    one_line(error, "a.nii.gz", "5 volumes")
+
+
+# -------------------------------------------------------------------------------------------------------------- .npy and .npz
+def test_arrays_dense_and_sparse_hold_the_same_grid(tmp_path):
+    rng = np.random.default_rng(0)
+    dense = np.zeros((7, 6, 5, 4), np.float32)                 # x, y, z, channel
+    coords = np.unique(rng.integers(0, (7, 6, 5), (20, 3)), axis=0)
+    features = rng.standard_normal((len(coords), 4)).astype(np.float32)
+    dense[tuple(coords.T)] = features
+    np.save(tmp_path / "last.npy", dense)
+    np.save(tmp_path / "first.npy", np.asfortranarray(np.moveaxis(dense, -1, 0)))
+    np.savez_compressed(tmp_path / "voxel.npz", voxel=dense, other=np.zeros(3))
+    np.savez(tmp_path / "only.npz", anything=dense)
+    np.savez(tmp_path / "sparse.npz", shape=np.array([7, 6, 5, 4]), coords=coords.astype(np.int32), features=features)
+    np.savez(tmp_path / "vol.npz", vol=dense[..., 0].astype(np.float64), seg=np.ones((7, 6, 5)))
+    expected = dense.transpose(3, 2, 1, 0)                     # C, D, H, W = channel, z, y, x
+    for name in ("last.npy", "first.npy", "voxel.npz", "only.npz", "sparse.npz"):
+        volume = read_volume(tmp_path / name)
+        assert volume.array.dtype == np.float32 and np.array_equal(volume.array, expected), name
+        assert volume.spacing == (1, 1, 1) and np.array_equal(volume.affine, np.eye(4))
+    assert np.array_equal(read_volume(tmp_path / "vol.npz").array, expected[:1])
+    assert read_volume(tmp_path / "last.npy", channel_axis=1).array.shape == (6, 4, 5, 7)
+
+
+def test_arrays_that_are_no_volumes_are_refused_in_a_line(tmp_path):
+    def npy(name: str, array: np.ndarray) -> None:
+        np.save(tmp_path / name, array, allow_pickle=True)
+
+    npy("table.npy", np.zeros((100, 8), np.float32))
+    npy("complex.npy", np.zeros((3, 3, 3), np.complex64))
+    npy("series.npy", np.zeros((60, 10, 32, 32), np.uint8))
+    npy("objects.npy", np.array([{}], dtype=object))
+    npy("five.npy", np.zeros((2, 2, 2, 2, 2), np.float32))
+    npy("text.npy", np.full((2, 2, 2), "a"))
+    npy("nothing.npy", np.zeros((0, 3, 3), np.float32))
+    np.savez(tmp_path / "two.npz", a=np.zeros((3, 3, 3)), b=np.zeros((3, 3, 3)))
+    grid = {"shape": np.array([4, 4, 4]), "coords": np.array([[0, 0, 4]]), "features": np.ones((1, 2))}
+    np.savez(tmp_path / "outside.npz", **grid)
+    np.savez(tmp_path / "uneven.npz", **{**grid, "features": np.ones((2, 2))})
+    np.savez(tmp_path / "channels.npz", **{**grid, "shape": np.array([4, 4, 5, 3])})
+    np.savez(tmp_path / "huge.npz", **{**grid, "shape": np.array([2**40, 2**40, 2**40])})
+    (tmp_path / "points.bin").write_bytes(bytes(64))
+    words = {"table.npy": "a table", "complex.npy": "complex", "series.npy": "data.channel_axis", "objects.npy": "objects",
+             "five.npy": "5-dimensional", "text.npy": "type <U1", "nothing.npy": "no voxels", "two.npz": "a, b", "outside.npz": "outside",
+             "uneven.npz": "features (2, 2)", "channels.npz": "3 channels", "huge.npz": "data.max_gib", "points.bin": ".bin"}
+    for name, word in words.items():
+        with pytest.raises(DataError) as error:
+            read_volume(tmp_path / name)
+        one_line(error, name, word)
+
+
+# ------------------------------------------------------------------------------------------------------------------ intensities
+def test_ct_windows():
+    hu = np.array([-3024, -1350, -1000, -600, -5, 0, 75, 150, 1000, 3000], np.float32).reshape(1, 1, 1, -1)
+    for window, (width, level) in {"lung": (1500, -600), "bone": (1500, 300), "soft_tissue": (400, 50), "brain": (80, 35)}.items():
+        cfg = DataConfig(window=window)
+        out, _ = data.normalise(hu, "ct", cfg.hu_limits())
+        np.testing.assert_allclose(out, ((hu - level) / (width / 2)).clip(-1, 1), atol=1e-6)
+    out, intensity = data.normalise(hu, "ct", DataConfig().hu_limits())
+    np.testing.assert_allclose(out, hu.clip(-1000, 1000) / 1000, atol=1e-7)
+    np.testing.assert_allclose(data.denormalise(out, intensity), hu.clip(-1000, 1000), atol=1e-3)
+    assert intensity.background == -1
+    assert DataConfig(hu_range=(-100, 300)).hu_limits() == (-100, 300)
+
+
+def test_mr_percentiles_of_the_foreground():
+    rng = np.random.default_rng(0)
+    array = np.where(rng.random((2, 10, 20, 30)) < 0.4, 0, rng.gamma(2, 100, (2, 10, 20, 30))).astype(np.float32)
+    array[1] *= 7
+    out, intensity = data.normalise(array, "mr")
+    for channel, result in zip(array, out):
+        low, high = np.percentile(channel[channel > 0], (0.5, 99.5))
+        expected = np.maximum(2 * (channel - low) / (high - low) - 1, -1)
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+    assert out.max() > 1.0 and out.min() == -1, "clipped below only"
+    back = data.denormalise(out, intensity)
+    inside = out > -1
+    np.testing.assert_allclose(back[inside], array[inside], rtol=1e-4)
+    mask = (array > 0).astype(np.float32)                      # two values only: the percentiles coincide
+    assert set(np.unique(data.normalise(mask, "mr")[0])) == {-1, 1}
+
+
+def test_voxel_grids_keep_zero_at_zero():
+    array = np.zeros((3, 4, 5, 6), np.float32)
+    array[0, 1, 1, 1], array[1, 2, 2, 2], array[1, 0, 0, 0] = 4, -20, 10
+    out, intensity = data.normalise(array, "radar")
+    assert intensity.background == 0 and ((out == 0) == (array == 0)).all()
+    assert out[0, 1, 1, 1] == 1 and out[1, 2, 2, 2] == -1 and out[1, 0, 0, 0] == 0.5
+    np.testing.assert_allclose(data.denormalise(out, intensity), array, rtol=1e-6)
+    assert data.normalise(array, "voxel", voxel_scale=(8, 10, 1))[0][1, 2, 2, 2] == -2
+    assert not data.normalise(array * 0, "voxel")[0].any(), "an empty frame is a frame"
+    with pytest.raises(DataError):
+        data.normalise(array, "voxel", voxel_scale=(1, 2))
+
+
+def test_constant_and_unscalable_volumes_are_refused():
+    for modality in ("auto", "ct", "mr"):
+        with pytest.raises(DataError, match="every voxel is 0"):
+            data.normalise(np.zeros((1, 3, 3, 3), np.float32), modality)
+    array = np.full((1, 3, 3, 3), -3.4e38, np.float32)
+    array[0, 0] = 3.4e38
+    with pytest.raises(DataError, match="float32"):
+        data.normalise(array, "voxel", voxel_scale=(1e-3,))
+
+
+@needs_real
+def test_modality_is_guessed_from_the_values():
+    expected = {"ct/*.nii.gz": "ct", "mr/*.nii.gz": "mr", "radar/*voxel_[ds]*": "voxel", "seg/*ct_image*": "ct", "seg/brain*": "mr",
+                "seg/ct_body_image*": "ct", "seg/*pet_image*": "mr", "seg/cord_t2_image*": "mr", "odd/gantry*": "ct", "odd/orient*": "mr",
+                "odd/singleton_depth*": "mr", "odd/*zstat*": "mr"}
+    for pattern, modality in expected.items():
+        files = sorted(REAL.glob(pattern))
+        assert files, pattern
+        for path in files:
+            assert data.guess_modality(read_volume(path).array) == modality, path.name
+
+
+# --------------------------------------------------------------------------------------------------------------------- grids
+def test_resampling_keeps_places_and_means(tmp_path):
+    """A ramp over mm stays the same ramp over mm: grid and affine agree. Linear data makes linear interpolation exact inside."""
+    affine = nib.affines.from_matvec(np.diag([1.0, 1.5, 2.0]), (10, -20, 30))
+    x, y, z = np.meshgrid(np.arange(16), np.arange(20), np.arange(12), indexing="ij")
+    mm = np.stack([x, y, z, np.ones_like(x)], -1) @ affine.T
+    array = (mm[..., 0] + 2 * mm[..., 1] - 3 * mm[..., 2]).astype(np.float32).transpose(2, 1, 0)[None]
+    for size in ((24, 40, 32), (6, 10, 8), (12, 30, 8), (5, 20, 16), (12, 7, 11)):
+        out, grid = data.resample(array, affine, size)
+        assert out.shape == (1, *size)
+        z, y, x = np.meshgrid(*(np.arange(n) for n in size), indexing="ij")
+        mm = np.stack([x, y, z, np.ones_like(x)], -1) @ grid.T
+        inside = tuple(slice(max(2, n // 5), -max(2, n // 5)) for n in size)
+        difference = np.abs(out[0] - (mm[..., 0] + 2 * mm[..., 1] - 3 * mm[..., 2]))[inside].max()
+        whole = all(new >= old or old % new == 0 for old, new in zip((12, 20, 16), size))
+        limit = 1e-3 if whole else 0.01 * 2 * 1.5 * 20 / size[1]  # a widened kernel cut at odd places: 1 % of a step of the new grid
+        assert difference < limit, f"{size}: maximum difference {difference}"
+        corners = [affine @ (-0.5, -0.5, -0.5, 1), affine @ (15.5, 19.5, 11.5, 1)]
+        new = [grid @ (-0.5, -0.5, -0.5, 1), grid @ (size[2] - 0.5, size[1] - 0.5, size[0] - 0.5, 1)]
+        np.testing.assert_allclose(new, corners, atol=1e-9)
+    noise = np.random.default_rng(0).standard_normal((1, 32, 32, 32), dtype=np.float32)
+    for size, limit in (((8, 8, 8), 0.1), ((8, 32, 32), 0.5), ((32, 8, 8), 0.25)):
+        spread = data.resample(noise, np.eye(4), size)[0].std()  # without the wider kernel: 0.35, 0.71 and 0.5
+        assert spread < limit, f"{size}: noise of 1 comes out as {spread}, so it is aliased"
+
+
+def test_spacing_and_resize_reach_the_cache(folder, tmp_path):
+    fixed = open_data(config(folder, tmp_path, spacing="1,1.5,2"), 0, quiet)
+    for entry in fixed.train + fixed.val:
+        array, spacing, _ = read_volume(entry.path)
+        assert entry.shape[1:] == tuple(max(1, round(n * old / new)) for n, old, new in zip(array.shape[1:], spacing, (1, 1.5, 2)))
+        np.testing.assert_allclose(entry.spacing, (1, 1.5, 2), rtol=0.1)
+        np.testing.assert_allclose(np.multiply(entry.shape[1:], entry.spacing), np.multiply(array.shape[1:], spacing), rtol=1e-6)
+        np.testing.assert_allclose(nib.affines.voxel_sizes(entry.affine)[::-1], entry.spacing, rtol=1e-6)
+    resized = open_data(config(folder, tmp_path, resize=(8, 9, 10)), 0, quiet)
+    assert {entry.read().shape for entry in resized.train + resized.val} == {(1, 8, 9, 10)}
+
+
+# ------------------------------------------------------------------------------------------------------------ files and splits
+def test_folder_is_searched_once_and_safely(tmp_path):
+    root = tmp_path / "root"
+    for name in ("b/one.nii.gz", "b/two.NII", "a/pair.img", ".hidden/x.nii", "a/.y.nii", "a/ü space.nii"):
+        save(tmp_path / "made.nii", ct_like((4, 4, 4)))
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    (root / "a/pair.hdr").write_bytes(b"")
+    (root / "a/notes.txt").write_text("no volume")
+    (root / "a/points.bin").write_bytes(b"")
+    (root / "b/loop").symlink_to(root)
+    (root / "b/again.nii.gz").symlink_to(root / "b/one.nii.gz")
+    (root / "b/broken.nii").symlink_to(root / "nowhere")
+    os.mkfifo(root / "b/pipe.nii")
+    names = [item.path.name for item in data.list_items(root)["training"]]
+    assert names == ["pair.hdr", "points.bin", "ü space.nii", "again.nii.gz", "broken.nii", "two.NII"], "each file once, sorted"
+    with pytest.raises(DataError) as error:
+        data.list_items(tmp_path / "absent")
+    one_line(error, "absent", "no such file or folder")
+
+
+def test_datalists(folder, tmp_path):
+    def lists(content: object, name: str = "list.json") -> dict[str, list[Item]]:
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return data.list_items(folder / name)
+
+    found = lists({"name": "Task", "numTraining": 2, "training": [{"image": "./case0.nii.gz", "label": "./l.nii.gz"}, "case1.nii.gz"],
+                   "test": ["./case2.nii.gz"]})                # Decathlon
+    assert [[item.path.name for item in items] for items in found.values()] == [["case0.nii.gz", "case1.nii.gz"], [], ["case2.nii.gz"]]
+    found = lists({"training": [{"image": str(folder / "case0.nii.gz"), "class": "CT"}], "validation": ["case1.nii.gz", "case2.nii.gz"]})
+    assert found["training"][0].kind == "CT"
+    opened = open_data(config(folder / "list.json", tmp_path), 0, quiet)
+    assert [entry.name for entry in opened.train] == ["case0"] and [entry.name for entry in opened.val] == ["case1", "case2"]
+    for content in ("{", "[" * 100_000, "[1]", "3", {"training": 5}, {"training": [5]}, {"training": [{"label": "x"}]}, {"validation": []},
+                    {"training": [{"image": ["a", "b"]}]}, {"training": [""]}, {"training": ["a\0b"]}, {"training": [], "testing": "x"},
+                    "\xff\xfe"):
+        with pytest.raises(DataError) as error:
+            lists(content, "bad.json")
+        one_line(error, "bad.json")
+
+
+def test_split_is_by_file_seeded_and_complete(tmp_path):
+    for number in range(6):
+        series = np.stack([ct_like((8, 8, 8), 10 * number + t) for t in range(3)], -1) if number % 2 else ct_like((8, 8, 8), number)
+        save(tmp_path / "in" / f"{number}.nii.gz", series)
+    splits = {}
+    for seed in range(8):
+        opened = open_data(config(tmp_path / "in", tmp_path, val_fraction=0.4), seed, quiet)
+        train, val = ({entry.path for entry in entries} for entries in (opened.train, opened.val))
+        assert not train & val and len(train | val) == 6 and len(val) == 2, "all volumes of a 4-D file on one side"
+        assert len(opened.train) + len(opened.val) == 12
+        names = [entry.name for entry in opened.train + opened.val]
+        assert len(set(names)) == 12 and {"1_t000", "1_t002", "2"} <= set(names)
+        splits[seed] = sorted(val)
+        again = open_data(config(tmp_path / "in", tmp_path, val_fraction=0.4), seed, quiet)
+        assert [e.name for e in again.train] == [e.name for e in opened.train]
+    assert len({tuple(val) for val in splits.values()}) > 1, "the seed does not matter"
+    channels = open_data(config(tmp_path / "in" / "1.nii.gz", tmp_path, four_d="channels"), 0, quiet)
+    assert channels.channels == 3 and channels.train == channels.val
+    picked = open_data(config(tmp_path / "in" / "1.nii.gz", tmp_path, four_d="channels", select_channel=2), 0, quiet)
+    assert np.array_equal(picked.train[0].read(), channels.train[0].read()[2:])
+
+
+def test_one_file_serves_for_both_and_says_so(folder, tmp_path):
+    said = []
+    opened = open_data(config(folder / "case0.nii.gz", tmp_path), 0, said.append)
+    assert opened.train == opened.val and any("training and validation" in line for line in said)
+    assert any("guessed ct" in line for line in said)
+
+
+def test_names_are_unique_and_fit_for_files(tmp_path):
+    for name in ("a/img.nii.gz", "b/img.nii.gz", "c/im:g é.nii"):
+        save(tmp_path / "in" / name, ct_like((6, 6, 6), len(name)))
+    opened = open_data(config(tmp_path / "in", tmp_path), 0, quiet)
+    assert sorted(entry.name for entry in opened.train + opened.val) == ["im_g_é", "img", "img-2"]
+
+
+def test_one_bad_file_among_good_ones(folder, tmp_path):
+    (folder / "broken.nii.gz").write_bytes((folder / "case0.nii.gz").read_bytes()[:900])
+    np.save(folder / "zz_two_channels.npy", np.random.default_rng(0).random((9, 9, 9, 2)))
+    said = []
+    opened = open_data(config(folder, tmp_path), 0, said.append)
+    assert len(opened.train) + len(opened.val) == 5
+    refused = [line for line in said if line.startswith("data: refused")]
+    assert len(refused) == 2 and "broken.nii.gz" in refused[0] and "2 channels, the first accepted volume has 1" in refused[1]
+    with pytest.raises(DataError) as error:
+        open_data(config(folder, tmp_path, strict=True), 0, quiet)
+    one_line(error, "broken.nii.gz", "strict")
+    with pytest.raises(DataError) as error:
+        open_data(config(folder / "broken.nii.gz", tmp_path), 0, quiet)
+    one_line(error, "broken.nii.gz", "no usable")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as error:
+        open_data(config(tmp_path / "empty", tmp_path), 0, quiet)
+    one_line(error, "no volumes found")
+
+
+def test_class_beats_modality_beats_the_guess(folder, tmp_path):
+    items = [{"image": "case0.nii.gz", "class": "MRI"}, {"image": "case1.nii.gz"}, {"image": "case3.nii.gz", "class": "liver"}]
+    (folder / "list.json").write_text(json.dumps({"training": items, "validation": ["case4.nii.gz"]}))
+    said = []
+    opened = open_data(config(folder / "list.json", tmp_path), 0, said.append)
+    assert [entry.intensity.modality for entry in opened.train] == ["mr", "ct", "ct"]
+    assert any("'liver' names no intensity rule" in line for line in said)
+    opened = open_data(config(folder / "list.json", tmp_path, modality="voxel"), 0, quiet)
+    assert [entry.intensity.modality for entry in opened.train] == ["mr", "voxel", "voxel"]
+    assert open_data(config(folder / "case1.nii.gz", tmp_path, modality="radar"), 0, quiet).background == 0
+
+
+@needs_real
+def test_radar_folder_trains_on_its_grids(tmp_path):
+    said = []
+    names = ("fmcw_cube_complex.npz", "radhar_boxing_points.npy", "radhar_boxing_voxel_4d.npz", "tj4d_070070.bin",
+             "tj4d_070070_voxel_dense.npz", "tj4d_070070_voxel_small.npy")
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(REAL / "radar" / name, tmp_path / "in" / name)
+    opened = open_data(config(tmp_path / "in", tmp_path), 0, said.append)
+    assert opened.channels == 4 and opened.background == 0
+    assert {entry.name for entry in opened.train + opened.val} == {"tj4d_070070_voxel_dense", "tj4d_070070_voxel_small"}
+    assert sum(line.startswith("data: refused") for line in said) == 4
+
+
+# --------------------------------------------------------------------------------------------------------------------- cache
+def test_crop_equals_the_slice_of_the_normalised_volume(opened):
+    for entry in opened.train + opened.val:
+        source = read_volume(entry.path).array
+        whole = entry.read()
+        np.testing.assert_allclose(whole, source.clip(-1000, 1000) / 1000, atol=1e-6)
+        assert whole.dtype == np.float32 and whole.flags.writeable
+        region = (slice(1, 5), slice(2, 6), slice(0, 3))
+        assert np.array_equal(entry.read(region), whole[:, 1:5, 2:6, 0:3])
+        np.testing.assert_allclose(data.denormalise(whole, entry.intensity), source, atol=1e-3)
+
+
+def test_second_start_decodes_nothing(folder, tmp_path, monkeypatch):
+    first = open_data(config(folder, tmp_path), 0, quiet)
+    monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("decoded again"))
+    second = open_data(config(folder, tmp_path), 0, quiet)
+    for a, b in zip(first.train + first.val, second.train + second.val):
+        assert (a.name, a.store, a.intensity, a.shape, a.spacing) == (b.name, b.store, b.intensity, b.shape, b.spacing)
+        assert np.array_equal(a.affine, b.affine)
+
+
+def test_changed_file_or_setting_makes_a_new_cache(folder, tmp_path):
+    cfg = config(folder / "case0.nii.gz", tmp_path)
+    before = open_data(cfg, 0, quiet).train[0]
+    changed = ct_like((20, 24, 12), 77)
+    save(folder / "case0.nii.gz", changed, np.diag([1.0, 1.5, 2.0, 1]))
+    after = open_data(cfg, 0, quiet).train[0]
+    assert after.store != before.store
+    np.testing.assert_allclose(after.read()[0], changed.transpose(2, 1, 0).clip(-1000, 1000) / 1000, atol=1e-6)
+    stat = os.stat(folder / "case0.nii.gz")
+    os.utime(folder / "case0.nii.gz", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    stores = {after.store, open_data(cfg, 0, quiet).train[0].store}
+    for fields in ({"window": "lung"}, {"hu_range": (-500.0, 500.0)}, {"modality": "mr"}, {"spacing": "2,2,2"}, {"resize": (8, 8, 8)},
+                   {"nan": "zero"}, {"select_channel": 0}):
+        stores.add(open_data(config(folder / "case0.nii.gz", tmp_path, **fields), 0, quiet).train[0].store)
+    assert len(stores) == 9
+
+
+def test_header_and_voxels_of_a_pair_both_count(tmp_path):
+    nib.save(nib.Nifti1Pair(ct_like((6, 6, 6)), np.eye(4)), tmp_path / "in.img")
+    cfg = config(tmp_path / "in.hdr", tmp_path)
+    before = open_data(cfg, 0, quiet).train[0]
+    os.utime(tmp_path / "in.img", ns=(1, 1))
+    assert open_data(cfg, 0, quiet).train[0].store != before.store
+
+
+def test_damaged_cache_is_rebuilt(folder, tmp_path):
+    cfg = config(folder / "case0.nii.gz", tmp_path)
+    entry = open_data(cfg, 0, quiet).train[0]
+    expected, record = entry.read(), next((tmp_path / "cache").glob("*.json"))
+    for damage in (lambda: record.write_text("{"), lambda: record.write_text("[]"), lambda: Path(entry.store).unlink(),
+                   lambda: os.truncate(entry.store, 200)):
+        damage()
+        data._open_array.cache_clear()
+        assert np.array_equal(open_data(cfg, 0, quiet).train[0].read(), expected)
+    assert not list((tmp_path / "cache").glob(".*.tmp")), "a temporary file was left"
+
+
+def build(arguments: tuple[str, str]) -> list[bytes]:
+    opened = open_data(DataConfig(path=arguments[0], cache_dir=arguments[1], patch=(8, 8, 8)), 0, quiet)
+    return [entry.read().tobytes() for entry in opened.train + opened.val]
+
+
+def test_two_processes_build_the_same_cache(folder, tmp_path):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        results = pool.map(build, [(str(folder), str(tmp_path / "cache"))] * 3, chunksize=1)
+    assert results[0] == results[1] == results[2] == build((str(folder), str(tmp_path / "other")))
+    names = os.listdir(tmp_path / "cache")
+    assert len(names) == 10 and not any(name.endswith(".tmp") for name in names)
+
+
+def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError) as error:
+        open_data(config(folder, tmp_path, cache_dir=str(tmp_path / "file" / "cache")), 0, quiet)
+    one_line(error, "cannot write the cache", "data.cache_dir")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError) as error:
+        open_data(config(folder, tmp_path), 0, quiet)
+    one_line(error, "No space left", "data.cache_dir")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_default_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_folder(DataConfig()) == tmp_path / "xdg" / "vae3d"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert data.cache_folder(DataConfig()) == tmp_path / "home" / ".cache" / "vae3d"
+
+
+# --------------------------------------------------------------------------------------------------------------------- crops
+def same_items(a: list, b: list) -> bool:
+    return all(torch.equal(x, y) and m == n for (x, m), (y, n) in zip(a, b, strict=True))
+
+
+def test_an_item_is_a_function_of_seed_and_index(folder, tmp_path):
+    cfg = config(folder, tmp_path, flip="DHW", jitter=0.2, spacing="random")
+    opened = open_data(cfg, 3, quiet)
+    indices = list(range(45))
+    expected = [Crops(opened, 5)[i] for i in indices]
+    assert same_items(expected, [Crops(open_data(cfg, 3, quiet), 5)[i] for i in indices])
+    crops, shuffled = Crops(opened, 5), random.Random(0).sample(indices, len(indices))
+    items = {i: crops[i] for i in shuffled}
+    assert same_items(expected, [items[i] for i in indices]), "the order of access matters"
+    assert not same_items(expected, [Crops(opened, 6)[i] for i in indices])
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(Crops(opened, 5), sampler=indices, batch_size=None, num_workers=workers)
+        assert same_items(expected, list(loader)), f"{workers} workers"
+    assert len({image.numpy().tobytes() for image, _ in expected}) == len(expected)
+    assert all(image.shape == (1, 8, 10, 12) and image.dtype == torch.float32 for image, _ in expected)
+
+
+def test_an_epoch_covers_every_volume_exactly(opened):
+    crops = Crops(opened, 0)
+    assert len(crops) == len(opened.train) * opened.cfg.crops_per_volume
+    epochs = [[crops[epoch * len(crops) + i][1] for i in range(len(crops))] for epoch in range(3)]
+    for epoch in epochs:
+        assert np.bincount(epoch).tolist() == [opened.cfg.crops_per_volume] * len(opened.train)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_crops_are_regions_of_their_volume_and_reach_both_ends(tmp_path):
+    array = np.arange(9 * 8 * 7, dtype=np.float32).reshape(9, 8, 7)       # every value tells its place
+    save(tmp_path / "a.nii", array)
+    opened = open_data(config(tmp_path / "a.nii", tmp_path, patch=(4, 4, 4), modality="voxel", crops_per_volume=300), 0, quiet)
+    crops, starts = Crops(opened, 1), set()
+    whole = opened.train[0].read()[0]
+    for i in range(300):
+        crop = crops[i][0][0].numpy()
+        place = tuple(int(v[0]) for v in np.where(whole == crop[0, 0, 0]))
+        assert np.array_equal(crop, whole[tuple(slice(p, p + 4) for p in place)])
+        starts.add(place)
+    for axis, last in enumerate((3, 4, 5)):                    # D, H, W = 7, 8, 9
+        assert {place[axis] for place in starts} == set(range(last + 1))
+
+
+def test_small_volumes_lie_centred_in_their_background(tmp_path):
+    array = ct_like((5, 4, 6), 2)                              # X, Y, Z
+    save(tmp_path / "a.nii", array)
+    opened = open_data(config(tmp_path / "a.nii", tmp_path, patch=(8, 9, 10), modality="ct"), 0, quiet)
+    crop = Crops(opened, 0)[0][0][0].numpy()
+    expected = np.full((8, 9, 10), -1, np.float32)
+    expected[1:7, 2:6, 2:7] = opened.train[0].read()[0]
+    assert np.array_equal(crop, expected)
+
+
+def test_augmentations_change_only_what_they_say(folder, tmp_path):
+    def crops(**fields) -> list[np.ndarray]:
+        return [Crops(open_data(config(folder, tmp_path, **fields), 0, quiet), 0)[i][0].numpy() for i in range(24)]
+
+    plain, flipped, jittered, zoomed = crops(), crops(flip="W"), crops(jitter=0.3), crops(spacing="random", zoom=(0.5, 0.7))
+    changed = [not np.array_equal(a, b) for a, b in zip(plain, flipped)]
+    assert 0 < sum(changed) < 24 and all(np.array_equal(a[..., ::-1], b) for a, b, c in zip(plain, flipped, changed) if c)
+    for a, b in zip(plain, jittered):
+        factors = ((b + 1)[a > -1] / (a + 1)[a > -1])[b[a > -1] < 1]
+        assert 0.69 < factors.min() and factors.max() < 1.31 and np.ptp(factors) < 1e-2 and ((b == -1) | (a > -1)).all()
+    assert len({round(float(b.mean()), 4) for b in jittered}) > 20
+    assert not any(np.array_equal(a, b) for a, b in zip(plain, zoomed)) and {b.shape for b in zoomed} == {(1, 8, 10, 12)}
+
+
+def test_validation_crops_are_fixed_and_spread(folder, tmp_path):
+    cfg = config(folder, tmp_path, val_fraction=0.5, flip="DHW", jitter=0.3, spacing="random")
+    opened = open_data(cfg, 0, quiet)
+    few, many = data.val_crops(opened, 4, 3), data.val_crops(opened, 4, 8)
+    assert all(torch.equal(a.image, b.image) and a.entry is b.entry for a, b in zip(few, many))
+    assert {crop.entry.name for crop in many} == {entry.name for entry in opened.val}
+    for crop in many:                                          # never augmented: the affine says where in the volume it lies
+        start = np.round(np.linalg.inv(crop.entry.affine) @ crop.affine[:, 3])[:3].astype(int)[::-1]
+        whole = crop.entry.read()[0]
+        box = tuple(slice(max(0, s), min(s + n, m)) for s, n, m in zip(start, opened.patch, whole.shape))
+        inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start))
+        assert np.array_equal(crop.image[0].numpy()[inside], whole[box])
+        assert (crop.image == -1).sum() >= crop.image.numel() - whole[box].size
+
+
+# ----------------------------------------------------------------------------------------------------------------- synthetic
+@pytest.mark.parametrize(("kind", "channels", "background"), [("ct", 1, -1), ("radar", 4, 0)])
+def test_synthetic_volumes(kind, channels, background):
+    cfg = DataConfig(synthetic=kind, synthetic_count=3, synthetic_size=(24, 48, 40))
+    first, again, other = (open_data(cfg, seed, quiet) for seed in (0, 0, 1))
+    assert (first.channels, first.background, len(first.train), len(first.val)) == (channels, background, 2, 1)
+    assert first.patch == (16, 48, 40)
+    images = [entry.read() for entry in first.train + first.val]
+    assert all(np.array_equal(image, entry.read()) for image, entry in zip(images, again.train + again.val))
+    assert not any(np.array_equal(image, entry.read()) for image in images for entry in other.train + other.val)
+    for image in images:
+        assert image.shape == (channels, 24, 48, 40) and np.isfinite(image).all() and -1 <= image.min() and image.max() <= 1
+        if kind == "radar":
+            assert 0.005 < (image[0] != 0).mean() < 0.1 and not image[:, image[0] == 0].any()
+        else:                                                  # air, lung or fat, tissue, bone
+            assert all(((image > low) & (image < high)).mean() > 0.003 for low, high in ((-1, -0.9), (-0.9, -0.5), (0, 0.15), (0.35, 1)))
+    resized = open_data(DataConfig(synthetic=kind, synthetic_count=2, synthetic_size=(16, 16, 16), resize=(8, 9, 10)), 0, quiet)
+    assert resized.train[0].shape == (channels, 8, 9, 10)
+
+
+# ------------------------------------------------------------------------------------------------------------ hostile input
+def test_declared_size_is_checked_before_memory_is_taken(tmp_path):
+    path = save(tmp_path / "a.nii", np.zeros((4, 4, 4), np.int16))
+    header = bytearray(path.read_bytes())
+    header[42:48] = struct.pack("<3h", 30000, 30000, 30000)
+    path.write_bytes(header)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header))
+    header[42:48] = struct.pack("<3h", 400, 400, 400)
+    (tmp_path / "b.nii").write_bytes(header)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(header))
+    np.save(tmp_path / "c.npy", np.zeros((2, 2, 2), np.float32))
+    bomb = (tmp_path / "c.npy").read_bytes().replace(b"(2, 2, 2)", b"(9999, 9999, 9999)")
+    (tmp_path / "c.npy").write_bytes(bomb)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("vol.npy", bomb)
+    for name, word in (("a.nii", "data.max_gib"), ("a.nii.gz", "data.max_gib"), ("b.nii", "truncated"), ("b.nii.gz", "truncated"),
+                       ("c.npy", "c.npy"), ("c.npz", "c.npz")):
+        with pytest.raises(DataError) as error:
+            read_volume(tmp_path / name)
+        one_line(error, name, word)
+    with pytest.raises(DataError, match="data.max_gib=1e-06"):
+        read_volume(save(tmp_path / "d.nii", np.zeros((20, 20, 20), np.int16)), max_gib=1e-6)
+
+
+def test_files_that_are_no_files(tmp_path):
+    (tmp_path / "empty.nii").write_bytes(b"")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "dir.nii").mkdir()
+    os.mkfifo(tmp_path / "pipe.nii")
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 1), }".ljust(117) + b"\n"
+    (tmp_path / "evil.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header + b"cos\nsystem\n(S'exit 1'\ntR.")
+    flat = bytearray(save(tmp_path / "flat.nii", np.ones((3, 3, 3), np.int16)).read_bytes())
+    flat[280:328] = struct.pack("<12f", 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)   # sform: z has no extent
+    (tmp_path / "flat.nii").write_bytes(flat)
+    for name in ("empty.nii", "empty.npz", "dir.nii", "pipe.nii", "absent.nii", "evil.npy", "flat.nii"):
+        with pytest.raises(DataError) as error:
+            read_volume(tmp_path / name)
+        one_line(error, name)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.npy", "a.npz", "s.npz", "p.hdr", "a.json"])
+def test_fuzzed_files_give_a_volume_or_one_line(name, tmp_path):
+    """A short version of a long fuzz: mutated bytes never end in anything but a finite volume or a DataError of one line."""
+    array = ct_like((5, 6, 7))
+    save(tmp_path / "a.nii", array)
+    save(tmp_path / "a.nii.gz", array)
+    nib.save(nib.Nifti1Pair(array, np.eye(4)), tmp_path / "p.img")
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", vol=array, seg=array)
+    np.savez(tmp_path / "s.npz", shape=np.array([4, 4, 4]), coords=np.array([[0, 1, 2], [3, 3, 3]]), features=np.ones((2, 2)))
+    (tmp_path / "a.json").write_text(json.dumps({"training": [{"image": "a.nii", "class": "ct"}, "a.npy"], "validation": []}))
+    original, rng = (tmp_path / name).read_bytes(), random.Random(name)
+    for _ in range(150):
+        content = bytearray(original)
+        reach = min(len(content), rng.choice([350, len(content)]))
+        for _ in range(rng.choice([1, 1, 3, 20])):
+            content[rng.randrange(reach)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)):]
+        (tmp_path / name).write_bytes(content)
+        try:
+            if name.endswith(".json"):
+                data.list_items(tmp_path / name)
+            else:
+                assert np.isfinite(read_volume(tmp_path / name, max_gib=0.1).array).all()
+        except DataError as error:
+            one_line(error, name)
+
+
+# ------------------------------------------------------------------------------------------------------ config, command line
+@pytest.mark.parametrize("fields", [{"patch": (0, 8, 8)}, {"patch": (8, 8)}, {"synthetic": "pet"}, {"window": "liver"}, {"modality": "x"},
+                                    {"val_fraction": 1.0}, {"spacing": "1,2"}, {"spacing": "fine"}, {"spacing": "1,0,1"}, {"flip": "X"},
+                                    {"jitter": -0.1}, {"hu_range": (5, 5)}, {"zoom": (2, 1)}, {"nan": "ignore"}, {"four_d": "time"},
+                                    {"crops_per_volume": 0}, {"workers": -1}, {"voxel_scale": (0.0,)}, {"max_gib": 0},
+                                    {"resize": (1, 2, 0)}])
+def test_config_names_the_field_that_is_wrong(fields):
+    with pytest.raises(ValueError, match=f"data.{next(iter(fields))} is .*; "):
+        DataConfig(**fields)
+
+
+def test_spacing_forms():
+    assert DataConfig(spacing="3, 1,1").spacing_mm() == DataConfig(spacing=[3, 1, 1]).spacing_mm() == (3, 1, 1)
+    assert DataConfig(spacing="[3, 1, 1]").spacing_mm() == (3, 1, 1) and DataConfig().spacing_mm() is None
+
+
+def run(capfd, *arguments: object) -> tuple[int, list[str], str]:
+    """Exit code, lines of standard output, standard error of `python data.py ...`, in this process: importing torch takes seconds."""
+    try:
+        code = data.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_command_line(folder, tmp_path, capfd):
+    code, rows, err = run(capfd, folder)
+    assert (code, len(rows), err) == (0, 7, "")
+    assert all(word in rows[1] for word in ("12,24,20", "2,1.5,1", "RAS", "int16", "ct", "-1000 .. 899", "ok"))
+    os.rename(folder / "case0.nii.gz", folder / "a\nb.nii.gz")
+    (folder / "broken.nii.gz").write_bytes(b"not gzip")
+    np.save(folder / "two.npy", np.random.default_rng(0).random((9, 9, 9, 2)))
+    code, rows, err = run(capfd, folder)
+    assert (code, len(rows), err) == (1, 9, "")
+    assert sum("refused: " in row for row in rows) == 2 and r"a\nb.nii.gz" in rows[1]
+    (tmp_path / "empty").mkdir()
+    for arguments in ((), (tmp_path / "absent",), (folder, tmp_path / "absent"), (tmp_path / "empty",)):
+        code, rows, err = run(capfd, *arguments)
+        assert code == 2 and rows == [] and err and "Traceback" not in err
+    done = subprocess.run([sys.executable, "data.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "" and len(done.stdout.splitlines()) == 9
+
+
+@needs_real
+def test_command_line_on_the_odd_files(capfd):
+    code, rows, err = run(capfd, REAL / "odd")
+    assert code == 1 and err == "" and len(rows) == 46
+    assert sum(row.rstrip().endswith("  ok") for row in rows) == 34 and sum("  refused: " in row for row in rows) == 10
+
+
+def test_works_copied_alone(tmp_path):
+    shutil.copy(ROOT / "data.py", tmp_path / "data.py")
+    script = ("import data; d = data.open_data(data.DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "
+              "print(data.Crops(d, 0)[0][0].shape)")
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "torch.Size([1, 8, 16, 16])" in done.stdout, done.stderr
+
+
+def test_write_nifti_puts_a_crop_where_it_was(tmp_path):
+    """A held-out crop, written and read again, lies on the voxels of the volume that it was cut from."""
+    rng = np.random.default_rng(0)
+    affine = np.array([[2.0, 0, 0, -10], [0, 3, 0, 5], [0, 0, 4, 7], [0, 0, 0, 1]])
+    for n in range(2):
+        nib.save(nib.Nifti1Image((rng.random((9, 10, 11)) * 100).astype(np.float32), affine), tmp_path / f"v{n}.nii.gz")
+    cfg = data.DataConfig(path=str(tmp_path), patch=(4, 5, 6), modality="mr", cache_dir=str(tmp_path / "cache"))
+    opened = data.open_data(cfg, 0, say=lambda _: None)
+    crop = data.val_crops(opened, 0, 1)[0]
+    data.write_nifti(tmp_path / "out.nii.gz", crop.image.numpy(), crop.affine)
+    back = data.read_volume(tmp_path / "out.nii.gz")
+    assert np.array_equal(back.array, crop.image.numpy()) and back.spacing == (4, 3, 2)
+    x, y, z = np.round(np.linalg.inv(affine) @ back.affine[:, 3]).astype(int)[:3]
+    assert np.array_equal(crop.entry.read()[:, z:z + 4, y:y + 5, x:x + 6], back.array)
+    whole = list(data.WholeVolumes(opened))
+    assert [c.image.shape for c in whole] == [(1, 11, 10, 9)] and np.array_equal(whole[0].affine, opened.val[0].affine)
