@@ -1,0 +1,1219 @@
+"""Train a 3D VAE with one command: the one place that wires configuration, data, network, step, loop, checkpoints, logs and pictures.
+
+    python train.py --preset ultra_lightweight --amp --accum 8          # no data named: built-in synthetic volumes
+    python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct
+    python train.py --resume runs/ct                                    # goes on bit for bit
+
+It reads top to bottom: configuration, state, step, validation, run folder, loop, command line.
+Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2. Memory is in GiB.
+Version 0.1 (2026-11).
+"""
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads: on a shared core steps were 5 times slower without
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import gc
+import hashlib
+import inspect
+import json
+import math
+import pickle
+import resource
+import shlex
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+import data
+import losses
+import memtest
+import vae3d
+from data import DataConfig, DataError
+from losses import LossConfig
+from vae3d import VAE3D, VAEConfig
+
+EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
+COUNTERS = ("step", "best", "bad_validations", "bad_steps", "finished", "latent")  # plain fields of State, in last.pt as they are
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+
+
+# ---------------------------------------------------------------------------------------------------------------- configuration
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule. Defaults: what learned fastest on CT crops (docs/LOG.md)."""
+    optimizer: str = "adamw"                                     # adamw | adam | sgd (momentum 0.9)
+    lr: float = 5e-4                                             # the highest rate, after warm-up (docs/LOG.md)
+    weight_decay: float = 0.01                                   # decoupled for adamw, L2 for the others
+    schedule: str = "cosine"                                     # cosine | cosine_restarts | constant | exponential | step | plateau
+    warmup: float = 0.05                                         # share of the run in which the rate rises linearly from 0
+    lr_min: float = 0.0                                          # the cosine schedules end here
+    restarts: int = 4                                            # cosine_restarts: number of equal periods
+    gamma: float = 0.1                                           # exponential: factor over the whole run; step, plateau: factor a drop
+    drops: int = 3                                               # step: number of equal stretches of the run, a drop between them
+    plateau_patience: int = 5                                    # plateau: validations without improvement before a drop
+    grad_clip: float = 1.0                                       # largest norm of the whole gradient, after unscaling; 0: no clipping
+
+    def __post_init__(self):
+        one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("optim.schedule", self.schedule, ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau"))
+        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1, plateau_patience=1, grad_clip=0)
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"optim.gamma is a factor in (0, 1], got {self.gamma}")
+        if self.warmup >= 1:
+            raise ValueError(f"optim.warmup is a share of the run below 1, got {self.warmup}")
+
+
+@dataclass
+class RunConfig:
+    """Section `train`: length, precision, validation, checkpoints."""
+    out: str | None = None                                       # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    seed: int = 0                                                # weights, split, crops, noise
+    device: str = "auto"                                         # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps | cpu
+    amp: bool = False                                            # bf16 where the device has it, else fp16 with a GradScaler
+    batch: int = 2                                               # crops a micro-batch; small crops on a CPU: 1 is 7 times slower a voxel
+    accum: int = 1                                               # micro-batches an optimizer step
+    steps: int | None = None                                     # optimizer steps; with epochs too, whichever ends first
+    epochs: int | None = None                                    # passes of data.crops_per_volume crops of every volume
+    val_every: int = 50                                          # steps between validations; there is one at step 0 and at the end too
+    val_crops: int = 8                                           # fixed seeded crops over all held-out volumes
+    val_whole: bool = False                                      # validate on whole held-out volumes instead
+    save_every: int = 50                                         # steps between writes of last.pt; there is one at the end too
+    keep: int = 0                                                # older last.pt kept, as step_XXXXXX.pt
+    ema: float = 0.0                                             # decay of an average of the weights, validated and shipped; 0: off
+    patience: int = 0                                            # early stopping: validations without improvement; 0: off
+    min_delta: float = 0.0                                       # improvement that counts
+    metric: str = "psnr"                                         # psnr | ssim | l1 | loss: what best.pt and early stopping look at
+    nan_limit: int = 5                                           # non-finite steps in a row that stop the run
+    latent_crops: int = 32                                       # training crops over which the latent's mean and std are measured
+    compile: bool = False                                        # torch.compile the network
+    deterministic: bool = True                                   # cuDNN's deterministic kernels, so that a resumed run on CUDA is exact too
+
+    def __post_init__(self):
+        one_of("train.metric", self.metric, tuple(HIGHER_IS_BETTER))
+        at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0, patience=0, min_delta=0, nan_limit=1,
+                 latent_crops=1)
+        for name in ("steps", "epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema is a decay in [0, 1), got {self.ema}")
+
+
+@dataclass
+class MemoryConfig:
+    """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
+    mode: str = "none"                                           # none | checkpoint | tile
+    tile: tuple[int, int, int] | None = None                     # tile: D,H,W in voxels of the input; auto: chosen by a cost model
+    stretch: str = "auto"                                        # tile: levels a stretch from the finest down, such as 2+1; auto: chosen
+    budget: float | None = None                                  # tile: GiB that a step may take; none: what the card has free
+    recover: bool = True                                         # out of memory: turn the dial one step and repeat the optimizer step
+    expandable_segments: bool = True                             # CUDA allocator: less fragmentation
+    max_split_size_mb: int = 0                                   # CUDA allocator: largest block that is split; 0: no limit
+
+    def __post_init__(self):
+        one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"memory.budget is a number of GiB above 0, got {self.budget}")
+        if self.max_split_size_mb and self.max_split_size_mb <= 20:
+            raise ValueError(f"memory.max_split_size_mb must be 0 or above 20 (the allocator's smallest), got {self.max_split_size_mb}")
+
+
+@dataclass
+class LogConfig:
+    every: int = 10                                              # steps between console lines; log.jsonl has every step
+    sample_every: int = 100                                      # steps between pictures; 0: never; there is one at the end too
+    samples: int = 2                                             # held-out volumes of which pictures are made
+    histogram_every: int = 100                                   # steps between histograms for tensorboard and wandb; 0: never
+    tensorboard: bool = False                                    # write OUT/tensorboard (pip install tensorboard)
+    wandb: bool = False                                          # log to Weights & Biases (pip install wandb)
+    wandb_project: str = "vae3d"                                 # its project
+
+    def __post_init__(self):
+        at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
+    preset: str = "ultra_lightweight"                            # start of section `vae`, a name in vae3d.PRESETS
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+SHORT_FLAGS = {"--preset": "preset", "--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
+    f"--{name}": f"train.{name}" for name in ("out", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "l1": False, "loss": False}
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def at_least(section: str, config, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"{section}.{name} must be at least {bound}, got {getattr(config, name)}")
+
+
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto", "")):
+            return None
+        errors = []
+        for choice in (a for a in args if a is not type(None)):
+            try:
+                return convert(value, choice, name)
+            except ValueError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is tuple:
+        nested = typing.get_origin(args[0]) is tuple
+        if isinstance(value, str):
+            value = [part for part in value.strip("()[] ").split(";" if nested else ",") if part.strip()]
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {value!r}")
+        return tuple(convert(part, args[0], name) for part in value)
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+    if hint is bool:
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() in known:
+            return known[str(value).lower()]
+    elif not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            if hint is str or hint(value) == float(value):
+                return hint(value)
+        except (ValueError, OverflowError):
+            pass
+        if hint is float and str(value).lower() == "nan":
+            raise ValueError(f"{name} must be a number, got nan")
+    raise ValueError(f"{name} must be {kind}, got {value!r}")
+
+
+def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
+    """`base` with {section: {field: value}} put over it. Raises ValueError for an unknown key, naming the closest one."""
+    result = {}
+    for key, value in values.items():
+        current = getattr(base, key, None)
+        if key == "preset":
+            one_of("preset", value, tuple(vae3d.PRESETS))
+            result[key] = value
+            continue
+        if not dataclasses.is_dataclass(current):
+            raise ValueError(f"{source}: unknown key {key}{closest(str(key), [f.name for f in dataclasses.fields(base)], '')}")
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {value!r}")
+        hints = typing.get_type_hints(type(current))
+        for name in value:
+            if name not in hints:
+                raise ValueError(f"{source}: unknown key {key}.{name}{closest(str(name), hints, key + '.')}")
+        result[key] = dataclasses.replace(current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()})
+    return dataclasses.replace(base, **result)
+
+
+def closest(word: str, words, prefix: str) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(map(str, words))}"
+
+
+def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
+    """Defaults, preset, YAML file, flags: later beats earlier. `base` (a checkpoint's config) takes the place of the first two.
+
+    Raises ValueError with one line: which flag or key, what was found, what to do.
+    """
+    options = vars(build_parser().parse_args(list(argv)))
+    flags: dict = {}
+    for name, value in options.items():
+        section, _, key = name.rpartition(".")
+        if name not in COMMANDS:
+            (flags.setdefault(section, {}) if section else flags)[key] = value
+    from_file = read_yaml(options["config"]) if options.get("config") else {}
+    if base is None:
+        preset = flags.get("preset", from_file.get("preset", TrainConfig.preset))
+        one_of("preset", preset, tuple(vae3d.PRESETS))
+        base = TrainConfig(preset=preset, vae=vae3d.PRESETS[preset])
+    elif "preset" in flags and flags["preset"] != base.preset:
+        raise ValueError(f"--preset {flags['preset']}: the run to resume was built from {base.preset}; leave the flag out")
+    cfg = config_from(from_file, base, str(options.get("config")))
+    return config_from(flags, cfg, "command line")
+
+
+def read_yaml(path: str) -> dict:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got {type(values).__name__}")
+    return values or {}
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with house errors: one line that names the closest flag."""
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        if unknown.startswith("-") and message.startswith("unrecognized"):
+            message = f"unknown flag {unknown}{closest(unknown, self._option_string_actions, '')[:300]}"
+        raise ValueError(message)
+
+
+COMMANDS = ("config", "resume", "dry_run", "fit")
+
+
+def build_parser() -> Parser:
+    """The flags of DESIGN.md; those of the sections come from the dataclasses, their help from the comments beside the fields."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140))
+    parser.add_argument("--config", metavar="YAML", help="experiment file, see config/")
+    parser.add_argument("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out come from it")
+    parser.add_argument("--dry-run", action="store_true", dest="dry_run",
+                        help="print the resolved config and the predicted peak, then stop")
+    parser.add_argument("--fit", metavar="GIB", nargs="?", const="free",
+                        help="choose the cheapest memory settings that fit; without a number: into the card's free memory")
+    short = {path: flag for flag, path in SHORT_FLAGS.items()}
+    parser.add_argument("--preset", metavar="NAME", help=" | ".join(vae3d.PRESETS))
+    for section in dataclasses.fields(TrainConfig)[1:]:
+        group = parser.add_argument_group(f"section {section.name}")
+        cls = section.default_factory
+        comments, hints = field_comments(cls), typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            path = f"{section.name}.{f.name}"
+            names = [short[path]] if path in short else []
+            names += [f"--{path}"]
+            options = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+            text = comments.get(f.name, "") + ("" if f.default is dataclasses.MISSING else f" [{f.default}]")
+            group.add_argument(*names, dest=path, metavar=f.name.upper(), help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def field_comments(cls) -> dict[str, str]:
+    """Field name -> the comment beside it in the source."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines if ":" in line and "# " in line}
+
+
+def config_dict(cfg: TrainConfig) -> dict:
+    """Plain nested dict for YAML and checkpoints; tuples become lists."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return plain(dataclasses.asdict(cfg))
+
+
+def to_yaml(cfg: TrainConfig) -> str:
+    return yaml.safe_dump(config_dict(cfg), sort_keys=False, default_flow_style=None, width=120)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ state
+
+@dataclass
+class State:
+    """All that changes during a run; `last.pt` holds it."""
+    vae: VAE3D
+    forward: Callable                                            # vae, or its compiled form
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp_dtype: torch.dtype | None                                # None: float32
+    ema: VAE3D | None
+    step: int = 0                                                # optimizer steps done
+    best: float | None = None                                    # best value of train.metric so far
+    bad_validations: int = 0                                     # since the best, for early stopping
+    plateau: tuple[float, float, int] = (math.inf, 1.0, 0)       # best loss, factor of the rate, validations since the best
+    bad_steps: int = 0                                           # non-finite steps in a row
+    finished: bool = False
+    latent: dict | None = None                                   # mean, std (Z,), scale_factor
+
+    @property
+    def shipped(self) -> VAE3D:
+        """The weights that are validated and that a user would ship."""
+        return self.vae if self.ema is None else self.ema
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises ValueError when the device does not exist here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train.device must be auto, cuda, cuda:N, mps or cpu, got {name!r}") from None
+    found = {"cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+             "mps": torch.backends.mps.is_available(), "cpu": True}.get(device.type, False)
+    if not found:
+        raise ValueError(f"train.device={name}: torch {torch.__version__} sees no such device here; use --device cpu, or install a torch "
+                         f"build for the card")
+    return device
+
+
+def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The autocast dtype (None: float32) and why. A CUDA device that is only simulated counts as one with bf16."""
+    if not amp:
+        return None, "float32"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"):
+            return torch.bfloat16, "bf16 autocast"
+        return None, "float32: --amp is off, this CPU has no native bf16"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16, "fp16 autocast with a GradScaler: the card has no native bf16"
+    return (torch.bfloat16, "bf16 autocast") if device.type == "cuda" else (torch.float16, "fp16 autocast with a GradScaler")
+
+
+def new_state(cfg: TrainConfig, device: torch.device) -> State:
+    """Networks and optimizer as at step 0, a function of the config alone."""
+    torch.manual_seed(cfg.train.seed)
+    vae = VAE3D(cfg.vae).to(device)
+    if device.type != "mps":                                     # MPS has no channels_last_3d
+        vae = vae.to(memory_format=torch.channels_last_3d)
+    set_dial(vae, cfg.memory)
+    amp_dtype, _ = pick_precision(cfg.train.amp, device)
+    o = cfg.optim
+    optimizer = {
+        "adamw": lambda p: torch.optim.AdamW(p, o.lr, weight_decay=o.weight_decay, fused=True),
+        "adam": lambda p: torch.optim.Adam(p, o.lr, weight_decay=o.weight_decay, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, o.lr, momentum=0.9, weight_decay=o.weight_decay, fused=True),
+    }[o.optimizer](vae.parameters())
+    ema = None
+    if cfg.train.ema:
+        ema = set_dial(VAE3D(cfg.vae).to(device).requires_grad_(False), cfg.memory)
+        ema.load_state_dict(vae.state_dict())
+    return State(vae, torch.compile(vae) if cfg.train.compile else vae, optimizer,
+                 torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, ema)
+
+
+def set_dial(vae: VAE3D, memory: MemoryConfig) -> VAE3D:
+    return vae.memory(memory.mode, memory.tile, memory.stretch, memory.budget)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- step
+
+class MicroBatch(NamedTuple):
+    image: Tensor                                                # (b, C, D, H, W) in [-1, 1]
+    seeds: list[int]                                             # one per sample, of its latent noise
+    volumes: list[int]                                           # where the crops come from
+
+
+class StepResult(NamedTuple):
+    terms: dict[str, Tensor]                                     # each () on the device, the mean over the window
+    norm: Tensor                                                 # of the gradient before clipping
+    updated: bool                                                # False: something was not finite, the weights are as before
+
+
+def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    """One update. Peak memory is one micro-batch's: no graph outlives its backward().
+
+    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail.
+    """
+    total = sum(len(m.image) for m in micro_batches)
+    sums: dict[str, Tensor] = {}
+    state.optimizer.zero_grad(set_to_none=True)
+    for image, seeds, _ in micro_batches:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # made here: a step that is repeated draws the same noise
+        out = forward(state, state.forward, image, generators)
+        terms = loss_terms(cfg.loss, out, image)
+        state.scaler.scale(terms["loss"] * (len(image) / total)).backward()
+        for name, term in terms.items():                         # stays on the device: no sync per micro-batch
+            sums[name] = sums.get(name, 0) + term.detach() * (len(image) / total)
+        del out, terms                                           # the next forward must not find this graph alive
+    state.scaler.unscale_(state.optimizer)                       # before clipping: the threshold is in true units
+    norm = torch.nn.utils.clip_grad_norm_(state.vae.parameters(), cfg.optim.grad_clip or math.inf)
+    updated = bool(torch.isfinite(norm + sums["loss"]))          # both: |NaN| has a zero gradient, so the norm alone misses it
+    if updated:
+        state.scaler.step(state.optimizer)
+        if state.ema is not None:
+            update_ema(state.ema, state.vae, min(cfg.train.ema, (1 + state.step) / (10 + state.step)))
+    state.scaler.update()
+    return StepResult(sums, norm, updated)
+
+
+def loss_terms(cfg: LossConfig, out: vae3d.VAEOutput, image: Tensor) -> dict[str, Tensor]:
+    """The criterion and its terms by name, each () float32 or wider: `loss` = reconstruction + kl_weight * `kl`."""
+    recon = losses.reconstruction_loss(out.recon, image, cfg.recon, cfg.channel_weights, cfg.foreground_weight, cfg.background)
+    kl = losses.kl_loss(out.mu, out.logvar)
+    return {"loss": recon + cfg.kl_weight * kl, cfg.recon: recon, "kl": kl}
+
+
+def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Callable[[str], None], work: Callable[[], Any]) -> Any:
+    """work(), and after an out-of-memory the same again one step further down the dial; optimizer, batch and resolution stay.
+
+    shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when there is no step left.
+    """
+    while True:
+        scaler = state.scaler.state_dict()
+        try:
+            return work()
+        except RuntimeError as error:                            # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
+            if not cfg.memory.recover or not is_out_of_memory(error):
+                raise
+        # outside of the except clause: its traceback would keep the failed step's tensors alive
+        softer = next_dial(cfg.memory, state, shape)
+        if softer is None:
+            raise RunStopped(f"out of memory at {dial_text(cfg.memory)}, the last step of the dial; use a smaller --patch or --batch "
+                             f"(more --accum keeps the effective batch)")
+        change = f"{dial_text(cfg.memory)} -> {dial_text(softer)}"
+        turn_dial(cfg, state, softer)
+        note(f"step {state.step + 1}: out of memory, memory dial {change}; the step is repeated")
+        state.optimizer.zero_grad(set_to_none=True)
+        fresh = torch.amp.GradScaler(state.scaler._device, enabled=state.scaler.is_enabled())
+        fresh.load_state_dict(scaler)                            # the old one may hold gradients that it has unscaled already
+        state.scaler = fresh
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def turn_dial(cfg: TrainConfig, state: State, memory: MemoryConfig) -> None:
+    cfg.memory = memory
+    for vae in (state.vae, state.ema):
+        if vae is not None:
+            set_dial(vae, memory)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def next_dial(memory: MemoryConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:
+    """none -> checkpoint -> tile -> a tile that is predicted to take at most 4/5 of the memory; None at the end."""
+    if memory.mode == "none":
+        return dataclasses.replace(memory, mode="checkpoint")
+    free = dataclasses.replace(memory, mode="tile", tile=None, stretch="auto")
+    if memory.mode == "checkpoint":
+        return settled(free, state, shape)
+    batch, size, dtype = shape[0], shape[2:], state.amp_dtype or torch.float32
+    now = state.vae.tile_plan(size, batch, dtype, next(state.vae.parameters()).device).peak_bytes
+    plans = set_dial(VAE3D(state.vae.cfg), free).tile_plans(size, batch, dtype)
+    smaller = [plan for plan in plans if plan.peak_bytes <= 0.8 * now]
+    return dataclasses.replace(free, tile=smaller[0].tile, stretch=smaller[0].stretch) if smaller else None
+
+
+def settled(memory: MemoryConfig, state: State, shape: Sequence[int]) -> MemoryConfig:
+    """The dial with what it leaves to `auto` chosen for good: on CUDA the choice depends on the free memory, and a resumed run must not."""
+    if memory.mode != "tile" or memory.tile is not None and memory.stretch != "auto":
+        return memory
+    planner = set_dial(VAE3D(state.vae.cfg), memory)
+    plan = planner.tile_plan(shape[2:], shape[0], state.amp_dtype or torch.float32, next(state.vae.parameters()).device)
+    return dataclasses.replace(memory, tile=plan.tile, stretch=plan.stretch)
+
+
+def dial_text(memory: MemoryConfig) -> str:
+    if memory.mode != "tile":
+        return memory.mode
+    return f"tile {'auto' if memory.tile is None else ','.join(map(str, memory.tile))}, stretch {memory.stretch}"
+
+
+def forward(state: State, network: Callable, *inputs) -> Any:
+    """network(*inputs) in the run's precision."""
+    with torch.autocast(inputs[0].device.type, state.amp_dtype, enabled=state.amp_dtype is not None):
+        return network(*inputs)
+
+
+@torch.no_grad()
+def update_ema(ema: VAE3D, vae: VAE3D, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * weights. The decay rises with the step, so that the start is forgotten."""
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in vae.parameters()], 1 - decay)
+
+
+def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:
+    """The rate of step `step` in [0, total): linear warm-up to o.lr, then the schedule as a function of the part t in [0, 1) done.
+
+    cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period); exponential: lr gamma^t;
+    step: lr gamma^floor(drops t); plateau: lr times the factor that the validations gave.
+    """
+    warm = int(o.warmup * total)
+    if step < warm:
+        return o.lr * (step + 1) / warm
+    t = (step - warm) / max(1, total - warm)
+    if o.schedule in ("cosine", "cosine_restarts"):
+        t = t * o.restarts % 1 if o.schedule == "cosine_restarts" else t
+        return o.lr_min + (o.lr - o.lr_min) * (1 + math.cos(math.pi * t)) / 2
+    return o.lr * {"constant": 1.0, "exponential": o.gamma ** t, "step": o.gamma ** int(o.drops * t), "plateau": plateau_factor}[o.schedule]
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed that is a function of its arguments alone, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def window_of(step: int, epoch_length: int, global_batch: int) -> range:
+    """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an epoch as short as it is."""
+    per_epoch = steps_per_epoch(epoch_length, global_batch)
+    epoch, place = divmod(step, per_epoch)
+    first = epoch * epoch_length + place * global_batch
+    return range(first, min(first + global_batch, (epoch + 1) * epoch_length))
+
+
+def steps_per_epoch(epoch_length: int, global_batch: int) -> int:
+    return -(-epoch_length // global_batch)
+
+
+def micro_windows(cfg: TrainConfig, epoch_length: int, steps: range) -> Iterator[list[int]]:
+    """Crop numbers of each micro-batch of the steps, in order."""
+    for step in steps:
+        window = window_of(step, epoch_length, cfg.train.batch * cfg.train.accum)
+        yield from (list(window[i:i + cfg.train.batch]) for i in range(0, len(window), cfg.train.batch))
+
+
+def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, its micro-batches on the device) for each step. Crops and noise are functions of (seed, step, place in the window) alone."""
+    loader = torch.utils.data.DataLoader(
+        crops, batch_sampler=list(micro_windows(cfg, len(crops), steps)), num_workers=cfg.data.workers,
+        pin_memory=cfg.data.pin_memory and device.type == "cuda")
+    batches = iter(loader)
+    for step in steps:
+        window, micro_batches, place = window_of(step, len(crops), cfg.train.batch * cfg.train.accum), [], 0
+        while place < len(window):
+            image, volumes = next(batches)
+            seeds = [seed_of(cfg.train.seed, "noise", step, place + i) for i in range(len(image))]
+            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist()))
+            place += len(image)
+        yield step, micro_batches
+
+
+def to_device(image: Tensor, device: torch.device) -> Tensor:
+    image = image.to(device, non_blocking=True)
+    return image if device.type == "mps" else image.contiguous(memory_format=torch.channels_last_3d)
+
+
+def make_step(cfg: TrainConfig, device: torch.device | str) -> Callable[[], StepResult]:
+    """A closure that runs the real train_step on one window of random crops, for memtest.py; the call itself builds the networks."""
+    device = torch.device(device)
+    state = new_state(cfg, device)
+    batch = cfg.train.batch
+    shape = (batch, cfg.vae.in_channels, *cfg.data.patch)
+    micro_batches = [MicroBatch(to_device(torch.randn(shape), device), list(range(batch)), [0] * batch) for _ in range(cfg.train.accum)]
+    return lambda: train_step(cfg, state, micro_batches)
+
+
+def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bool:
+    """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so far."""
+    value = metrics[cfg.train.metric]
+    gain = 0.0 if state.best is None else (value - state.best) * (1 if HIGHER_IS_BETTER[cfg.train.metric] else -1)
+    better = math.isfinite(value) and (state.best is None or gain > 0)
+    state.bad_validations = 0 if better and (state.best is None or gain > cfg.train.min_delta) else state.bad_validations + 1
+    if better:
+        state.best = value
+    lowest, factor, waited = state.plateau
+    if metrics["loss"] < lowest:
+        lowest, waited = metrics["loss"], 0
+    elif waited + 1 >= cfg.optim.plateau_patience:
+        factor, waited = factor * cfg.optim.gamma, 0
+    else:
+        waited += 1
+    state.plateau = (lowest, factor, waited)
+    return better
+
+
+# ------------------------------------------------------------------------------------------------------------------- run folder
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; its state is kept. The message is one line."""
+
+
+def run_folder(cfg: TrainConfig) -> Path:
+    """The folder of a new run. Raises ValueError when train.out is given and holds a run already."""
+    if cfg.train.out is not None:
+        out = Path(cfg.train.out)
+        if (out / "log.jsonl").exists() or (out / "last.pt").exists():
+            raise ValueError(f"--out {out} already holds a run; go on with --resume {out}, or name another folder")
+        return out
+    names = (f"{cfg.preset}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
+    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Atomically, and equal contents give equal bytes: a file object keeps the path out of the archive."""
+    write_atomic(path, lambda file: torch.save(canonical(content), file))
+
+
+def canonical(value: Any) -> Any:
+    """Plain dicts and lists, equal strings one object: pickle marks what it met before by identity, which a resumed run does not share."""
+    if isinstance(value, dict):
+        return {canonical(k): canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+def checkpoint_of(cfg: TrainConfig, state: State, names: list[str]) -> dict:
+    """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the same command."""
+    config = config_dict(cfg)
+    config["train"].pop("out")                                   # the folder that it lies in says so
+    return {"kind": "vae3d.train", "version": 1, "config": config, "files": names,
+            "model": state.vae.state_dict(), "ema": state.ema and state.ema.state_dict(), "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(), "plateau": list(state.plateau)} | {name: getattr(state, name) for name in COUNTERS}
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """A checkpoint of ours as plain values and CPU tensors. Raises ValueError in one line; never runs code from the file."""
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
+    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    if found != kind:
+        raise ValueError(f"{path}: is no checkpoint of kind {kind}, found {found!r}; --resume takes a run folder or its last.pt")
+    return content
+
+
+def restore(state: State, checkpoint: dict, path: Path) -> None:
+    """Put a checkpoint into a new state of the same config. Raises ValueError naming the keys that do not fit."""
+    for module, name in ((state.vae, "model"), (state.ema, "ema")):
+        if module is not None:
+            check_keys(module.state_dict(), checkpoint[name], f"{path} ({name})")
+            module.load_state_dict(checkpoint[name])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.scaler.load_state_dict(checkpoint["scaler"])
+    for name in COUNTERS:
+        setattr(state, name, checkpoint[name])
+    state.plateau = tuple(checkpoint["plateau"])
+
+
+def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source: str) -> None:
+    theirs = theirs or {}
+    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    reshaped = sorted(k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape)
+    if missing or unexpected or reshaped:
+        raise ValueError(f"{source}: does not fit this network: missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape "
+                         f"{reshaped[:5]} ({len(missing)}, {len(unexpected)}, {len(reshaped)} in all); use the config that made it")
+
+
+class Log:
+    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases."""
+    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list):
+        self.cfg, self.path, self.total, self.start, self.started = cfg, out / "log.jsonl", total, start, time.monotonic()
+        self.live, self.sinks = sys.stdout.isatty(), sinks
+        if self.path.exists():                                   # rows after the checkpoint belong to steps that are taken again
+            rows = [line for line in self.path.read_text().splitlines() if is_before(line, start)]
+            write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        """Append to log.jsonl alone."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def row(self, row: dict) -> None:
+        """Append to log.jsonl (non-finite numbers as null) and to the sinks, and print."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.write(row)
+        for sink in self.sinks:
+            sink.scalars({f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, row["step"])
+        step = row["step"]
+        if row["split"] == "val":
+            self.say(f"step {step}/{self.total}  validation  psnr {shown(row['psnr'])} dB  "
+                     + "  ".join(f"{name} {shown(row[name])}" for name in ("ssim", "l1", "loss")))
+        elif self.live or step % self.cfg.log.every == 0 or step == self.total or "skipped" in row:
+            left = (time.monotonic() - self.started) / max(1, step - self.start) * (self.total - step)
+            terms = "  ".join(f"{k} {shown(row[k])}" for k in ("loss", self.cfg.loss.recon, "kl"))
+            line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} voxels/s  "
+                    f"{row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
+            print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        print(f"\r\x1b[K{text}" if self.live else text, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def is_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):                    # the last line of a killed run may be cut short
+        return False
+
+
+def shown(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4g}"
+
+
+def open_sinks(cfg: TrainConfig, out: Path) -> list:
+    """TensorBoard and W&B when asked for. Raises ValueError with the pip command when one is not installed."""
+    sinks = []
+    if cfg.log.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("log.tensorboard: TensorBoard is not installed; python -m pip install tensorboard") from None
+        sinks.append(TensorBoardSink(SummaryWriter(str(out / "tensorboard"))))
+    if cfg.log.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("log.wandb: Weights & Biases is not installed; python -m pip install wandb") from None
+        sinks.append(WandbSink(wandb, wandb.init(project=cfg.log.wandb_project, dir=str(out), config=config_dict(cfg), name=out.name)))
+    return sinks
+
+
+class TensorBoardSink:
+    def __init__(self, writer):
+        self.writer = writer
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        self.writer.add_histogram(name, values, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    def __init__(self, wandb, run):
+        self.wandb, self.run = wandb, run
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        self.run.log({name: self.wandb.Image(image.numpy())}, step=step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        self.run.log({name: self.wandb.Histogram(values.numpy())}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def log_histograms(log: Log, state: State) -> None:
+    """Weights and their last gradients, to the sinks that take them."""
+    for sink in log.sinks:
+        for name, parameter in state.vae.named_parameters():
+            sink.histogram(f"weights/{name}", parameter.detach().float().cpu(), state.step)
+            if parameter.grad is not None:
+                sink.histogram(f"gradients/{name}", parameter.grad.float().cpu(), state.step)
+
+
+def gpu_use(device: torch.device) -> dict[str, float]:
+    """Memory that CUDA's allocator holds and, where NVIDIA's library is installed, the share of time in which the card was busy."""
+    if device.type != "cuda":
+        return {}
+    use = {"gpu_reserved_gib": round(torch.cuda.memory_reserved(device) / 2 ** 30, 4)}
+    with contextlib.suppress(ModuleNotFoundError):               # pip install nvidia-ml-py
+        use["gpu_percent"] = torch.cuda.utilization(device)
+    return use
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak of this process so far: CUDA's allocator, or the resident memory on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], background: float) -> Tensor:
+    """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
+
+    image, recon (C, D, H, W) -> (height, width, 3) uint8. First channel; of each axis the slice with the most foreground. Grey is -1 to 1;
+    the error runs from black (0) over red to yellow (0.5). Pixels are square in mm.
+    """
+    image, recon, rows = image[0], recon[0], []
+    for axis in range(3):
+        others = [a for a in range(3) if a != axis]
+        at = int((image - background).abs().sum(others).argmax())
+        x, y = image.select(axis, at), recon.select(axis, at)
+        x, y = x.flip(0, 1), y.flip(0, 1)                        # RAS: now head or front is up, the patient's right on the left
+        pixel = min(spacing)
+        size = [max(1, round(n * spacing[a] / pixel)) for n, a in zip(x.shape, others)]
+        factor = max(1, 256 // max(size))
+        def grey(v):
+            return ((v.clamp(-1, 1) + 1) * 127.5)[..., None].expand(-1, -1, 3)
+        error = (y - x).abs() / 0.5 * 2
+        hot = torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
+        panels = []
+        for panel in (grey(x), grey(y), hot):
+            panel = F.interpolate(panel.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1)
+            panels.append(F.pad(panel, (0, 0, 2, 2, 2, 2), value=64))
+        rows.append(torch.cat(panels, 1))
+    width = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, 0, width - row.shape[1]), value=64) for row in rows]).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- loop
+
+@dataclass
+class Run:
+    """What the parts of the loop share."""
+    cfg: TrainConfig
+    state: State
+    device: torch.device
+    dataset: data.Data
+    crops: data.Crops
+    held_out: Iterable[data.Crop]
+    out: Path
+    log: Log
+    total: int                                                   # optimizer steps
+    per_epoch: int                                               # of them
+
+
+def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
+    """The data of the run; the fields of cfg that follow from them are set. Raises DataError, or ValueError where weights do not fit."""
+    dataset = data.open_data(cfg.data, cfg.train.seed, say)
+    cfg.vae = dataclasses.replace(cfg.vae, in_channels=dataset.channels)
+    cfg.loss.background, cfg.data.patch = dataset.background, dataset.patch
+    if cfg.loss.channel_weights is not None and len(cfg.loss.channel_weights) != dataset.channels:
+        raise ValueError(f"loss.channel_weights has {len(cfg.loss.channel_weights)} factors, the data has {dataset.channels} channels; "
+                         f"give one for each")
+    return dataset
+
+
+def predicted_peak(cfg: TrainConfig, device: torch.device) -> str:
+    """What memtest.py predicts for a step of this config on `device`, as a line; needs no such device."""
+    try:
+        peak = memtest.predict(lambda d: make_step(cfg, d), device)
+    except RuntimeError as error:
+        return f"predicted peak: none, {one_line(error)}"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / memtest.GIB:.2f} GiB; {' '.join(memtest.LEFT_OUT.split())}"
+
+
+def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str], None]) -> MemoryConfig:
+    """The cheapest memory settings whose predicted peak leaves 10 % of `budget` (GiB, or `free`) unused. ValueError where none does."""
+    if budget == "free":
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise ValueError("--fit needs a number of GiB where there is no GPU whose free memory it could take: --fit 16")
+        limit = float(torch.cuda.mem_get_info(device)[0])
+    else:
+        limit = convert(budget, float, "--fit") * memtest.GIB
+    dtype, size = pick_precision(cfg.train.amp, device)[0] or torch.float32, cfg.data.patch
+    with torch.device("meta"):
+        candidates = memtest.memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
+
+    def step_with(size: Sequence[int], memory: dict) -> Callable:
+        changed = memtest.change(cfg, {"data": {"patch": size}, "memory": memory})
+        return lambda d: make_step(changed, d)
+    plan = memtest.plan(step_with, size, limit, candidates, device)
+    text = f"{plan.bytes / memtest.GIB:.2f} GiB predicted at {','.join(map(str, size))}, {limit / memtest.GIB:.2f} given, 10 % kept free"
+    if not plan.fits:
+        raise ValueError(f"--fit: nothing fits: the least is {memtest.memory_text(plan.memory)}, {text}; use a smaller --patch or --batch, "
+                         f"or --fit {plan.bytes / 0.9 / memtest.GIB:.2f}")
+    say(f"--fit: memory mode {memtest.memory_text(plan.memory)}: {text}")
+    return dataclasses.replace(cfg.memory, **plan.memory)
+
+
+def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | None = None) -> int:
+    """Run from step 0 or from a checkpoint to the end, an early stop or a signal; returns the exit code.
+
+    Raises DataError or ValueError when the run cannot start, RunStopped when it cannot go on.
+    """
+    device = pick_device(cfg.train.device)
+    crops = data.Crops(dataset, cfg.train.seed)
+    per_epoch = steps_per_epoch(len(crops), cfg.train.batch * cfg.train.accum)
+    total = total_steps(cfg, per_epoch)
+    state = new_state(cfg, device)
+    if checkpoint is not None:
+        restore(state, checkpoint, out / "last.pt")
+        if state.finished and state.step >= total or stopped_early(cfg, state):
+            print(f"{out}: finished at step {state.step}; nothing to do")
+            return EXIT_DONE
+        if checkpoint["files"] != [entry.name for entry in dataset.train]:
+            print(f"{out}: the training volumes are not those that the run began with, so it goes on, but not bit for bit")
+        state.finished = False
+    turn_dial(cfg, state, settled(cfg.memory, state, (cfg.train.batch, dataset.channels, *dataset.patch)))
+    sinks = open_sinks(cfg, out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(cfg, out, total, state.step, sinks)
+    held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
+    run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
+    save_config(run)
+    log.say(f"{cfg.preset}: {sum(p.numel() for p in state.vae.parameters()):,} parameters, memory mode {dial_text(cfg.memory)}; {device}, "
+            f"{pick_precision(cfg.train.amp, device)[1]}")
+    for text in memtest.environment_warnings() if device.type == "cuda" else []:
+        log.say(f"warning: {text}")
+    log.say(f"{total} steps of {cfg.train.batch * cfg.train.accum} crops, {per_epoch} an epoch; run folder {out}")
+    with caught_signals() as received:
+        if checkpoint is None:
+            validation(run, epoch=0)
+            save_last(run)
+        for step, micro_batches in step_batches(cfg, crops, range(state.step, total), device):
+            train_and_log(run, step, micro_batches)
+            if state.step % cfg.train.val_every == 0 or state.step == total:
+                validation(run, step // per_epoch)
+            state.finished = state.step == total or stopped_early(cfg, state)
+            if state.finished:
+                finish(run)
+            if state.finished or cfg.log.sample_every and state.step % cfg.log.sample_every == 0:
+                save_samples(run)
+            if state.finished or received or state.step % cfg.train.save_every == 0:
+                save_last(run)
+            if state.finished or received:
+                break
+    log.close()
+    if state.finished:
+        print(f"done at step {state.step}: best {cfg.train.metric} {shown(state.best)}; weights in {out / 'best.pt'}, "
+              f"pictures in {out / 'samples'}")
+        return EXIT_DONE
+    print(f"stopped by {signal.Signals(received[0]).name} at step {state.step}, state saved; go on with: "
+          f"python train.py --resume {shlex.quote(str(out))}")
+    return SIGNALS[received[0]]
+
+
+def total_steps(cfg: TrainConfig, per_epoch: int) -> int:
+    """train.steps or train.epochs, whichever ends first; none given: 50 on synthetic volumes, else 2000."""
+    limits = [cfg.train.steps, cfg.train.epochs and cfg.train.epochs * per_epoch]
+    return min((n for n in limits if n), default=50 if cfg.data.path is None else 2000)
+
+
+def stopped_early(cfg: TrainConfig, state: State) -> bool:
+    return 0 < cfg.train.patience <= state.bad_validations
+
+
+def save_config(run: Run) -> None:
+    write_atomic(run.out / "config.yaml", lambda file: file.write(to_yaml(run.cfg).encode()))
+
+
+def recovered(run: Run, shape: Sequence[int], work: Callable[[], Any]) -> Any:
+    """work(), with recovery from out-of-memory; each change of the dial goes to the console, log.jsonl and config.yaml."""
+    def note(text: str) -> None:
+        run.log.say(text)
+        run.log.write({"step": run.state.step, "split": "memory", "change": text})
+        save_config(run)
+    return with_recovery(run.cfg, run.state, shape, note, work)
+
+
+def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
+    """One optimizer step and its row; stops the run after train.nan_limit non-finite ones in a row."""
+    cfg, state, log = run.cfg, run.state, run.log
+    started, rate = time.monotonic(), learning_rate(cfg.optim, step, run.total, state.plateau[1])
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    result = recovered(run, micro_batches[0].image.shape, lambda: train_step(cfg, state, micro_batches))
+    terms = {name: float(term) for name, term in result.terms.items()}
+    seconds = time.monotonic() - started
+    state.step = step + 1
+    voxels = sum(m.image[:, 0].numel() for m in micro_batches)
+    row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate, "grad_norm": float(result.norm),
+           "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
+           "peak_gib": round(peak_gib(run.device), 4), **gpu_use(run.device)}
+    if result.updated:
+        state.bad_steps = 0
+    else:
+        files = sorted({str(run.dataset.train[v].path) for m in micro_batches for v in m.volumes})
+        row |= {"skipped": True, "files": files}
+        overflow = state.scaler.is_enabled() and math.isfinite(terms["loss"])  # fp16: the scale falls, the run goes on
+        state.bad_steps += not overflow
+        what = "fp16 overflow" if overflow else "loss or gradient is not finite"
+        log.say(f"step {state.step}: {what}, no update; crops of {', '.join(files)}")
+    log.row(row)
+    if log.sinks and cfg.log.histogram_every and state.step % cfg.log.histogram_every == 0:
+        log_histograms(log, state)
+    if state.bad_steps >= cfg.train.nan_limit:
+        path = run.out / f"nan_step_{state.step:06d}.pt"
+        save_checkpoint(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
+                               "model": state.vae.state_dict(), "images": [m.image.cpu() for m in micro_batches]})
+        raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
+                         f"try a lower --optim.lr, or look at the files that log.jsonl names")
+
+
+@torch.no_grad()
+def validate(run: Run) -> tuple[dict[str, float], int]:
+    """Means over held-out crops or volumes of loss, terms, psnr, ssim and (unweighted) l1, through the posterior mean; and the voxels."""
+    vae, rows, voxels = run.state.shipped.eval(), [], 0
+    for crop in run.held_out:
+        x = to_device(crop.image[None], run.device)
+        out = recovered(run, x.shape, lambda x=x: forward(run.state, vae, x))
+        terms = loss_terms(run.cfg.loss, out, x) | {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x),
+                                                    "l1": losses.reconstruction_loss(out.recon, x, "l1")}
+        rows.append({name: float(term) for name, term in terms.items()})
+        voxels += x[0, 0].numel()
+    vae.train()
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, voxels
+
+
+def validation(run: Run, epoch: int) -> None:
+    """A `val` row; best.pt when it is the best so far."""
+    started, state = time.monotonic(), run.state
+    metrics, voxels = validate(run)
+    seconds = time.monotonic() - started
+    run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
+                 "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds), "peak_gib": round(peak_gib(run.device), 4)})
+    if update_best(run.cfg, state, metrics):
+        content = checkpoint_of(run.cfg, state, [])
+        save_checkpoint(run.out / "best.pt", {"kind": "vae3d.weights", "version": 1, "config": content["config"], "step": state.step,
+                                              "metrics": metrics, "model": state.shipped.state_dict(), "latent": None})
+
+
+def finish(run: Run) -> None:
+    """Measure the latent of the weights that ship and store it in both checkpoints."""
+    best = load_checkpoint(run.out / "best.pt", "vae3d.weights")
+    vae = set_dial(VAE3D(run.cfg.vae).to(run.device), run.cfg.memory)
+    vae.load_state_dict(best["model"])
+    run.state.latent = best["latent"] = latent_statistics(run, vae.eval())
+    save_checkpoint(run.out / "best.pt", best)
+
+
+@torch.no_grad()
+def latent_statistics(run: Run, vae: VAE3D) -> dict:
+    """Mean and std (Z,) of the latent mean over training crops; scale factor 1 / std over all channels (arXiv:2112.10752, App. G)."""
+    count, total, squares = 0, 0, 0
+    for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
+        x = to_device(run.crops[index][0][None], run.device)
+        mu = forward(run.state, vae.encode, x).mu.double()
+        count, total, squares = count + mu[0, 0].numel(), total + mu.sum((0, 2, 3, 4)), squares + mu.square().sum((0, 2, 3, 4))
+    mean = total / count
+    whole = (squares.sum() / count / len(mean) - mean.mean().square()).clamp_min(1e-12).sqrt()
+    return {"mean": mean.float().cpu(), "std": (squares / count - mean.square()).clamp_min(0).sqrt().float().cpu(),
+            "scale_factor": float(1 / whole)}
+
+
+def save_last(run: Run) -> None:
+    """last.pt, and train.keep older ones as step_XXXXXX.pt."""
+    content = checkpoint_of(run.cfg, run.state, [entry.name for entry in run.dataset.train])
+    save_checkpoint(run.out / "last.pt", content)
+    if run.cfg.train.keep:
+        save_checkpoint(run.out / f"step_{run.state.step:06d}.pt", content)
+        for old in sorted(run.out.glob("step_*.pt"))[:-run.cfg.train.keep]:
+            old.unlink()
+
+
+@torch.no_grad()
+def save_samples(run: Run) -> None:
+    """OUT/samples/step_XXXXXX_NAME.png and _recon.nii.gz of the first crop of up to log.samples held-out volumes."""
+    vae, done, folder = run.state.shipped.eval(), set(), run.out / "samples"
+    folder.mkdir(exist_ok=True)
+    for crop in run.held_out:
+        name = crop.entry.name
+        if name in done or len(done) == run.cfg.log.samples:
+            continue
+        done.add(name)
+        x = to_device(crop.image[None], run.device)
+        recon = recovered(run, x.shape, lambda x=x: forward(run.state, vae, x)).recon[0].float().cpu()
+        picture = comparison(crop.image, recon, crop.entry.spacing, run.cfg.loss.background)
+        stem = f"step_{run.state.step:06d}_{name}"
+        write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(memtest.png(picture)))
+        data.write_nifti(folder / f"{stem}_recon.nii.gz", recon.numpy(), crop.affine)
+        for sink in run.log.sinks:
+            sink.picture(f"samples/{name}", picture, run.state.step)
+    vae.train()
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT, SIGTERM and SIGUSR1, so that the loop ends after the step at hand."""
+    received: list[int] = []
+    try:
+        before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in SIGNALS}
+    except ValueError:                                           # not the main thread: nobody signals it
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------- command line
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a signal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = vars(build_parser().parse_args(argv))
+        checkpoint, base, out = None, None, None
+        if "resume" in options:
+            path = Path(options["resume"])
+            path = path / "last.pt" if path.is_dir() else path
+            checkpoint, out = load_checkpoint(path, "vae3d.train"), path.parent
+            base = config_from(checkpoint["config"], TrainConfig(), str(path))
+        cfg = load_config(argv, base)
+        out = out or run_folder(cfg)
+        cfg.train.out = str(out)
+        dry = options.get("dry_run", False)
+        say = (lambda text: print(f"# {text}")) if dry else print  # a dry run's output is a config file
+        for text in set_backend(cfg):
+            say(text)
+        simulated = dry and cfg.train.device.startswith("cuda")  # a card that is not here can be predicted for
+        device = torch.device(cfg.train.device) if simulated else pick_device(cfg.train.device)
+        dataset = open_data(cfg, say)
+        if "fit" in options:
+            cfg.memory = fit(cfg, device, options["fit"], say)
+        if dry:
+            print(to_yaml(cfg), end="")
+            say(predicted_peak(cfg, device))
+            return EXIT_DONE
+        return train(cfg, dataset, out, checkpoint)
+    except (RunStopped, OSError) as error:
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    except (ValueError, DataError) as error:
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def set_backend(cfg: TrainConfig) -> list[str]:
+    """Process-wide settings, before CUDA starts; returns what to say about them."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cfg.train.deterministic, not cfg.train.deterministic
+    if not torch.cuda.is_available() or cfg.train.device == "cpu":
+        return []
+    wanted = [f"expandable_segments:{cfg.memory.expandable_segments}"]
+    wanted += [f"max_split_size_mb:{cfg.memory.max_split_size_mb}"] if cfg.memory.max_split_size_mb else []
+    if torch.cuda.is_initialized():
+        return [f"CUDA allocator: already started, {','.join(wanted)} not applied"]
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    if name in os.environ:
+        return [f"CUDA allocator: {name}={os.environ[name]} from the environment is kept"]
+    os.environ[name] = ",".join(wanted)
+    return [f"CUDA allocator: {os.environ[name]}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
