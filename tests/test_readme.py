@@ -1,0 +1,66 @@
+"""Every command in the README runs, with steps and sizes cut; every file that it links exists; the Python example works."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import memtest
+import train
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+SMALL = ["--vae.base_channels", "4", "--patch", "4,8,8", "--accum", "1", "--steps", "1", "--device", "cpu",
+         "--data.synthetic_size", "8,16,16", "--data.synthetic_count", "3", "--train.val_crops", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    (path / "DATA").mkdir()
+    for n in range(3):
+        values = (rng.random((16, 12, 8)) * 2000 - 1000).astype(np.int16)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), path / "DATA" / f"scan{n}.nii.gz")
+    (path / "config").symlink_to(ROOT / "config")
+    return path
+
+
+def test_the_two_commands_come_first_and_ci_runs_them():
+    assert COMMANDS[0] == "python -m pip install -r requirements.txt && python train.py --preset ultra_lightweight --amp --accum 8"
+    assert COMMANDS[1] == "python -m pip install -r requirements-dev.txt && python -m pytest"
+    assert TEXT.index(COMMANDS[1]) < 1500                        # the first screen
+    assert "grep '^python -m pip install -r requirements' README.md" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("command", [c.split(" && ")[-1] for c in COMMANDS if "pytest" not in c])
+def test_command_runs(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    script, *flags = shlex.split(command)[1:]
+    if script == "train.py":
+        assert train.main([*flags, *([] if "--resume" in flags else SMALL)]) == 0
+    elif script == "memtest.py":
+        cut = ["--budget", "0.01"] if "--budget" in flags else []
+        assert memtest.main([*flags, *cut, "--vae.base_channels", "4", "--resolution", "16,32,32"]) == 0
+    else:
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags, *(["--help"] if script.startswith("bench") else [])],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python_example_runs():
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+        names = {}
+        exec(block, names)                                       # noqa: S102
+        assert names["recon"].shape == (1, 1, 30, 64, 50)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
