@@ -33,7 +33,7 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,9 @@ SPATIAL = (".nii", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".hea
 PARTNER = {".img": ".hdr", ".rec": ".par", ".brik": ".head"}  # voxels -> header of a volume that lies in two files
 COMPRESSED = (".gz", ".bz2", ".zst")
 DENSE_KEYS = ("volume", "voxel", "vol")  # of an .npz, in this order
+POINTS = 4096        # places kept to put a foreground crop at: of each volume, or of each class of it
+CONTRAST = 0.05      # normalised; an image voxel further than this from the background is foreground
+MAX_CLASSES = 1024   # of a label map: class ids lie below
 GUESSED_CHANNELS = 8  # an outer axis of a 4-D array is taken for channels up to this length (the networks are tested with 1-8)
 WINDOWS = {name: (level - width / 2, level + width / 2) for name, width, level in
            (("lung", 1500, -600), ("bone", 1500, 300), ("soft_tissue", 400, 50), ("brain", 80, 35))}  # HU, low and high
@@ -81,6 +84,8 @@ class DataConfig:
     channel_axis: int | None = None          # of 4-D .npy and .npz; None: the shorter of the last and the first axis, up to 8
     select_channel: int | None = None        # use this channel alone, from 0
     flip: str = "none"                       # none, or axes flipped at random, such as W or DHW
+    foreground: float = 0.0                  # share of crops that are placed to hold a voxel that is not background (with labels: of a
+                                             # class drawn evenly among the volume's); above 0 every validation crop holds one
     jitter: float = 0.0                      # contrast times a factor in [1 - jitter, 1 + jitter]; the background stays where it is
     strict: bool = False                     # a refused file is an error instead of a line
     cache_dir: str | None = None             # None: $XDG_CACHE_HOME/vae3d, else ~/.cache/vae3d; may be deleted when nothing trains
@@ -104,6 +109,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; use {least} or more")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"data.val_fraction is {self.val_fraction}; use a share of the files in [0, 1)")
+        if not 0 <= self.foreground <= 1:
+            raise ValueError(f"data.foreground is {self.foreground}; use a share of the crops in [0, 1], such as 0.5")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"data.jitter is {self.jitter}; use a factor in [0, 1), such as 0.1")
         if len(self.hu_range) != 2 or not -math.inf < self.hu_range[0] < self.hu_range[1] < math.inf:
@@ -560,11 +567,65 @@ class Entry:
     intensity: Intensity
     store: str | np.ndarray
     guessed: bool = False                # the modality was guessed
+    points: str | np.ndarray | None = None  # (K, P, 3), D H W of P foreground voxels of each of K classes, or a file of them
 
     def read(self, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region (slices of D, H, W), of which alone is read."""
         array = _open_array(self.store) if isinstance(self.store, str) else self.store
         return np.array(array if region is None else array[(slice(None), *region)])
+
+
+def foreground_points(entry: Entry) -> np.ndarray:
+    """Places of foreground voxels, (K, P, 3) int32 in D, H, W: P <= POINTS spread evenly over the volume's.
+
+    K is 0 where there is none. A function of the voxels alone. Reads the volume in slabs, twice: memory is bounded whatever its size.
+    """
+    depth = max(1, 2**22 // math.prod(entry.shape[2:]))
+    slabs = [slice(d, min(d + depth, entry.shape[1])) for d in range(0, entry.shape[1], depth)]
+
+    def voxels_by_class(slab: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Class of each foreground voxel of the slab and its flat place, sorted by both."""
+        region = (slab, slice(None), slice(None))
+        distance = np.abs(entry.read(region) - np.float32(entry.intensity.background)).max(0)
+        classes = (distance > CONTRAST).astype(np.int16)  # sorted by radix
+        places = np.flatnonzero(classes)
+        classes = classes.reshape(-1)[places]
+        order = np.argsort(classes, kind="stable")
+        return classes[order], places[order]
+
+    counts = sum((np.bincount(voxels_by_class(slab)[0], minlength=MAX_CLASSES) for slab in slabs), np.zeros(MAX_CLASSES, dtype=np.int64))
+    present = np.flatnonzero(counts)
+    length = min(POINTS, int(counts.max()))
+    points = np.empty((len(present), length, 3), dtype=np.int32)
+    strata = np.arange(length)                       # rank r of n: one in each n-th of the class, so every voxel is as likely as another
+    ranks = [np.minimum((strata + _rng(0, "points", int(c)).random(length)) * (counts[c] / length), counts[c] - 1).astype(np.int64)
+             for c in present]
+    seen = np.zeros(MAX_CLASSES, dtype=np.int64)
+    for slab in slabs:
+        classes, places = voxels_by_class(slab)
+        for k, c in enumerate(present):
+            first, last = np.searchsorted(classes, (c, c + 1))
+            here = (ranks[k] >= seen[c]) & (ranks[k] < seen[c] + last - first)
+            d, h, w = np.unravel_index(places[first + ranks[k][here] - seen[c]], (slab.stop - slab.start, *entry.shape[2:]))
+            points[k, here] = np.stack([d + slab.start, h, w], -1)
+            seen[c] += last - first
+    return points
+
+
+def _with_points(entry: Entry) -> Entry:
+    """The entry with its foreground places, which lie beside its voxels in the cache, made once."""
+    if not isinstance(entry.store, str):
+        return dataclasses.replace(entry, points=foreground_points(entry))
+    file = Path(f"{entry.store.removesuffix('.npy')}-points.npy")
+    try:
+        np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or damaged
+        points = foreground_points(entry)
+        try:
+            _write(file, functools.partial(np.save, arr=points))
+        except OSError as error:
+            raise _cache_error(file.parent, error) from None
+    return dataclasses.replace(entry, points=str(file))
 
 
 @functools.lru_cache(maxsize=256)  # each map holds a file descriptor, of which a process usually has 1024
@@ -629,6 +690,10 @@ def cache_folder(cfg: DataConfig) -> Path:
     except OSError as error:
         raise DataError(f"{_show(folder)}: cannot write the cache ({error.strerror or error}); set data.cache_dir to a folder that can be "
                         "written") from None
+    for file in folder.glob(".*.tmp"):  # a process that was killed while it wrote; one that still writes is younger than a day
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", file.name) and time.time() - file.stat().st_mtime > 86400:
+                file.unlink()
     return folder
 
 
@@ -668,8 +733,7 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
                    "volumes": volumes}
         _write(record, lambda stream: stream.write(json.dumps(content).encode()))  # last: its presence says that the arrays are there
     except OSError as error:
-        raise CacheError(f"{_show(folder)}: cannot write the cache ({error.strerror or error}); free some space or set data.cache_dir to "
-                         "another disk") from None
+        raise _cache_error(folder, error) from None
     entries = _from_cache(record, item)
     if entries is None:
         raise CacheError(f"{_show(record)}: the cache vanished while it was written; let no other program clean {_show(folder)}")
@@ -678,6 +742,11 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
 
 class CacheError(DataError):
     """The cache cannot be written: no fault of the volume at hand, and the end of the run."""
+
+
+def _cache_error(folder: Path, error: OSError) -> CacheError:
+    return CacheError(f"{_show(folder)}: cannot write the cache ({error.strerror or error}); free some space or set data.cache_dir to "
+                      "another disk")
 
 
 def _write(path: Path, write: Callable) -> int:
@@ -751,6 +820,8 @@ def open_data(cfg: DataConfig, seed: int, say: Callable[[str], object] = print) 
     train, val = ([entry for group in groups for entry in group] for groups in (training, held_out))
     taken: dict[str, str | None] = {}
     train, val = ([_with_unique_name(entry, taken) for entry in entries] for entries in (train, val))
+    if cfg.foreground:
+        train, val = ([_with_points(entry) for entry in entries] for entries in (train, val))
     patch = cfg.patch or _default_patch(train, (16, 48, 48) if cfg.path is None else (32, 64, 64))
     say(f"data: {len(train)} training volumes ({files[0]} files), {len(val)} held out ({files[1]}), {train[0].shape[0]} "
         f"channel{'s' * (train[0].shape[0] > 1)}, crops of {_sizes(patch)}")
@@ -851,8 +922,12 @@ class Crops(torch.utils.data.Dataset):
             self.order = _rng(self.seed, "order", epoch).permutation(len(self)) % len(self.data.train)
             self.epoch = epoch
         number = int(self.order[place])
+        entry, cfg, point = self.data.train[number], self.data.cfg, None
         draw = _rng(self.seed, "crop", index).random(8)
-        return torch.from_numpy(_augmented_crop(self.data.train[number], self.data.patch, draw, self.data.cfg)), number
+        if cfg.foreground:  # draws of their own: the others stay where they are
+            share, *which = _rng(self.seed, "foreground", index).random(3)
+            point = _point(entry, which) if share < cfg.foreground else None
+        return torch.from_numpy(_augmented_crop(entry, self.data.patch, draw, cfg, point)), number
 
 
 class Crop(NamedTuple):
@@ -863,13 +938,17 @@ class Crop(NamedTuple):
 
 
 def val_crops(data: Data, seed: int, count: int) -> list[Crop]:
-    """`count` fixed crops of size data.patch of the held-out volumes, each in turn, never augmented; crop k is a function of (seed, k)."""
+    """`count` fixed crops of size data.patch of the held-out volumes, each in turn, never augmented; crop k is a function of (seed, k).
+
+    With data.foreground above 0 each of them holds foreground, if its volume has any.
+    """
     order = _rng(seed, "val order").permutation(len(data.val))
     crops = []
     for k in range(count):
         entry, draw = data.val[order[k % len(order)]], _rng(seed, "val", k).random(3)
-        image = torch.from_numpy(_crop(entry, data.patch, draw))
-        d, h, w = _starts(entry, data.patch, draw)
+        point = _point(entry, _rng(seed, "val foreground", k).random(2)) if data.cfg.foreground else None
+        d, h, w = starts = _starts(entry, data.patch, draw, point)
+        image = torch.from_numpy(_crop(entry, data.patch, starts))
         crops.append(Crop(image, entry, entry.affine @ nib.affines.from_matvec(np.eye(3), (w, h, d))))  # affines are in x, y, z
     return crops
 
@@ -883,14 +962,26 @@ class WholeVolumes:
         return (Crop(torch.from_numpy(entry.read()), entry, entry.affine) for entry in self.entries)
 
 
-def _starts(entry: Entry, size: tuple[int, ...], draw: np.ndarray) -> list[int]:
-    """First voxel of a crop at a place given by three numbers in [0, 1); below 0 where the volume is smaller and lies centred in it."""
-    return [int(u * (n - want + 1)) if n >= want else -((want - n) // 2) for u, n, want in zip(draw, entry.shape[1:], size)]
+def _point(entry: Entry, draw: Sequence[float]) -> tuple[int, ...] | None:
+    """A foreground voxel D, H, W chosen by two numbers in [0, 1): class, then place; None where the volume has none."""
+    points = _open_array(entry.points) if isinstance(entry.points, str) else entry.points
+    return tuple(points[int(draw[0] * points.shape[0]), int(draw[1] * points.shape[1])].tolist()) if len(points) else None
 
 
-def _crop(entry: Entry, size: tuple[int, ...], draw: np.ndarray) -> np.ndarray:
+def _starts(entry: Entry, size: tuple[int, ...], draw: np.ndarray, point: tuple[int, ...] | None = None) -> list[int]:
+    """First voxel of a crop at a place given by three numbers in [0, 1); below 0 where the volume is smaller and lies centred in it.
+
+    point: a voxel that the crop must hold; then the numbers choose among the places where it does.
+    """
+    starts = []
+    for axis, (u, n, want) in enumerate(zip(draw, entry.shape[1:], size)):
+        low, high = (0, n - want) if point is None else (max(0, point[axis] - want + 1), min(point[axis], n - want))
+        starts.append(low + int(u * (high - low + 1)) if n >= want else -((want - n) // 2))
+    return starts
+
+
+def _crop(entry: Entry, size: tuple[int, ...], starts: list[int]) -> np.ndarray:
     """A crop (C, *size); where the volume is smaller, the rest is its background."""
-    starts = _starts(entry, size, draw)
     region = tuple(slice(max(start, 0), min(start + want, n)) for start, want, n in zip(starts, size, entry.shape[1:]))
     voxels = entry.read(region)
     if voxels.shape[1:] == tuple(size):
@@ -901,13 +992,14 @@ def _crop(entry: Entry, size: tuple[int, ...], draw: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig) -> np.ndarray:
+def _augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig,
+                    point: tuple[int, ...] | None = None) -> np.ndarray:
     """draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others."""
     size = patch
     if cfg.spacing == "random":
         low, high = map(math.log, cfg.zoom)
-        size = tuple(max(1, round(n / math.exp(low + draw[3] * (high - low)))) for n in patch)
-    crop = _crop(entry, size, draw[:3])
+        size = tuple(max(1, round(n / math.exp(low + draw[3] * (high - low)))) if n > 1 else 1 for n in patch)  # a picture stays flat
+    crop = _crop(entry, size, _starts(entry, size, draw[:3], point))
     if size != patch:
         crop = F.interpolate(torch.from_numpy(crop)[None], size=patch, mode="trilinear")[0].numpy()
     if cfg.flip != "none":

@@ -1,5 +1,7 @@
 """data.py: every file read right or refused in one line, crops that are functions of (seed, index), a cache that can be trusted."""
+import dataclasses
 import gzip
+import hashlib
 import json
 import multiprocessing
 import os
@@ -643,6 +645,108 @@ def test_validation_crops_are_fixed_and_spread(folder, tmp_path):
         assert (crop.image == -1).sum() >= crop.image.numel() - whole[box].size
 
 
+def digest(arrays: list[np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()[:16]
+
+
+def test_crops_of_a_seed_are_those_of_version_1(folder, tmp_path):
+    """Recorded before foreground crops, labels and pictures came in; IEEE operations voxel by voxel, so the same on any machine."""
+    for fields, expected in (({}, "93d8ec7bf8418041"), ({"flip": "DHW", "jitter": 0.2}, "4f0ba9bf5faf76e0")):
+        opened = open_data(config(folder, tmp_path, **fields), 3, quiet)
+        crops = Crops(opened, 5)
+        images = [crops[i][0].numpy() for i in range(40)] + [crop.image.numpy() for crop in data.val_crops(opened, 5, 6)]
+        assert digest(images) == expected, fields
+    for kind, sums in (("ct", (-24561.74, -25629.18)), ("radar", (5194.166, 5227.592))):
+        opened = open_data(DataConfig(synthetic=kind, synthetic_count=3, synthetic_size=(24, 48, 40)), 0, quiet)
+        np.testing.assert_allclose([entry.read().sum(dtype=np.float64) for entry in opened.train], sums, rtol=1e-5)
+
+
+def sparse_grid(path: Path, seed: int, size: int = 40, points: int = 6) -> None:
+    """A radar frame (2 channels) of which 99.99 % is empty: what lies in it lies close together."""
+    rng = np.random.default_rng(seed)
+    grid = np.zeros((size, size, size, 2), np.float32)
+    place = rng.integers(0, size - 4, 3)
+    grid[tuple((place + rng.integers(0, 4, (points, 3))).T)] = (1, 20)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, grid)
+
+
+def test_foreground_crops_of_sparse_grids(tmp_path):
+    for number in range(4):
+        sparse_grid(tmp_path / "in" / f"{number}.npy", number)
+
+    def crops(foreground: float) -> tuple[list[torch.Tensor], data.Data]:
+        opened = open_data(config(tmp_path / "in", tmp_path, foreground=foreground, patch=(8, 8, 8), modality="radar"), 0, quiet)
+        dataset = Crops(opened, 1)
+        return [dataset[i][0] for i in range(200)], opened
+
+    (never, plain), (half, _), (always, opened) = (crops(share) for share in (0.0, 0.5, 1.0))
+    shares = [sum(bool(crop.any()) for crop in images) / 200 for images in (never, half, always)]
+    assert shares[0] < 0.1 and 0.4 < shares[1] < 0.65 and shares[2] == 1, shares
+    same = sum(torch.equal(a, b) for a, b in zip(never, half)) / 200
+    assert 0.4 < same < 0.65, "the crops that are not placed stay where they were"
+    assert not all(crop.image.any() for crop in data.val_crops(plain, 0, 8))
+    assert all(crop.image.any() for crop in data.val_crops(opened, 0, 8)), "an empty validation crop"
+    places = np.array([np.argwhere(crop.numpy()[0])[0] for crop in always])
+    assert places.min() == 0 and places.max() == 7, "the foreground lies anywhere in the crop"
+    shuffled = Crops(opened, 1)
+    assert all(torch.equal(shuffled[i][0], always[i]) for i in random.Random(0).sample(range(200), 30)), "a function of (seed, index)"
+
+
+def test_foreground_places_are_bounded_even_and_kept(tmp_path, monkeypatch):
+    array = np.zeros((30, 31, 32), np.float32)
+    array[5:25, 3, 4], array[0, 0, 0] = 1, 0.04                # the second is too faint to count
+    np.save(tmp_path / "a.npy", array)
+    cfg = config(tmp_path / "a.npy", tmp_path, foreground=1, modality="voxel")
+    entry = open_data(cfg, 0, quiet).train[0]
+    assert sorted(map(tuple, np.load(entry.points)[0])) == [(4, 3, x) for x in range(5, 25)], "each voxel once, D H W"
+    monkeypatch.setattr(data, "foreground_points", lambda *_: pytest.fail("made again"))
+    assert open_data(cfg, 0, quiet).train[0].points == entry.points
+    monkeypatch.undo()
+    os.truncate(entry.points, 50)
+    assert np.load(open_data(cfg, 0, quiet).train[0].points).shape == (1, 20, 3), "a damaged one is made again"
+    dense = data.Entry("dense", None, (1, 20, 50, 60), (1, 1, 1), np.eye(4), data.Intensity("voxel", (-1,), (1,)),
+                       np.ones((1, 20, 50, 60), np.float32))
+    points = data.foreground_points(dense)
+    assert points.shape == (1, data.POINTS, 3) and len(np.unique(points[0], axis=0)) > 0.99 * data.POINTS
+    np.testing.assert_allclose(points[0].mean(0), (9.5, 24.5, 29.5), atol=0.6)
+    empty = dataclasses.replace(dense, store=dense.store * 0)
+    assert data._point(dataclasses.replace(empty, points=data.foreground_points(empty)), (0.5, 0.5)) is None
+
+
+def test_foreground_places_do_not_depend_on_the_slabs(monkeypatch):
+    rng = np.random.default_rng(0)
+    array = (rng.random((1, 12, 9, 10)) < 0.3).astype(np.float32)
+    entry = data.Entry("a", None, array.shape, (1, 1, 1), np.eye(4), data.Intensity("voxel", (-1,), (1,)), array)
+    whole = data.foreground_points(entry)
+    monkeypatch.setattr(data.math, "prod", lambda *_: 2**21)   # slabs of 2
+    assert np.array_equal(data.foreground_points(entry), whole)
+
+
+@needs_real
+def test_held_out_crops_of_real_radar_are_not_empty(tmp_path):
+    content = {"training": [str(REAL / "radar" / "tj4d_070070_voxel_dense.npz")], "validation": [
+        str(REAL / "radar" / f"tj4d_0700{n}_voxel_sparse.npz") for n in (80, 90)]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    opened = open_data(config(tmp_path / "list.json", tmp_path, foreground=0.5, patch=(16, 16, 16)), 0, quiet)
+    filled = [bool(crop.image.any()) for crop in data.val_crops(opened, 0, 12)]
+    assert all(filled), f"{12 - sum(filled)} of 12 are empty"
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    old, young, other = (tmp_path / "cache" / name for name in (f".a.npy.{'0' * 32}.tmp", f".b.npy.{'1' * 32}.tmp", ".mine.tmp"))
+    for file in (old, young, other):
+        file.write_bytes(b"half")
+    for file in (old, other):
+        os.utime(file, (1, 1))
+    open_data(config(folder, tmp_path), 0, quiet)
+    assert not old.exists() and young.exists() and other.exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------- synthetic
 @pytest.mark.parametrize(("kind", "channels", "background"), [("ct", 1, -1), ("radar", 4, 0)])
 def test_synthetic_volumes(kind, channels, background):
@@ -737,7 +841,7 @@ def test_fuzzed_files_give_a_volume_or_one_line(name, tmp_path):
                                     {"val_fraction": 1.0}, {"spacing": "1,2"}, {"spacing": "fine"}, {"spacing": "1,0,1"}, {"flip": "X"},
                                     {"jitter": -0.1}, {"hu_range": (5, 5)}, {"zoom": (2, 1)}, {"nan": "ignore"}, {"four_d": "time"},
                                     {"crops_per_volume": 0}, {"workers": -1}, {"voxel_scale": (0.0,)}, {"max_gib": 0},
-                                    {"resize": (1, 2, 0)}])
+                                    {"resize": (1, 2, 0)}, {"foreground": 1.5}])
 def test_config_names_the_field_that_is_wrong(fields):
     with pytest.raises(ValueError, match=f"data.{next(iter(fields))} is .*; "):
         DataConfig(**fields)
