@@ -4,13 +4,18 @@
     recon, mu, logvar = vae(x)                    # x (B, 1, D, H, W) in [-1, 1], any size
     vae.memory("tile", (64, 64, 64))              # the memory dial: none | checkpoint | tile, all with the same result
 
-Follows: VAE (arXiv:1312.6114), residual autoencoder of latent diffusion (arXiv:2112.10752, App. E.3) carried to 3D.
+    vae = VAE3D.from_preset("ultra_lightweight", bottleneck="vq", num_codes=512)
+    recon, vq_loss, index = vae(x)                # add vq_loss to the loss; after optimizer.step(): vae.quantizer.update()
+    vae.decode_indices(index, x.shape[2:])
+
+Follows: VAE (arXiv:1312.6114), VQ-VAE (arXiv:1711.00937), FSQ (arXiv:2309.15505), residual autoencoder of latent diffusion
+(arXiv:2112.10752, App. E.3) carried to 3D.
 Deviations: presets without normalisation (they learn faster here, docs/LOG.md), a stride per level and per axis,
 attention through scaled_dot_product_attention only, nearest interpolation before the upsampling convolution.
 The network is two flat lists of layers, so that a stretch of them can be run tile by tile, exactly ("Exact tiled execution" below).
 
-Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent depth height width.
-Version 0.2 (2026-11).
+Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent depth height width, K codes.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -30,13 +35,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 NORMS = ("none", "group", "layer")
+BOTTLENECKS = ("kl", "vq", "fsq")
 MEMORY_MODES = ("none", "checkpoint", "tile")
 LOGVAR_RANGE = (-30.0, 20.0)                                     # exp() of it stays finite in float32 and float16
+SEARCH_ELEMENTS = 1 << 24                                        # of the table latents x codes at a time: 64 MiB in float32
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Everything that fixes the network's shape; two equal configs have equal parameter names and shapes."""
+    """Everything that fixes the network; two equal configs have equal parameter names and shapes."""
     in_channels: int = 1                                         # C of input and reconstruction; train.py sets it from the data
     base_channels: int = 16                                      # width of level l is base_channels * channel_mult[l]
     channel_mult: tuple[int, ...] = (1, 2, 2)                    # one entry a level, highest resolution first
@@ -47,14 +54,34 @@ class VAEConfig:
     norm_groups: int = 32                                        # group: at most so many; the largest that divides the width is taken
     attention: bool = False                                      # at the lowest level only: after its blocks and in both middles
     head_channels: int = 64                                      # attention: channels per head; gcd with the width where it does not divide
+    bottleneck: str = "kl"                                       # kl (Gaussian) | vq (codebook) | fsq (grid of fsq_levels)
+    num_codes: int = 512                                         # vq: K; a code has z_channels numbers
+    codebook_update: str = "ema"                                 # vq: ema (of the latents that chose a code) | gradient
+    codebook_decay: float = 0.99                                 # vq: of the averages, an optimizer step (arXiv:1711.00937, App. A.1)
+    codebook_init: str = "kmeans"                                # vq: kmeans | samples (both from the first latents) | uniform
+    codebook_cosine: bool = False                                # vq: latents and codes on the unit sphere (arXiv:2110.04627, Sec. 3.2)
+    codebook_restart: float = 0.1                                # vq: codes used less than this part of an equal share start anew; 0: none
+    lambda_vq: float = 1.0                                       # vq: weight of |sg[z] - e|^2; of use with codebook_update gradient only
+    lambda_commitment: float = 0.25                              # vq: weight of |z - sg[e]|^2, the paper's beta
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)                   # fsq: values of each latent channel; 1,000 codes (arXiv:2309.15505)
 
     def __post_init__(self):
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "strides", tuple(tuple(s) for s in self.strides))
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
         for name, least in (("in_channels", 1), ("base_channels", 1), ("num_res_blocks", 0), ("z_channels", 1), ("norm_groups", 1),
-                            ("head_channels", 1)):
-            if getattr(self, name) < least:
+                            ("head_channels", 1), ("num_codes", 2), ("codebook_restart", 0), ("lambda_vq", 0), ("lambda_commitment", 0)):
+            if not getattr(self, name) >= least:
                 raise ValueError(f"vae.{name} must be at least {least}, got {getattr(self, name)}")
+        for name, allowed in (("norm", NORMS), ("bottleneck", BOTTLENECKS), ("codebook_update", ("ema", "gradient")),
+                              ("codebook_init", ("kmeans", "samples", "uniform"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"vae.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.codebook_decay < 1:
+            raise ValueError(f"vae.codebook_decay is a decay in [0, 1), got {self.codebook_decay}")
+        if self.bottleneck == "fsq" and (len(self.fsq_levels) != self.z_channels or min(self.fsq_levels) < 2):
+            raise ValueError(f"vae.fsq_levels needs one number of 2 or more for each of vae.z_channels={self.z_channels}, "
+                             f"got {self.fsq_levels}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"vae.channel_mult needs one positive entry a level, got {self.channel_mult}")
         if len(self.strides) != len(self.channel_mult) - 1:
@@ -62,8 +89,6 @@ class VAEConfig:
                              f"{self.channel_mult}, got {len(self.strides)}: {self.strides}")
         if any(len(s) != 3 or min(s) < 1 for s in self.strides):
             raise ValueError(f"vae.strides entries are three positive integers (D, H, W), got {self.strides}")
-        if self.norm not in NORMS:
-            raise ValueError(f"vae.norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -176,7 +201,7 @@ class Head(nn.Sequential):
 
 
 def build_encoder(cfg: VAEConfig) -> nn.Sequential:
-    """Layers in the order in which they run: (B, C, D, H, W) -> (B, 2Z, d, h, w), mean and log-variance."""
+    """Layers in the order in which they run: (B, C, D, H, W) -> (B, 2Z, d, h, w), mean and log-variance; (B, Z, d, h, w) for codes."""
     widths, norm = cfg.widths, (cfg.norm, cfg.norm_groups)
     layers = OrderedDict(conv_in=nn.Conv3d(cfg.in_channels, widths[0], 3, padding=1))
     for level, width in enumerate(widths):
@@ -189,7 +214,7 @@ def build_encoder(cfg: VAEConfig) -> nn.Sequential:
     if cfg.attention:
         layers[f"level{level}_attention"] = Attention3d(width, *norm, cfg.head_channels)
     add_middle(layers, cfg)
-    layers["head"] = Head(widths[-1], 2 * cfg.z_channels, *norm)
+    layers["head"] = Head(widths[-1], (2 if cfg.bottleneck == "kl" else 1) * cfg.z_channels, *norm)
     return nn.Sequential(layers)
 
 
@@ -217,6 +242,207 @@ def add_middle(layers: OrderedDict, cfg: VAEConfig) -> None:
     if cfg.attention:
         layers["mid_attention"] = Attention3d(width, *norm, cfg.head_channels)
     layers["mid_block1"] = ResBlock3d(width, width, *norm)
+
+
+# ------------------------------------------------------------------------------------------------ Codebooks
+
+class Codes(NamedTuple):
+    """Latent on the points of a codebook."""
+    z_q: Tensor                                                  # (B, Z, d, h, w) float32; its gradient goes straight to the encoder
+    vq_loss: Tensor                                              # () float32, weighted, ready to be added; 0 with fsq
+    index: Tensor                                                # (B, d, h, w) int64 in [0, K)
+
+
+class StraightThrough(torch.autograd.Function):
+    """Value: code, to the bit, so that indices decode to the same volume. Gradient: that of x, unchanged (arXiv:1711.00937, Sec. 3.2)."""
+    @staticmethod
+    def forward(ctx, x, code):
+        return code.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser with straight-through gradient (VQ-VAE, arXiv:1711.00937, Eqs. 1-3).
+
+    z (B, Z, d, h, w) -> Codes. vq_loss = lambda_vq |sg[z] - e|^2 + lambda_commitment |z - sg[e]|^2, means over elements; the first term
+    only where the codebook learns by gradient. Float32 or wider inside, also under autocast: bf16 loses half of the codes.
+
+    In training mode a forward pass only collects what chose each code; `update`, once an optimizer step, moves the codebook (App. A.1) and
+    starts dead codes anew, so that k micro-batches equal one batch and a step that is repeated counts once. cosine: z and codes are
+    compared on the unit sphere, and z_q is a unit vector (arXiv:2110.04627, Sec. 3.2).
+    """
+    def __init__(self, num_codes: int, code_dim: int, update: str = "ema", decay: float = 0.99, cosine: bool = False, restart: float = 0.1,
+                 lambda_vq: float = 1.0, lambda_commitment: float = 0.25):
+        super().__init__()
+        self.learned, self.decay, self.cosine, self.restart = update == "gradient", decay, cosine, restart
+        self.lambda_vq, self.lambda_commitment = lambda_vq, lambda_commitment
+        codebook = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes)      # (K, Z)
+        codebook = F.normalize(codebook, dim=1) if cosine else codebook
+        if self.learned:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("code_count", torch.ones(num_codes))                                # EMA of the latents a step that chose it
+        self.register_buffer("code_sum", codebook.clone())                                       # EMA of their sum, (K, Z)
+        self.collected: list[tuple[Tensor, Tensor, Tensor]] = []                                 # per forward: counts, sums, some latents
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.codebook)
+
+    def forward(self, z: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Codes:
+        """generator: says which latents may replace dead codes, in training mode; as in VAE3D.forward."""
+        if z.shape[1] != self.codebook.shape[1]:
+            raise ValueError(f"VectorQuantizer: codes of {self.codebook.shape[1]} numbers, got z with {z.shape[1]} channels; "
+                             f"make vae.z_channels that of the codebook")
+        with torch.autocast(z.device.type, enabled=False):
+            dtype = torch.promote_types(z.dtype, torch.float32)
+            x, e = z.to(dtype).movedim(1, -1), self.codebook.to(dtype)                           # (B, d, h, w, Z), (K, Z)
+            if self.cosine:
+                x, e = F.normalize(x, dim=-1), F.normalize(e, dim=-1)
+            rows = x.detach().flatten(0, 3)                                                      # (N, Z)
+            with torch.no_grad():
+                index, count, total = nearest(rows, e, statistics=self.training)
+                if self.training:
+                    self.collected.append((count, total, self.candidates(x.detach(), generator)))
+            code = F.embedding(index.view(x.shape[:-1]), e)                                      # (B, d, h, w, Z)
+            loss = self.lambda_commitment * F.mse_loss(x, code.detach())
+            if self.learned:
+                loss = loss + self.lambda_vq * F.mse_loss(code, x.detach())
+            z_q = StraightThrough.apply(x, code.detach()).movedim(-1, 1)
+        return Codes(z_q, loss, index.view(x.shape[:-1]))
+
+    def candidates(self, x: Tensor, generator) -> Tensor:
+        """Up to K latents of each sample, drawn with the sample's own generator: x (B, d, h, w, Z) -> (B*R, Z)."""
+        rows, drawn = x.flatten(1, 3), min(self.num_codes, x[0, ..., 0].numel())
+        sources = [generator] * len(rows) if generator is None or isinstance(generator, torch.Generator) else generator
+        return torch.cat([row[torch.randint(len(row), (drawn,), generator=g).to(row.device)] for row, g in zip(rows, sources)])
+
+    @torch.no_grad()
+    def update(self, generator: torch.Generator | None = None) -> None:
+        """Move the codebook by what was collected since the last call, summed over all processes, and start dead codes anew.
+
+        A code is dead where its average count is below `restart` of the mean one; it moves to a latent drawn in proportion to its squared
+        distance from its code (the seeding of k-means++, Arthur and Vassilvitskii 2007), with twice the count of death. `generator` must be
+        the same in all processes.
+        """
+        if not self.collected:
+            return
+        counts, sums, latents = zip(*self.collected)
+        self.collected = []
+        count, total, latents = gathered(sum(counts), sum(sums), torch.cat(latents))
+        self.code_count.lerp_(count.to(self.code_count.dtype), 1 - self.decay)
+        if not self.learned:
+            self.code_sum.lerp_(total.to(self.code_sum.dtype), 1 - self.decay)
+            whole, eps = self.code_count.sum(), 1e-5                                             # Laplace smoothing: no division by 0
+            size = (self.code_count + eps) / (whole + len(count) * eps) * whole
+            self.codebook.copy_(self.on_sphere(self.code_sum / size[:, None]))
+        if self.restart:
+            mean = self.code_count.mean()
+            dead = self.code_count < self.restart * mean
+            fresh = far_rows(latents.to(self.codebook.dtype), self.codebook, len(count), generator)
+            self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
+            self.code_count.copy_(torch.where(dead, 2 * self.restart * mean, self.code_count))
+            self.code_sum.copy_(torch.where(dead[:, None], fresh * self.code_count[:, None], self.code_sum))
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None, iterations: int = 10) -> None:
+        """Start the codebook from latents (N, Z): samples of them, or the means that Lloyd's k-means finds from there."""
+        rows = self.on_sphere(rows.to(self.codebook))
+        order = torch.randperm(len(rows), generator=generator)
+        codes = rows[order[torch.arange(self.num_codes) % len(rows)].to(rows.device)]
+        for _ in range(iterations if how == "kmeans" else 0):
+            _, count, total = nearest(rows, codes, statistics=True)
+            means = self.on_sphere(total / count.clamp_min(1)[:, None])
+            codes = torch.where(count[:, None] > 0, means, far_rows(rows, codes, len(codes), generator))
+        _, count, _ = nearest(rows, codes, statistics=True)
+        self.codebook.copy_(codes)
+        self.code_count.copy_((1 - self.decay) * count / count.mean())                           # the first steps soon outweigh it
+        self.code_sum.copy_(codes * self.code_count[:, None])
+
+    def on_sphere(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=1) if self.cosine else rows
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """index (B, d, h, w) -> z_q (B, Z, d, h, w)."""
+        return F.embedding(index, self.on_sphere(self.codebook)).movedim(-1, 1)
+
+
+def nearest(rows: Tensor, codes: Tensor, statistics: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Index (N,) of the nearest of codes (K, Z) for each of rows (N, Z); on request the count (K,) and sum (K, Z) of the rows of each code.
+
+    The table of N x K distances exists only SEARCH_ELEMENTS at a time: 408,576 x 8,192 would take 12.5 GiB. |x|^2 is left out, being the
+    same along a row. The sums are products with one-hot rows: unlike scatter_add on CUDA they come out the same each time.
+    """
+    square, found = codes.square().sum(1), []
+    count = rows.new_zeros(len(codes)) if statistics else None
+    total = torch.zeros_like(codes) if statistics else None
+    for part in rows.split(max(1, SEARCH_ELEMENTS // len(codes))):
+        table = torch.addmm(square, part, codes.T, alpha=-2)
+        index = table.argmin(1)
+        found.append(index)
+        if statistics:
+            table.zero_().scatter_(1, index[:, None], 1)
+            count += table.sum(0)
+            total.addmm_(table.T, part)
+        del table                                                # before the next one is made
+    return torch.cat(found), count, total
+
+
+def far_rows(rows: Tensor, codes: Tensor, amount: int, generator: torch.Generator | None) -> Tensor:
+    """`amount` of the rows (N, Z), drawn with probabilities in proportion to the squared distance from the nearest code."""
+    error = (rows - codes[nearest(rows, codes)[0]]).square().sum(1).double()
+    edges = (error + 1e-12 + 1e-3 * error.mean()).cpu().cumsum(0)                                # CUDA's differs from run to run
+    draw = torch.rand(amount, generator=generator, dtype=torch.float64) * edges[-1]
+    return rows[torch.searchsorted(edges, draw).clamp_max(len(rows) - 1).to(rows.device)]
+
+
+def gathered(count: Tensor, total: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over all processes, and their latents in the order of the ranks; the same again where there is one process."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return count, total, latents
+    dist.all_reduce(count)
+    dist.all_reduce(total)
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, latents.cpu())                 # of different lengths where a rank's share is smaller
+    return count, total, torch.cat(every).to(latents.device)
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Each latent channel bounded by tanh and rounded to one of `levels` values (FSQ, arXiv:2309.15505, Sec. 3.1 and App. A.1).
+
+    z (B, Z, d, h, w) -> Codes, z_q in [-1, 1]. No codebook is learned, so none can collapse; vq_loss is 0. Float32 or wider inside.
+    """
+    def __init__(self, levels: Sequence[int]):
+        super().__init__()
+        self.levels, self.num_codes = tuple(levels), prod(levels)
+        self.bases = [prod(self.levels[:i]) for i in range(len(self.levels))]
+
+    def forward(self, z: Tensor, generator=None) -> Codes:
+        if z.shape[1] != len(self.levels):
+            raise ValueError(f"FiniteScalarQuantizer: {len(self.levels)} levels, got z with {z.shape[1]} channels; "
+                             f"make vae.z_channels the number of vae.fsq_levels")
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)                 # (B, d, h, w, Z)
+            levels = torch.tensor(self.levels, dtype=x.dtype, device=x.device)
+            half, offset = (levels - 1) * (1 + 1e-3) / 2, (1 - levels % 2) / 2                   # even numbers of levels: half a step aside
+            bounded = (x + (offset / half).atanh()).tanh() * half - offset
+            rounded, width = bounded.detach().round(), levels.div(2, rounding_mode="floor")
+            index = ((rounded + width).long() * torch.tensor(self.bases, device=x.device)).sum(-1)
+            z_q = StraightThrough.apply(bounded / width, rounded / width).movedim(-1, 1)
+        return Codes(z_q, z_q.new_zeros(()), index)
+
+    def update(self, generator=None) -> None:
+        """Nothing to learn; the same call as VectorQuantizer's."""
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """index (B, d, h, w) -> z_q (B, Z, d, h, w)."""
+        digits = [index // base % n for base, n in zip(self.bases, self.levels)]
+        return torch.stack([(digit - n // 2) / (n // 2) for digit, n in zip(digits, self.levels)], 1)
 
 
 # ------------------------------------------------------------------------------------------------ Exact tiled execution
@@ -722,6 +948,12 @@ class VAEOutput(NamedTuple):
     logvar: Tensor                                               # (B, Z, d, h, w) float32
 
 
+class VQOutput(NamedTuple):
+    recon: Tensor                                                # (B, C, D, H, W), the input's size
+    vq_loss: Tensor                                              # () float32, weighted, ready to be added
+    index: Tensor                                                # (B, d, h, w) int64 in [0, K)
+
+
 @torch.no_grad()
 def initialise(vae: VAE3D) -> None:
     """Start with a path on which the volume's signal reaches the reconstruction: variance-preserving where no branch goes around a layer.
@@ -740,12 +972,12 @@ def initialise(vae: VAE3D) -> None:
         elif isinstance(layer, Head):
             layer.conv.weight.mul_(2 * 3 ** 0.5)
     head, z = vae.encoder.head.conv, vae.cfg.z_channels
-    head.weight[z:].mul_(0.03)                                   # logvar: nearly constant at first
+    head.weight[z:].mul_(0.03)                                   # logvar (kl): nearly constant at first
     head.bias[z:].fill_(-6.0)
 
 
 class VAE3D(nn.Module):
-    """Encoder, Gaussian bottleneck and decoder: x (B, C, D, H, W) in [-1, 1] -> VAEOutput(recon, mu, logvar).
+    """Encoder, bottleneck and decoder: x (B, C, D, H, W) in [-1, 1] -> VAEOutput(recon, mu, logvar), or VQOutput(recon, vq_loss, index).
 
     Any D, H, W >= 1: the input is padded at its far ends to the stride's multiple by repeating the border, and the reconstruction is
     cropped back.
@@ -756,6 +988,12 @@ class VAE3D(nn.Module):
         self.cfg = cfg
         self.encoder = build_encoder(cfg)
         self.decoder = build_decoder(cfg)
+        self.quantizer: VectorQuantizer | FiniteScalarQuantizer | None = None
+        if cfg.bottleneck == "vq":
+            self.quantizer = VectorQuantizer(cfg.num_codes, cfg.z_channels, cfg.codebook_update, cfg.codebook_decay, cfg.codebook_cosine,
+                                             cfg.codebook_restart, cfg.lambda_vq, cfg.lambda_commitment)
+        elif cfg.bottleneck == "fsq":
+            self.quantizer = FiniteScalarQuantizer(cfg.fsq_levels)
         initialise(self)
         self.memory("none")
 
@@ -824,33 +1062,51 @@ class VAE3D(nn.Module):
         """(D, H, W) of an input -> (d, h, w) of its latent."""
         return tuple(-(-n // s) for n, s in zip(size, self.cfg.total_stride))
 
-    def encode(self, x: Tensor) -> Posterior:
-        """x (B, C, D, H, W) -> Posterior of the latent, float32 or wider."""
+    def encode(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Posterior | Codes:
+        """x (B, C, D, H, W) -> Posterior of the latent, or its Codes, float32 or wider. generator: see VectorQuantizer.forward."""
+        z = self.latent(x)
+        if self.quantizer is not None:
+            return self.quantizer(z, generator)
+        mu, logvar = z.chunk(2, dim=1)
+        return Posterior(mu, logvar.clamp(*LOGVAR_RANGE))
+
+    def latent(self, x: Tensor) -> Tensor:
+        """The encoder's output, float32 or wider: (B, 2Z, d, h, w), or (B, Z, d, h, w) before it is quantised."""
         if x.dim() != 5 or x.shape[1] != self.cfg.in_channels:
             raise ValueError(f"VAE3D: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
                              f"make vae.in_channels the number of channels of the data")
         x = pad_to_multiple(x, self.cfg.total_stride)
-        moments = self._run(self.encoder, x, x.shape[2:])
-        mu, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
-        return Posterior(mu, logvar.clamp(*LOGVAR_RANGE))
+        z = self._run(self.encoder, x, x.shape[2:])
+        return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """z (B, Z, d, h, w) -> (B, C, D, H, W). `size` crops to the (D, H, W) of the volume that was encoded."""
         recon = self._run(self.decoder, z, [n * s for n, s in zip(z.shape[2:], self.cfg.total_stride)])
         return recon if size is None else recon[..., :size[0], :size[1], :size[2]]
 
-    def forward(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> VAEOutput:
-        """Reconstruct x through a sampled latent in training mode, through the mean in eval mode.
+    def decode_indices(self, index: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Codes (B, d, h, w) as `encode` gave them -> (B, C, D, H, W), as decode(z_q) gives it. ValueError without a codebook."""
+        if self.quantizer is None:
+            raise ValueError("decode_indices: vae.bottleneck is kl, which has no codes; use decode, or build with vq or fsq")
+        return self.decode(self.quantizer.lookup(index), size)
 
-        generator: source of the latent noise, one for the batch or one per sample (on the CPU, so that every device
-        draws the same); None: torch's global one.
+    def forward(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> VAEOutput | VQOutput:
+        """Reconstruct x: through a sampled latent in training mode and through the mean in eval mode, or through its codes.
+
+        generator: source of the latent noise (kl) or of replacements for dead codes (vq), one for the batch or one per sample (on the
+        CPU, so that every device draws the same); None: torch's global one.
         """
+        if self.quantizer is not None:
+            z_q, vq_loss, index = self.encode(x, generator)
+            return VQOutput(self.decode(z_q, x.shape[2:]), vq_loss, index)
         mu, logvar = self.encode(x)
         z = sample_posterior(mu, logvar, generator) if self.training else mu
         return VAEOutput(self.decode(z, x.shape[2:]), mu, logvar)
 
     def _run(self, layers: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
         """x through `layers` as the dial says; size: (D, H, W) of the volume that x is or stands for."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(layers[0].weight.dtype)                     # 16-bit weights take float32 volumes and latents
         segments = [(i, i + 1, None) for i in range(len(layers))]
         if self.memory_mode == "tile":
             device = torch.device("cpu") if isinstance(x, torch._subclasses.FakeTensor) else x.device

@@ -201,6 +201,10 @@ def test_noise_is_the_same_in_every_mode_and_eval_draws_none():
     (lambda: VAEConfig(base_channels=0), "vae.base_channels must be at least 1"),
     (lambda: VAEConfig(channel_mult=()), "one positive entry a level"),
     (lambda: VAEConfig(norm="batch"), "vae.norm must be one of none, group, layer"),
+    (lambda: VAEConfig(bottleneck="vqvae"), "vae.bottleneck must be one of kl, vq, fsq"),
+    (lambda: VAEConfig(bottleneck="fsq", fsq_levels=(8, 5)), "one number of 2 or more for each of vae.z_channels=4"),
+    (lambda: vae3d.VectorQuantizer(8, 4)(torch.zeros(1, 3, 2, 2, 2)), "codes of 4 numbers, got z with 3 channels"),
+    (lambda: vae3d.FiniteScalarQuantizer((8, 5))(torch.zeros(1, 3, 2, 2, 2)), "2 levels, got z with 3 channels"),
     (lambda: VAE3D(VAEConfig()).memory("tiles"), "one of none, checkpoint, tile"),
     (lambda: VAE3D(VAEConfig()).memory("tile", (64, 64)), "three positive integers"),
     (lambda: VAE3D(VAEConfig()).memory("tile", (64, 64, 0)), "three positive integers"),
@@ -214,7 +218,7 @@ def test_errors_say_what_to_do(call, message):
 @pytest.mark.parametrize("change", [
     dict(in_channels=2), dict(base_channels=8), dict(channel_mult=(1, 2, 3)), dict(num_res_blocks=0), dict(strides=((2, 2, 2), (2, 2, 2))),
     dict(z_channels=3), dict(norm="layer"), dict(attention=True), dict(norm="group", norm_groups=4),
-    dict(attention=True, head_channels=2)], ids=str)
+    dict(attention=True, head_channels=2), dict(bottleneck="vq"), dict(bottleneck="fsq", fsq_levels=(5, 3))], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
@@ -222,14 +226,14 @@ def test_every_config_field_changes_something(change):
         vae = build(torch.float32, **fields).eval()
         x = torch.linspace(-1, 1, 4 * 8 * 8).view(1, 1, 4, 8, 8).expand(1, vae.cfg.in_channels, 4, 8, 8).contiguous()
         out = vae(x)
-        return [tuple(p.shape) for p in vae.parameters()], tuple(out.mu.shape), round(out.recon.double().sum().item(), 6)
+        return [tuple(p.shape) for p in vae.parameters()], tuple(out[1].shape), round(out.recon.double().sum().item(), 6)
 
     assert picture(**reference) != picture(**{**reference, **change})
 
 
 def test_fields_are_all_tested():
     marks = test_every_config_field_changes_something.pytestmark[0].args[1]
-    assert {f.name for f in dataclasses.fields(VAEConfig)} == {key for change in marks for key in change}
+    assert {f.name for f in dataclasses.fields(VAEConfig)} == {key for change in (*marks, *CODEBOOK_FIELDS) for key in change}
 
 
 def test_works_copied_alone(tmp_path):
@@ -621,3 +625,220 @@ def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
     vae = build(norm="group" if broken == "statistics" else "none")
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same(vae, torch.randn(1, 1, 8, 16, 8, dtype=torch.float64), ("tile", (4, 8, 8), "1"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ codebooks
+
+def quantizer(num_codes=16, code_dim=3, dtype=torch.float32, **options) -> vae3d.VectorQuantizer:
+    torch.manual_seed(1)
+    vq = vae3d.VectorQuantizer(num_codes, code_dim, **options).to(dtype)
+    with torch.no_grad():
+        vq.codebook.copy_(vq.on_sphere(torch.randn_like(vq.codebook)))
+        vq.code_sum.copy_(vq.codebook)
+    return vq
+
+
+def slow_index(rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(row - codes).square().sum(1).argmin() for row in rows])
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_vq_is_the_papers_formula_term_by_term(cosine):
+    """arXiv:1711.00937, Eq. 3, with its stop-gradients written out; the gradient of a later loss goes straight through."""
+    vq = quantizer(dtype=torch.float64, update="gradient", lambda_vq=0.7, lambda_commitment=0.3, cosine=cosine)
+    z = torch.randn(2, 3, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(z)
+    codes = vq(z)
+    (codes.vq_loss + (codes.z_q * weight).sum()).backward()
+
+    z2, e = z.detach().clone().requires_grad_(), vq.codebook.detach().clone().requires_grad_()
+    x, book = (F.normalize(z2, dim=1), F.normalize(e, dim=1)) if cosine else (z2, e)
+    index = slow_index(x.detach().movedim(1, -1).reshape(-1, 3), book.detach())
+    code = book[index].view(2, 2, 3, 2, 3).movedim(-1, 1)
+    loss = 0.7 * (x.detach() - code).square().mean() + 0.3 * (x - code.detach()).square().mean()
+    (loss + (x * weight).sum()).backward()
+    assert torch.equal(codes.index.flatten(), index) and torch.equal(codes.z_q, code)
+    torch.testing.assert_close(codes.vq_loss, loss)
+    torch.testing.assert_close(z.grad, z2.grad)
+    torch.testing.assert_close(vq.codebook.grad, e.grad)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_vq_agrees_with_vector_quantize_pytorch(cosine):
+    """The same indices, and the same codebook after three EMA updates."""
+    reference = pytest.importorskip("vector_quantize_pytorch")
+    vq = quantizer(64, 4, cosine=cosine, decay=0.8, restart=0.0).train()
+    theirs = reference.VectorQuantize(4, codebook_size=64, decay=0.8, use_cosine_sim=cosine, threshold_ema_dead_code=0, kmeans_init=False)
+    book = theirs._codebook
+    book.embed.data.copy_(vq.codebook[None])
+    book.embed_avg.data.copy_(vq.code_sum[None])
+    book.cluster_size.data.copy_(vq.code_count[None])
+    theirs.train()
+    for step in range(3):
+        z = torch.randn(2, 4, 3, 5, 4)
+        index = theirs(z.movedim(1, -1).flatten(1, 3))[1]
+        codes = vq(z)
+        vq.update()
+        assert torch.equal(codes.index.flatten(), index.flatten()), step
+        difference = (vq.codebook - book.embed[0]).abs().max().item()
+        assert difference < 1e-5, difference
+
+
+def test_search_equals_argmin_and_is_chunked(monkeypatch):
+    rows, codes = torch.randn(700, 4, dtype=torch.float64), torch.randn(90, 4, dtype=torch.float64)
+    whole = vae3d.nearest(rows, codes, statistics=True)
+    assert torch.equal(whole[0], slow_index(rows, codes))
+    assert torch.equal(whole[1], torch.bincount(whole[0], minlength=90).double())
+    torch.testing.assert_close(whole[2], torch.zeros_like(codes).index_add_(0, whole[0], rows))
+    monkeypatch.setattr(vae3d, "SEARCH_ELEMENTS", 90 * 33)
+    for a, b in zip(vae3d.nearest(rows, codes, statistics=True), whole):
+        torch.testing.assert_close(a, b)
+
+
+def test_search_of_a_radar_volume_stays_within_a_quarter_gib():
+    """408,576 latents x 8,192 codes: peak above inputs and outputs, on fake tensors (the same storages as real ones)."""
+    from memtest import LiveStorages
+    with FakeTensorMode():
+        counter = LiveStorages("cpu")
+        rows, codes = torch.empty(408_576, 4), torch.empty(8192, 4)
+        with counter:
+            found = vae3d.nearest(rows, codes, statistics=True)
+            outputs = sum(t.untyped_storage().nbytes() for t in found)
+        peak = counter.peak()[0]
+    assert 2 ** 26 < peak - outputs <= 0.25 * 2 ** 30, (peak - outputs) / 2 ** 30
+
+
+def test_micro_batches_and_repeated_forwards_move_the_codebook_as_one_batch():
+    z = torch.randn(4, 3, 2, 3, 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    states = []
+    for parts in ([4], [1, 3], [2, 2]):
+        vq = quantizer(restart=0.5).train()
+        for g, seed in zip(generators, range(4)):
+            g.manual_seed(seed)
+        at = 0
+        for n in parts:
+            vq(z[at:at + n], generators[at:at + n])
+            at += n
+        vq.update(torch.Generator().manual_seed(5))
+        states.append(vq.state_dict())
+    for other in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(other[name], value, msg=name)
+    vq = quantizer()
+    before = vq.codebook.clone()
+    vq.eval()(z)
+    vq.update()
+    assert torch.equal(vq.codebook, before), "an evaluation moved the codebook"
+
+
+def test_dead_codes_revive():
+    """DEFECTS 11: 13 of 8192 codes in use. All latents lie far from a codebook that starts in one corner."""
+    torch.manual_seed(0)
+    with_restart, without = quantizer(64, 2), quantizer(64, 2, restart=0.0)
+    for vq in (with_restart, without):
+        vq.codebook.mul_(0.01).sub_(5)
+        vq.code_sum.copy_(vq.codebook)
+        for step in range(150):
+            vq(torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(step)), torch.Generator().manual_seed(step))
+            vq.update(torch.Generator().manual_seed(step))
+    z = torch.randn(1, 2, 16, 16, 16)
+    used = [len(vq.eval()(z).index.unique()) for vq in (with_restart, without)]
+    assert used[0] >= 60 and used[1] < 20, used
+
+
+@pytest.mark.parametrize("how", ["kmeans", "samples"])
+def test_codebook_starts_from_data(how):
+    centres = torch.tensor([[-3.0, 0], [3, 0], [0, 4], [0, -4]])
+    rows = centres.repeat(100, 1) + 0.1 * torch.randn(400, 2)
+    vq = quantizer(4, 2)
+    vq.fit(rows, how, torch.Generator().manual_seed(0))
+    assert (rows[:, None] - vq.codebook).norm(dim=-1).min(0).values.max() < 0.2          # a code is where data are
+    if how == "kmeans":
+        assert torch.cdist(centres, vq.codebook).min(1).values.max() < 0.1
+
+
+def test_codes_keep_float32_under_autocast():
+    vq = quantizer(512, 4)
+    z = torch.randn(1, 4, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = vq(z)
+    assert codes.z_q.dtype == torch.float32 and torch.equal(codes.index, vq(z).index)
+    assert torch.equal(vq(z.bfloat16()).index, vq(z.bfloat16().float()).index)
+
+
+def test_fsq_is_the_papers_formula_and_every_code_is_reached():
+    """arXiv:2309.15505: values of each channel are the levels, evenly spaced; index <-> code is a bijection."""
+    for levels in ((8, 5, 5, 5), (4, 3), (2, 7)):
+        fsq = vae3d.FiniteScalarQuantizer(levels)
+        z = (4 * torch.randn(1, len(levels), 20, 20, 20, dtype=torch.float64)).requires_grad_()
+        codes = fsq(z)
+        for channel, n in enumerate(levels):
+            assert len(codes.z_q[:, channel].unique()) == n
+        every = torch.arange(fsq.num_codes).view(1, -1, 1, 1)
+        points = fsq.lookup(every)
+        assert len({tuple(p.tolist()) for p in points[0, :, :, 0, 0].T}) == fsq.num_codes and points.abs().max() <= 1
+        assert torch.equal(fsq.lookup(codes.index), codes.z_q.float())
+        codes.z_q.sum().backward()
+        for channel, n in enumerate(levels):                     # the gradient is that of the bounding function
+            half, offset = (n - 1) * (1 + 1e-3) / 2, 0.5 if n % 2 == 0 else 0.0
+            shifted = z[:, channel].detach() + torch.atanh(torch.tensor(offset / half, dtype=torch.float64))
+            torch.testing.assert_close(z.grad[:, channel], (1 - shifted.tanh() ** 2) * half / (n // 2))
+
+
+@pytest.mark.parametrize("fields", [dict(bottleneck="vq", num_codes=32), dict(bottleneck="vq", num_codes=32, codebook_cosine=True),
+                                    dict(bottleneck="fsq", fsq_levels=(5, 4))], ids=str)
+def test_network_with_codes(fields):
+    vae = build(torch.float32, **fields)
+    x = torch.randn(2, 1, 5, 9, 12)
+    recon, vq_loss, index = vae(x, [torch.Generator().manual_seed(i) for i in range(2)])
+    assert recon.shape == x.shape and vq_loss.shape == () and index.shape == (2, *vae.latent_size(x.shape[2:]))
+    (recon.square().mean() + vq_loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.encoder.parameters())
+    z_q, vq_loss, index = vae.eval().encode(x)
+    assert torch.equal(vae.decode_indices(index, x.shape[2:]), vae.decode(z_q, x.shape[2:]))
+    assert torch.equal(vae.decode_indices(index, x.shape[2:]), vae(x).recon)
+    vae.memory("tile", (4, 4, 4))
+    torch.testing.assert_close(vae.encode(x).z_q, z_q)
+    with pytest.raises(ValueError, match="vae.bottleneck is kl"):
+        build().decode_indices(index)
+
+
+@pytest.mark.parametrize("fields", [dict(bottleneck="vq", num_codes=32), dict(bottleneck="fsq", fsq_levels=(5, 4))], ids=str)
+def test_tiles_are_exact_through_a_codebook(fields):
+    x, results = torch.randn(1, 1, 11, 14, 13, dtype=torch.float64), []
+    for setting in (("none",), ("checkpoint",), ("tile", (4, 8, 4), "2"), ("tile", (4, 8, 4), "1+1")):
+        vae = build(**fields).memory(*setting)
+        out = vae(x, torch.Generator().manual_seed(1))
+        (out.recon.square().mean() + out.vq_loss).backward()
+        results.append((out, [p.grad for p in vae.encoder.parameters()] + [p.grad for p in vae.decoder.parameters()]))
+    for out, gradients in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradients, results[0][1], rtol=1e-8, atol=1e-9)
+
+
+def test_learned_codebook_and_other_fields_change_something():
+    """The fields of the codebook act in training: the codebook after one step differs for each of them."""
+    def codebook(**fields):
+        vae = build(torch.float32, **{"bottleneck": "vq", "num_codes": 8, "codebook_update": "ema", **fields}).train()
+        rows = vae.latent(torch.linspace(-1, 1, 8 * 16 * 16).view(1, 1, 8, 16, 16).sin()).detach().movedim(1, -1).flatten(0, 3)
+        if vae.cfg.codebook_init != "uniform":
+            vae.quantizer.fit(rows, vae.cfg.codebook_init, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
+        for step in range(3):
+            out = vae(torch.linspace(-1, 1, 8 * 16 * 16).view(1, 1, 8, 16, 16).sin(), torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (out.recon.square().mean() + out.vq_loss).backward()
+            optimizer.step()
+            vae.quantizer.update(torch.Generator().manual_seed(step))
+        return [round(v, 6) for v in vae.quantizer.codebook.detach().flatten().tolist()]
+
+    plain = codebook()
+    for change in CODEBOOK_FIELDS:
+        before = codebook(codebook_update="gradient") if change == dict(codebook_update="gradient", lambda_vq=3.0) else plain
+        assert codebook(**change) != before, change
+
+
+CODEBOOK_FIELDS = [dict(num_codes=6), dict(codebook_update="gradient"), dict(codebook_update="gradient", lambda_vq=3.0),
+                   dict(codebook_decay=0.5), dict(codebook_init="samples"), dict(codebook_cosine=True), dict(codebook_restart=0.9),
+                   dict(lambda_commitment=2.0)]
