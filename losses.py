@@ -42,14 +42,12 @@ class LossConfig:
     channel_weights: tuple[float, ...] | None = None             # one factor per channel of the data; none: all 1
     foreground_weight: float = 1.0                               # factor for voxels that are not background (sparse volumes: 10 to 100)
     background: float = -1.0                                     # intensity of empty voxels; train.py sets it from the data
-    lambda_vq: float = 1.0                                       # factor of the codebook's whole loss (bottleneck vq)
-    lambda_commitment: float = 0.25                              # beta of arXiv:1711.00937, Eq. 3, within it
     structure_weight: float = 0.0                                # 3D Sobel edges, L1; same channel and foreground weights
     perceptual_weight: float = 0.0                               # distance of multi-scale 3D features; 0: no feature network is built
     perceptual_features: str = "random"                          # random (seeded, the same in every process) | file of --task features
     perceptual_start: int = 0                                    # optimizer step at which the term sets in
     perceptual_warmup: int = 0                                   # steps over which its weight rises linearly from there
-    adv_weight: float = 0.0                                      # PatchGAN generator term; 0: no discriminator, and none of the terms that need it
+    adv_weight: float = 0.0                                      # PatchGAN generator term; 0: no discriminator, and no term of it either
     adv_loss: str = "hinge"                                      # hinge | lsgan | bce
     disc_start: int = 0                                          # optimizer step at which discriminator and adversarial term set in
     disc_warmup: int = 0                                         # steps over which adv_weight rises linearly from there
@@ -73,9 +71,8 @@ class LossConfig:
         for name, choices in (("recon", tuple(RECONSTRUCTION)), ("adv_loss", ADVERSARIAL), ("disc_norm", DISC_NORMS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"loss.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("kl_weight", "lambda_vq", "lambda_commitment", "structure_weight", "perceptual_weight", "perceptual_start",
-                     "perceptual_warmup", "adv_weight", "disc_start", "disc_warmup", "feature_matching_weight", "r1_weight",
-                     "lecam_weight"):
+        for name in ("kl_weight", "structure_weight", "perceptual_weight", "perceptual_start", "perceptual_warmup", "adv_weight",
+                     "disc_start", "disc_warmup", "feature_matching_weight", "r1_weight", "lecam_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("disc_channels", "disc_layers", "r1_every"):
@@ -307,7 +304,7 @@ def _gaussian(length: int, dtype: torch.dtype, device: torch.device, sigma: floa
 
 @torch.no_grad()
 def sharpness(recon: Tensor, target: Tensor) -> Tensor:
-    """Gradient energy of recon over that of target: 1 as sharp as the input, below 1 blurrier, above 1 noisier; nan for a flat target.
+    """Gradient energy of recon over that of target: 1 as sharp as the input, below 1 blurrier, above noisier; not finite for a flat target.
 
     recon, target (B, C, D, H, W) -> () float32 or wider. The energy is the sum of squared forward differences along D, H and W.
     """
@@ -383,8 +380,9 @@ class PatchDiscriminator3d(nn.Module):
         for i, (width, out, stride) in enumerate(zip(widths, widths[1:], self.strides)):
             normed = i > 0 and norm in ("group", "instance")
             block = [conv(width, out, self.kernel, stride, padding, bias=not normed)]
-            if normed:                                           # instance norm: a group per channel
-                block.append(nn.GroupNorm(out if norm == "instance" else max(g for g in range(1, 33) if out % g == 0), out))
+            if normed:                                           # instance norm: a group per channel; group norm: 2 channels at least
+                groups = max(g for g in range(1, min(32, out // 2) + 1) if out % g == 0)
+                block.append(nn.GroupNorm(out if norm == "instance" else groups, out))
             self.hidden.append(nn.Sequential(*block, nn.LeakyReLU(0.2)))
         self.logits = conv(widths[-1], 1, self.kernel, 1, padding)
         for module in self.modules():
@@ -607,12 +605,14 @@ class PerceptualLoss3d(nn.Module):
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y (N, 1, D, H, W) -> (): the mean over scales and positions."""
         with torch.no_grad():
-            reference = [self.unit(f) for f in self.features(wide(y))]
+            reference = [unit(f, self.eps) for f in self.features(wide(y))]
         found = self.features(wide(x))
-        return sum((self.unit(f) - r).square().sum(1).mean() for f, r in zip(found, reference)) / len(reference)
+        return sum((unit(f, self.eps) - r).square().sum(1).mean() for f, r in zip(found, reference)) / len(reference)
 
-    def unit(self, f: Tensor) -> Tensor:
-        return f * (f.square().sum(1, keepdim=True) + self.eps ** 2).rsqrt()
+
+def unit(f: Tensor, eps: float) -> Tensor:
+    """Features (N, C, d, h, w) scaled to length 1 over channels; the root is taken of |f|^2 + eps^2, smooth at 0."""
+    return f * (f.square().sum(1, keepdim=True) + eps ** 2).rsqrt()
 
 
 class FeatureNet3d(nn.Module):
@@ -722,7 +722,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 def blocks(x: Tensor, edge: int) -> Tensor:
     """x (C, D, H, W) with each cube of `edge` voxels, cut at the far borders, replaced by its mean."""
-    means = F.avg_pool3d(x, edge, ceil_mode=True)
+    means = F.avg_pool3d(x, [min(edge, n) for n in x.shape[1:]], ceil_mode=True)
     for axis in (1, 2, 3):
         means = means.repeat_interleave(edge, axis).narrow(axis, 0, x.shape[axis])
     return means
@@ -739,23 +739,24 @@ class FeatureTrainer(nn.Module):
     forward(degraded (B, C, D, H, W), parameters (B, 3)), both from `degrade` -> FeatureScores(loss, explained).
     Why this objective: the faults of a reconstruction are blur, blocks and noise, and features that tell these apart must look at the fine
     texture that the perceptual term is there to keep; no labels are needed (a known degradation as the label: RankIQA, arXiv:1707.08347).
-    The heads are 1^3 convolutions, so that the prediction is local and every position's features carry it.
+    The heads are 1^3 convolutions, so that the prediction is local and every position's features carry it, and they read features of unit
+    length, so that the fault shows in their direction: the length is what PerceptualLoss3d discards.
     explained is 1 - error / variance of the parameters as they are drawn: 0 for a constant guess, 1 for a perfect one, and comparable
     between batches of any size. Save `trainer.features.to_checkpoint()`; the heads are thrown away.
     """
-    def __init__(self, features: FeatureNet3d):
+    def __init__(self, features: FeatureNet3d, eps: float = 1e-2):
         super().__init__()
-        self.features = features
+        self.features, self.eps = features, eps
         self.heads = nn.ModuleList(nn.Conv3d(c, len(DEGRADATIONS), 1) for c in features.channels)
 
     def forward(self, degraded: Tensor, parameters: Tensor) -> FeatureScores:
         errors, guesses = [], []
         target = parameters.repeat_interleave(degraded.shape[1], dim=0)                       # (B * C, 3)
         for f, head in zip(self.features(degraded), self.heads):
-            guess = wide(head(f))                                                             # (B * C, 3, d, h, w)
+            guess = wide(head(unit(wide(f), self.eps)))                                       # (B * C, 3, d, h, w)
             errors.append((guess - target[:, :, None, None, None]).square().mean())
             guesses.append(guess.detach().mean(dim=(2, 3, 4)))
-        steps = MAX_BLOCK - 1                                    # half of them are 0, the others uniform in [0, 1] or {1, ..., steps} / steps
+        steps = MAX_BLOCK - 1                                    # half of them are 0, the others uniform in [0, 1] or {1 .. steps} / steps
         square = (steps + 1) * (2 * steps + 1) / (6 * steps ** 2) / 2
         variance = target.new_tensor([1 / 6 - 1 / 16, square - ((steps + 1) / (4 * steps)) ** 2, 1 / 6 - 1 / 16])
         error = (sum(guesses) / len(guesses) - target).square().mean(dim=0)
