@@ -747,6 +747,488 @@ def test_what_a_killed_process_left_is_removed_after_a_day(folder, tmp_path):
     assert not old.exists() and young.exists() and other.exists()
 
 
+# ------------------------------------------------------------------------------------------------------- image/label pairs
+def pair_like(shape: tuple[int, int, int], seed: int = 0, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """An image (X, Y, Z), radar-like, that equals its label: whatever is done to one must be done to the other."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, classes, shape).astype(np.uint8)
+    return label.astype(np.float32), label
+
+
+def matches(image: torch.Tensor, label: torch.Tensor, largest: int = 3) -> bool:
+    return label.dtype == torch.int64 and torch.equal((image[0] * largest).round().long(), label)
+
+
+def said_and_data(path: Path, tmp_path: Path, **fields) -> tuple[list[str], data.Data]:
+    said: list[str] = []
+    fields = {"labels": True, "modality": "voxel", **fields}
+    return said, open_data(config(path, tmp_path, **fields), 0, said.append)
+
+
+def test_pairs_in_every_form(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    root = tmp_path / "in"
+    names = {"images/a.nii.gz": "labels/a.nii.gz", "images/deep/b.nii": "labels/deep/b_seg.nii.gz", "imgs/c.nii.gz": "masks/c_mask.nii.gz",
+             "c/images/x_image.nii": "c/labels/x_label.nii", "d/X_image.nii.gz": "d/X_label.nii.gz", "d/Y.nii.gz": "d/Y_seg.nii.gz",
+             "e/Q_IMAGE.nii.gz": "e/Q_Label.nii.gz"}
+    for number, (a, b) in enumerate(names.items()):
+        save(root / a, image + 0, np.diag([1, 1, 1 + number, 1.0]))
+        save(root / b, label, np.diag([1, 1, 1 + number, 1.0]))
+    np.savez(root / "both_seg.npz", vol=image, seg=label.astype(np.float64))
+    np.save(root / "f_image.npy", image)
+    np.save(root / "f_label.npy", label)
+    items = data.list_items(root, labels=True)["training"]
+    found = {str(item.path.relative_to(root)): str(item.label.relative_to(root)) for item in items}
+    assert found == {**names, "both_seg.npz": "both_seg.npz", "f_image.npy": "f_label.npy"} and not any(item.fault for item in items)
+    said, opened = said_and_data(root, tmp_path)
+    assert len(opened.train) + len(opened.val) == 9 and opened.classes == 4 and not any("refused" in line for line in said)
+    expected = label.transpose(2, 1, 0)
+    for entry in opened.train + opened.val:
+        assert np.array_equal(entry.read_label(), expected) and entry.read_label().dtype == np.int64, entry.name
+        assert np.load(entry.label, mmap_mode="r").dtype == np.uint8 and entry.label_ids == (0, 1, 2, 3)
+    for name in ("d/X_image.nii.gz", "both_seg.npz", "images/a.nii.gz", "d/Y.nii.gz"):  # a file by itself finds its label
+        (item,) = data.list_items(root / name, labels=True)["training"]
+        assert item.label.name == Path(found[name]).name and not item.fault
+    (root / "list.json").write_text(json.dumps({"training": [{"image": "d/X_image.nii.gz", "label": "labels/a.nii.gz"}, "both_seg.npz"]}))
+    items = data.list_items(root / "list.json", labels=True)["training"]
+    assert [str(item.label.relative_to(root)) for item in items] == ["labels/a.nii.gz", "both_seg.npz"]
+
+
+def test_files_without_a_partner_are_a_line_each_and_the_others_train(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    root = tmp_path / "in"
+    for name in ("d/X_image", "d/Z_image", "images/a", "images/b"):
+        save(root / f"{name}.nii.gz", image)
+    for name in ("d/X_label", "d/torso_3mm_label", "labels/a", "labels/c"):
+        save(root / f"{name}.nii.gz", label)
+    said, opened = said_and_data(root, tmp_path)
+    assert {entry.name for entry in opened.train + opened.val} == {"X_image", "a"}
+    refused = [line for line in said if line.startswith("data: refused")]
+    assert len(refused) == 4 and all("\n" not in line for line in refused)
+    for name, word in (("Z_image", "no label"), ("b", "no label"), ("torso_3mm_label", "without its image"), ("c", "without its image")):
+        assert sum(f"/{name}.nii.gz" in line and word in line for line in refused) == 1, name
+    with pytest.raises(DataError) as error:
+        said_and_data(root, tmp_path, strict=True)
+    one_line(error, "strict")
+    (root / "list.json").write_text(json.dumps({"training": ["d/X_image.nii.gz"]}))
+    for path in (root / "list.json", root / "d" / "Z_image.nii.gz", root / "d" / "torso_3mm_label.nii.gz"):
+        with pytest.raises(DataError) as error:
+            said_and_data(path, tmp_path)
+        one_line(error, "no usable training volume")
+    (root / "list.json").write_text(json.dumps({"training": [{"image": "d/X_image.nii.gz", "label": 5}]}))
+    with pytest.raises(DataError) as error:
+        said_and_data(root / "list.json", tmp_path)
+    one_line(error, "training[0]", "label 5")
+
+
+def test_labels_of_pairs_do_not_train_a_vae(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    root = tmp_path / "in"
+    for name in ("d/X_image", "images/a", "images/b", "alone_label"):
+        save(root / f"{name}.nii.gz", image)
+    for name in ("d/X_label", "d/other_label", "labels/a", "labels/c"):
+        save(root / f"{name}.nii.gz", label)
+    np.savez(root / "d" / "vol_and_seg.npz", vol=image, seg=label)
+    said, opened = said_and_data(root, tmp_path, labels=False)
+    assert {e.name for e in opened.train + opened.val} == {"X_image", "a", "b", "alone_label", "vol_and_seg"}
+    assert opened.classes == 0 and all(e.label is None for e in opened.train)
+    assert [line for line in said if "left out 4 label files" in line]
+    assert len(Crops(opened, 0)[0]) == 2 and data.val_crops(opened, 0, 1)[0].label is None
+    plain = open_data(config(root / "d" / "X_image.nii.gz", tmp_path, modality="voxel"), 0, quiet)
+    assert plain.train[0].store in {entry.store for entry in opened.train + opened.val}, "the same cache with and without pairs around"
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda label: label + np.float32(0.5) * (label == 2), ("no whole numbers, first",)),
+    (lambda label: label.astype(np.int16) - 1, ("labels from -1 to 2", "data.ignore_label")),
+    (lambda label: label.astype(np.int16) * 1000, ("labels from 0 to 3000", "data.label_values")),
+    (lambda label: np.where(label == 1, np.nan, label).astype(np.float32), ("NaN",)),
+    (lambda label: label.astype(np.int32) * 40000, ("labels from 0 to 120000",)),
+    (lambda label: label[:-1], ("its grid is 11,10,8", "9")),
+    (lambda label: np.stack([label] * 2, -1), ("2 volumes",)),
+    (lambda label: np.arange(label.size).reshape(label.shape).astype(np.int16) * 30, ("labels from",)),
+])
+def test_bad_labels_are_one_line(make, words, tmp_path):
+    image, label = pair_like((9, 10, 11))
+    save(tmp_path / "in" / "good_image.nii.gz", image)
+    save(tmp_path / "in" / "good_label.nii.gz", label.astype(np.float32))  # float files of whole numbers are fine
+    save(tmp_path / "in" / "bad_image.nii.gz", image)
+    save(tmp_path / "in" / "bad_label.nii.gz", make(label))
+    said, opened = said_and_data(tmp_path / "in", tmp_path)
+    assert [entry.name for entry in opened.train] == ["good_image"]
+    (line,) = [line for line in said if line.startswith("data: refused")]
+    one_line(ValueError(line), "bad_label.nii.gz", *words)
+    assert "data.nan" not in line
+
+
+def test_label_that_is_an_image_or_absent_or_hostile(tmp_path):
+    image, label = pair_like((20, 20, 11))
+    save(tmp_path / "a_image.nii", image)
+    content = {"training": [{"image": "a_image.nii", "label": "l.nii"}]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+
+    def refusal() -> str:
+        said: list[str] = []
+        with pytest.raises(DataError, match="no usable"):
+            open_data(config(tmp_path / "list.json", tmp_path, labels=True), 0, said.append)
+        return next(line for line in said if "refused" in line)
+
+    assert "l.nii: no such file" in refusal()
+    save(tmp_path / "l.nii", np.arange(image.size, dtype=np.int16).reshape(image.shape))
+    assert "holds 4400 different values" in refusal() and "l.nii" in refusal()
+    header = bytearray(save(tmp_path / "l.nii", label).read_bytes())
+    header[42:48] = struct.pack("<3h", 30000, 30000, 30000)
+    (tmp_path / "l.nii").write_bytes(header)
+    assert "data.max_gib" in refusal() and "l.nii" in refusal()
+    save(tmp_path / "l.nii", label, np.diag([1, 1, 1.3, 1]))
+    assert "mm away from its image a_image.nii" in refusal()
+    np.save(tmp_path / "l.npy", label)
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a_image.nii", "label": "l.npy"}]}))
+    assert "no orientation" in refusal()
+
+
+def test_label_in_another_axis_order_lies_on_its_image(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    affine = np.diag([1.0, 2.0, 3.0, 1])
+    save(tmp_path / "in" / "a_image.nii.gz", image, affine)
+    turned = nib.Nifti1Image(label, affine).as_reoriented(nib.orientations.axcodes2ornt(("S", "L", "P"),
+                                                                                         (("L", "R"), ("P", "A"), ("I", "S"))))
+    assert turned.shape != label.shape
+    turned.affine[:3, 3] += 0.02                               # headers round
+    nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), tmp_path / "in" / "a_label.nii.gz")
+    _, opened = said_and_data(tmp_path / "in", tmp_path)
+    assert np.array_equal(opened.train[0].read_label(), label.transpose(2, 1, 0))
+
+
+def test_classes_ignored_label_and_label_values(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    stored = np.array([0, 7, 40, 255], np.uint8)[label]
+    save(tmp_path / "in" / "a_image.nii.gz", image)
+    save(tmp_path / "in" / "a_label.nii.gz", stored)
+    expected = label.transpose(2, 1, 0).astype(np.int64)
+
+    def opened(**fields) -> data.Data:
+        return said_and_data(tmp_path / "in", tmp_path, **fields)[1]
+
+    plain = opened()
+    assert plain.classes == 256 and plain.label_values is None and plain.train[0].read_label().max() == 255
+    assert opened(ignore_label=255).classes == 41
+    for fields, labels, classes in (({"label_values": (0, 7, 40, 255)}, (0, 1, 2, 3), 4), ({"label_values": (0, 40)}, (0, 0, 1, 0), 2),
+                                    ({"label_values": (0, 40, 7), "ignore_label": 255}, (0, 2, 1, 255), 3),
+                                    ({"classes": 41, "ignore_label": 255}, (0, 7, 40, 255), 41)):
+        got = opened(**fields)
+        assert got.classes == classes and got.train[0].label == plain.train[0].label, "the cache holds what is stored"
+        assert np.array_equal(got.train[0].read_label(), np.array(labels)[expected]), fields
+        region = (slice(2, 5), slice(0, 4), slice(3, 9))
+        assert np.array_equal(got.train[0].read_label(region), np.array(labels)[expected][region])
+        assert Crops(got, 0)[0][1].max() <= max(labels)
+    for fields, word in (({"classes": 41}, "no usable"), ({"label_values": (0, 7), "ignore_label": 1}, "data.ignore_label=1")):
+        with pytest.raises(DataError) as error:
+            opened(**fields)
+        one_line(error, word)
+    save(tmp_path / "in" / "a_label.nii.gz", label.astype(np.int16) - 1)
+    got = opened(ignore_label=-1)
+    assert got.classes == 3 and np.array_equal(got.train[0].read_label(), expected - 1)
+    one = opened(ignore_label=-1, foreground=1.0).train[0]
+    assert len(np.load(one.points)) == 2, "neither background nor what is ignored is foreground"
+    save(tmp_path / "in" / "a_label.nii.gz", label * 0)
+    assert opened().classes == 2, "two at least"
+
+
+def test_held_out_labels_beyond_the_training_set_are_refused(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    for name, largest in (("a", 2), ("b", 3), ("c", 1)):
+        save(tmp_path / f"{name}_image.nii.gz", image)
+        save(tmp_path / f"{name}_label.nii.gz", np.minimum(label, largest))
+    pairs = [{"image": f"{name}_image.nii.gz", "label": f"{name}_label.nii.gz"} for name in "abc"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": pairs[:1], "validation": pairs[1:]}))
+    said, opened = said_and_data(tmp_path / "list.json", tmp_path)
+    assert opened.classes == 3 and [entry.name for entry in opened.val] == ["c_image"]
+    assert any("refused" in line and "b_label" in line and "from 0 to 3" in line for line in said)
+
+
+@pytest.mark.parametrize("fields", [{}, {"flip": "DHW"}, {"spacing": "random", "zoom": (1.0, 1.0)}, {"flip": "DHW", "foreground": 0.5},
+                                    {"patch": (14, 6, 20)}, {"jitter": 0.0, "spacing": "1,1,1"}])
+def test_label_goes_through_the_same_changes_as_its_image(fields, tmp_path):
+    for number, shape in enumerate(((13, 14, 15), (20, 9, 12), (16, 16, 16))):
+        image, label = pair_like(shape, number)
+        save(tmp_path / "in" / f"{number}_image.nii.gz", image)
+        save(tmp_path / "in" / f"{number}_label.nii.gz", label)
+    _, opened = said_and_data(tmp_path / "in", tmp_path, **fields)
+    crops = Crops(opened, 0)
+    for i in range(20):
+        image, label, number = crops[i]
+        assert image.shape[1:] == label.shape == opened.patch and matches(image, label), f"item {i}"
+        assert number in range(len(opened.train)) and label.is_contiguous()
+    for crop in data.val_crops(opened, 0, 6) + list(data.WholeVolumes(opened)):
+        assert matches(crop.image, crop.label)
+    again = Crops(opened, 0)
+    assert all(torch.equal(a, b) for i in (7, 3) for a, b in zip(crops[i][:2], again[i][:2]))
+    loader = torch.utils.data.DataLoader(crops, batch_size=3, num_workers=0)
+    image, label, number = next(iter(loader))
+    assert label.shape == (3, *opened.patch) and number.shape == (3,)
+
+
+def test_zoomed_and_resampled_labels_lie_where_the_image_does(tmp_path):
+    """A large ball: where the resampled image is clear of the edge, the label is what it says. Jitter leaves labels alone."""
+    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 44, 48)), indexing="ij")
+    ball = (((x - 19)**2 + (y - 25)**2 + (z - 20)**2) < 12**2).astype(np.uint8)
+    save(tmp_path / "in" / "a_image.nii.gz", ball.astype(np.float32))
+    save(tmp_path / "in" / "a_label.nii.gz", ball)
+    for fields in ({"spacing": "random", "zoom": (0.5, 0.8)}, {"spacing": "random", "zoom": (1.2, 2.0), "flip": "HW"},
+                   {"spacing": "2,1.5,0.7"}, {"resize": (24, 61, 37)}, {"scale": 0.5}, {"jitter": 0.3}):
+        _, opened = said_and_data(tmp_path / "in", tmp_path, patch=(24, 24, 24), foreground=1, **fields)
+        crops, clear, both = Crops(opened, 0), 0.0, 0
+        for i in range(8):
+            image, label, _ = crops[i]
+            sure = (image[0] < 0.05) | (image[0] > (0.69 if "jitter" in fields else 0.95))  # the nearest voxel weighs 1/8 or so
+            assert ((image[0] > 0.5).long() == label)[sure].all(), fields
+            assert ((image[0] > 0.5).long() != label).float().mean() < 0.03, fields
+            clear, both = clear + sure.float().mean() / 8, both + (label.unique().numel() == 2)
+        assert clear > 0.8 and both > 2, "the test sees no edge"
+
+
+def test_resampled_labels_against_a_slow_loop():
+    rng = np.random.default_rng(0)
+    for old, new in ((7, 3), (3, 7), (10, 5), (5, 5), (4, 9), (1, 4)):
+        label = rng.integers(0, 9, (old, 3, 2)).astype(np.int16)
+        expected = np.stack([label[min(old - 1, int((i + 0.5) * old / new))] for i in range(new)])
+        assert np.array_equal(data.resample_label(label, (new, 3, 2)), expected)
+
+
+def test_foreground_crops_see_rare_classes(tmp_path):
+    label = np.zeros((40, 40, 40), np.uint8)
+    label[:20], label[30, 31, 32] = 1, 2                       # half of the volume, and one voxel
+    save(tmp_path / "in" / "a_image.nii.gz", np.random.default_rng(0).random(label.shape).astype(np.float32))
+    save(tmp_path / "in" / "a_label.nii.gz", label)
+    rare = {}
+    for share in (0.0, 0.6, 1.0):
+        _, opened = said_and_data(tmp_path / "in", tmp_path, foreground=share, patch=(6, 6, 6), crops_per_volume=300)
+        crops = Crops(opened, 0)
+        rare[share] = sum(bool((crops[i][1] == 2).any()) for i in range(300)) / 300
+    assert rare[0.0] < 0.03 and abs(rare[0.6] - 0.3) < 0.08 and abs(rare[1.0] - 0.5) < 0.08, rare
+    assert all((crop.label > 0).any() for crop in data.val_crops(opened, 0, 10))
+
+
+def test_labels_of_a_series(tmp_path):
+    image, label = pair_like((8, 9, 10))
+    series = np.stack([image, image, image], -1)
+    save(tmp_path / "in" / "one_image.nii.gz", series)
+    save(tmp_path / "in" / "one_label.nii.gz", label)
+    save(tmp_path / "in" / "each_image.nii.gz", series)
+    save(tmp_path / "in" / "each_label.nii.gz", np.stack([label, label * 0, label], -1))
+    _, opened = said_and_data(tmp_path / "in", tmp_path)
+    sums = {entry.name: int(entry.read_label().sum()) for entry in opened.train + opened.val}
+    total = int(label.sum())
+    assert sums == {f"{name}_image_t00{t}": 0 if (name, t) == ("each", 1) else total for name in ("one", "each") for t in range(3)}
+    _, opened = said_and_data(tmp_path / "in" / "one_image.nii.gz", tmp_path, four_d="channels", select_channel=1)
+    assert opened.train[0].shape == (1, 10, 9, 8) and int(opened.train[0].read_label().sum()) == total
+
+
+def test_label_cache_follows_the_label(tmp_path, monkeypatch):
+    image, label = pair_like((9, 10, 11))
+    save(tmp_path / "in" / "a_image.nii.gz", image)
+    save(tmp_path / "in" / "a_label.nii.gz", label)
+    _, first = said_and_data(tmp_path / "in", tmp_path, foreground=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_read", lambda *_, **__: pytest.fail("decoded again"))
+        _, again = said_and_data(tmp_path / "in", tmp_path, foreground=1)
+    assert again.train[0].label == first.train[0].label and again.train[0].points == first.train[0].points
+    os.truncate(first.train[0].label, 150)
+    data._open_array.cache_clear()
+    mended = said_and_data(tmp_path / "in", tmp_path)[1].train[0]
+    assert np.array_equal(mended.read_label(), label.transpose(2, 1, 0)), "a damaged one is made again"
+    save(tmp_path / "in" / "a_label.nii.gz", label // 2)
+    _, changed = said_and_data(tmp_path / "in", tmp_path, foreground=1)
+    assert changed.train[0].label != first.train[0].label and changed.classes == 2
+
+
+def test_synthetic_volumes_have_labels():
+    for kind, classes in (("ct", 4), ("radar", 3)):
+        fields = {"synthetic": kind, "synthetic_count": 3, "synthetic_size": (24, 48, 40)}
+        plain, opened = (open_data(DataConfig(**fields, labels=on, foreground=0.5 * on), 0, quiet) for on in (False, True))
+        assert (plain.classes, opened.classes) == (0, classes)
+        for a, b in zip(plain.train + plain.val, opened.train + opened.val):
+            image, label = b.read(), b.read_label()
+            assert np.array_equal(a.read(), image) and set(np.unique(label)) == set(range(classes))
+            if kind == "ct":                                   # the means are those of what the labels name
+                means = [float(image[0][label == c].mean()) for c in range(4)]
+                assert means[0] < -0.9 and -0.1 < means[1] < 0.15 and -0.95 < means[2] < -0.5 and 0.25 < means[3] < 0.9, means
+            else:
+                assert np.array_equal(label > 0, image[0] > 0)
+        image, label, _ = Crops(opened, 0)[0]
+        assert label.shape == opened.patch == image.shape[1:]
+    small = open_data(DataConfig(synthetic_count=2, synthetic_size=(16, 16, 16), resize=(8, 9, 10), labels=True), 0, quiet)
+    assert small.train[0].read_label().shape == (8, 9, 10)
+
+
+@needs_real
+def test_real_pairs(tmp_path):
+    said, opened = said_and_data(REAL / "seg", tmp_path, modality="auto", foreground=0.7, patch=(16, 24, 24))
+    assert len(opened.train) + len(opened.val) == 7 and opened.classes == 256
+    orphans = [line for line in said if line.startswith("data: refused")]
+    assert len(orphans) == 3 and all("label without its image" in line for line in orphans)
+    crops = Crops(opened, 0)
+    labelled = [bool(crops[i][1].any()) for i in range(24)]
+    assert sum(labelled) > 12 and all(crop.label.any() for crop in data.val_crops(opened, 0, 6))
+    for entry in opened.train + opened.val:                    # foreground of the body is not air
+        source = nib.load(entry.label_path) if entry.label_path.endswith("gz") else None
+        if source is not None:
+            assert np.bincount(entry.read_label().ravel()).tolist() == np.bincount(np.asarray(source.dataobj).ravel()).tolist(), entry.name
+    pairs = [{"image": str(REAL / "ct" / "torso_3mm.nii.gz"), "label": str(REAL / "seg" / "torso_3mm_label.nii.gz")}]
+    (tmp_path / "list.json").write_text(json.dumps({"training": pairs}))
+    _, opened = said_and_data(tmp_path / "list.json", tmp_path, modality="auto")
+    image, label = opened.train[0].read()[0], opened.train[0].read_label()
+    assert opened.classes == 118 and image[label > 0].mean() > image[label == 0].mean() + 0.2
+    said, opened = said_and_data(REAL / "seg", tmp_path, modality="auto", labels=False)
+    assert len(opened.train) + len(opened.val) == 7 and any("left out 9 label files" in line for line in said)
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+@pytest.fixture
+def pictures(tmp_path):
+    """imgs/ and masks/ as the common 2D set-up has them: JPEG-like colour images, masks of 0 and 255."""
+    image_module = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for folder in ("imgs", "masks"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+    for number in range(4):
+        mask = np.zeros((30 + number, 40), np.uint8)
+        mask[5:20, 8:30] = 255
+        colour = np.stack([mask, mask // 2, rng.integers(0, 256, mask.shape).astype(np.uint8)], -1)
+        image_module.fromarray(colour).save(tmp_path / "in" / "imgs" / f"p{number}.png")
+        picture = image_module.fromarray(mask)
+        if number == 1:                                        # palette values, an ending of its own
+            picture = image_module.fromarray((mask > 0).astype(np.uint8) * 255).convert("P", palette=0)
+        picture.save(tmp_path / "in" / "masks" / f"p{number}{'_mask.gif' if number == 2 else '.png'}")
+    return tmp_path / "in"
+
+
+def test_pictures_are_read_as_they_are(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(0, 256, (5, 7)).astype(np.uint8), rng.integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    deep = rng.integers(0, 65536, (5, 7)).astype(np.uint16)
+    alpha = np.concatenate([colour, colour[..., :1]], -1)
+    for name, array, expected in (("g.png", grey, grey[None]), ("c.png", colour, colour.transpose(2, 0, 1)), ("d.png", deep, deep[None]),
+                                  ("c.bmp", colour, colour.transpose(2, 0, 1)), ("c.tif", colour, colour.transpose(2, 0, 1)),
+                                  ("a.png", alpha, colour.transpose(2, 0, 1)), ("b.png", grey > 99, (grey > 99)[None] * 255)):
+        image.fromarray(array).save(tmp_path / name)
+        volume = read_volume(tmp_path / name)
+        assert volume.array.dtype == np.float32 and np.array_equal(volume.array[:, 0], expected), name
+        assert volume.spacing == (1, 1, 1) and np.array_equal(volume.affine, np.eye(4))
+        item = data.load(Item(tmp_path / name), DataConfig())
+        top = 65535 if name == "d.png" else 255
+        normal, intensity = item.volumes[0]
+        np.testing.assert_allclose(normal[:, 0], expected / top * 2 - 1, atol=1e-6)
+        assert (intensity.modality, intensity.background, item.guessed) == ("picture", -1, False)
+        np.testing.assert_allclose(data.denormalise(normal, intensity), volume.array, atol=0.01)
+    smooth = np.broadcast_to(np.arange(0, 160, 5, dtype=np.uint8)[:, None, None], (32, 24, 3)).copy()
+    image.fromarray(smooth).save(tmp_path / "c.jpg", quality=95)
+    assert abs(read_volume(tmp_path / "c.jpg").array[:, 0] - smooth.transpose(2, 0, 1)).max() < 4
+    (tmp_path / "broken.png").write_bytes((tmp_path / "c.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    image.fromarray(grey).save(tmp_path / "two.tif", save_all=True, append_images=[image.fromarray(grey)])
+    image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
+    for name, word in (("broken.png", "cannot be read"), ("text.png", "cannot be read"), ("two.tif", "2 frames"), ("f.tif", "floating")):
+        with pytest.raises(DataError) as error:
+            read_volume(tmp_path / name)
+        one_line(error, name, word)
+    with pytest.raises(DataError, match="data.max_gib"):
+        read_volume(tmp_path / "c.png", max_gib=1e-7)
+
+
+def test_picture_pairs_train(pictures, tmp_path):
+    said, opened = said_and_data(pictures, tmp_path, modality="auto", patch=None, foreground=0.5)
+    assert len(opened.train) + len(opened.val) == 4 and (opened.channels, opened.classes, opened.background) == (3, 2, -1)
+    assert opened.label_values == (0, 255) and any("values 0,255" in line for line in said), said
+    assert opened.patch == (1, 28, 40), "as large as the pictures, in multiples of 4"
+    for entry in opened.train + opened.val:
+        image, label = entry.read(), entry.read_label()
+        assert image.shape[1] == 1 and np.array_equal(label, (image[0] > 0).astype(np.int64)), entry.name
+    image, label, _ = Crops(opened, 0)[0]
+    assert image.shape == (3, *opened.patch) and label.shape == opened.patch and set(label.unique().tolist()) <= {0, 1}
+    _, again = said_and_data(pictures, tmp_path, modality="auto", label_values=opened.label_values)
+    assert again.classes == 2 and np.array_equal(again.train[0].read_label(), opened.train[0].read_label())
+    _, only = said_and_data(pictures, tmp_path, modality="auto", labels=False)
+    assert {entry.name for entry in only.train + only.val} == {"p0", "p1", "p2", "p3"}, "masks do not train a VAE"
+    zoomed = said_and_data(pictures, tmp_path, modality="auto", patch=(1, 12, 12), spacing="random", zoom=(0.4, 0.5))[1]
+    for i in range(4):
+        image, label, _ = Crops(zoomed, 0)[i]
+        sure = image[0].abs() > 0.99
+        assert ((image[0] > 0).long() == label)[sure].all() and sure.float().mean() > 0.5
+
+
+def test_palette_masks(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    index = np.array([[0, 7], [7, 0]], np.uint8)
+    for name, palette, expected in (("voc.png", [0, 0, 0, 128, 0, 0, *[0, 128, 0] * 5, 128, 128, 128], (0, 7)),  # class 7 of VOC is grey
+                                    ("grey.png", [v for n in range(8) for v in (36 * n,) * 3], (0, 252)), ("black.png", [0] * 24, (0, 7))):
+        picture = image.fromarray(index)
+        picture.putpalette(palette)
+        picture.save(tmp_path / name)
+        found = data._read(tmp_path / name, None, "error", None, 1.0, label=True).volume.array
+        assert found.shape == (1, 1, 2, 2) and tuple(np.unique(found)) == expected, name
+        assert len(read_volume(tmp_path / name).array) == 3, "as an image it is its colours"
+
+
+def test_scale_shrinks_image_and_label(pictures, tmp_path):
+    _, opened = said_and_data(pictures, tmp_path, modality="auto", scale=0.5, patch=(1, 8, 8))
+    for entry in opened.train + opened.val:
+        assert entry.shape[1:] == entry.read_label().shape and entry.shape[1] == 1 and entry.shape[3] == 20
+        assert entry.shape[2] in (15, 16) and set(np.unique(entry.read_label())) == {0, 1}
+        np.testing.assert_allclose(entry.spacing[2], 2)
+    save(tmp_path / "vol" / "v.nii.gz", ct_like((20, 24, 12)), np.diag([1, 1, 3, 1.0]))
+    half = open_data(config(tmp_path / "vol", tmp_path, scale=0.25), 0, quiet).train[0]
+    assert half.shape == (1, 12, 6, 5) and half.spacing == (3, 4, 4)
+    assert open_data(config(tmp_path / "vol", tmp_path, scale=0.5, spacing="1,1,1"), 0, quiet).train[0].shape == (1, 36, 12, 10)
+    assert open_data(config(tmp_path / "vol", tmp_path, scale=0.5, resize=(5, 6, 7)), 0, quiet).train[0].shape == (1, 5, 6, 7)
+
+
+def test_masks_that_are_no_masks(pictures, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(pictures / "masks" / "p0.png")
+    said, opened = said_and_data(pictures, tmp_path, modality="auto")
+    assert len(opened.train) + len(opened.val) == 3 and any("p0.png" in line and "colour picture as label" in line for line in said)
+    noise = rng.integers(0, 256, (30, 40, 1)).astype(np.uint8)  # grey, stored as colours
+    image.fromarray(np.repeat(noise, 3, -1)).save(pictures / "masks" / "p0.png")
+    with pytest.raises(DataError) as error:
+        said_and_data(pictures, tmp_path, modality="auto")
+    one_line(error, "different values", "PNG")
+    image.fromarray(np.zeros((30, 40), np.uint8) + np.arange(40, dtype=np.uint8) % 3).save(pictures / "masks" / "p0.png")
+    said, opened = said_and_data(pictures, tmp_path, modality="auto")
+    assert opened.label_values == (0, 1, 2, 255) and opened.classes == 4
+    said, opened = said_and_data(pictures, tmp_path, modality="auto", ignore_label=255)
+    assert opened.label_values is None and opened.classes == 3, "0, 1, 2 and what is ignored are classes as they are"
+    with pytest.raises(DataError) as error:
+        said_and_data(pictures, tmp_path, modality="auto", classes=3)
+    one_line(error, "data.classes=3")
+
+
+def test_pictures_among_volumes_are_no_data(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for number in range(2):
+        save(tmp_path / "in" / f"v{number}_image.nii.gz", *pair_like((9, 9, 9))[:1])
+        save(tmp_path / "in" / f"v{number}_label.nii.gz", pair_like((9, 9, 9))[1])
+    (tmp_path / "in" / "samples").mkdir()
+    for name in ("samples/step_1.png", "page.jpg"):
+        image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "in" / name)
+    for labels in (False, True):
+        said, opened = said_and_data(tmp_path / "in", tmp_path, labels=labels)
+        assert {entry.name for entry in opened.train + opened.val} == {"v0_image", "v1_image"}
+        assert sum("left out 2 pictures (page.jpg, step_1.png)" in line for line in said) == 1 and not any("refused" in x for x in said)
+
+
+def test_without_pillow_the_error_names_it(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)              # import fails
+    for call in (lambda: read_volume(pictures / "imgs" / "p0.png"), lambda: said_and_data(pictures, tmp_path),
+                 lambda: said_and_data(pictures / "imgs", tmp_path, labels=False)):
+        with pytest.raises(DataError) as error:
+            call()
+        one_line(error, "p0.png", "python -m pip install pillow")
+
+
 # ----------------------------------------------------------------------------------------------------------------- synthetic
 @pytest.mark.parametrize(("kind", "channels", "background"), [("ct", 1, -1), ("radar", 4, 0)])
 def test_synthetic_volumes(kind, channels, background):
@@ -841,7 +1323,9 @@ def test_fuzzed_files_give_a_volume_or_one_line(name, tmp_path):
                                     {"val_fraction": 1.0}, {"spacing": "1,2"}, {"spacing": "fine"}, {"spacing": "1,0,1"}, {"flip": "X"},
                                     {"jitter": -0.1}, {"hu_range": (5, 5)}, {"zoom": (2, 1)}, {"nan": "ignore"}, {"four_d": "time"},
                                     {"crops_per_volume": 0}, {"workers": -1}, {"voxel_scale": (0.0,)}, {"max_gib": 0},
-                                    {"resize": (1, 2, 0)}, {"foreground": 1.5}])
+                                    {"resize": (1, 2, 0)}, {"foreground": 1.5}, {"scale": 0.0}, {"scale": 2.0},
+                                    {"classes": 1}, {"label_values": (0, 0)}, {"label_values": (0, -4)}, {"ignore_label": 10**6},
+                                    {"label_values": (0, 1), "classes": 3}])
 def test_config_names_the_field_that_is_wrong(fields):
     with pytest.raises(ValueError, match=f"data.{next(iter(fields))} is .*; "):
         DataConfig(**fields)
@@ -878,6 +1362,18 @@ def test_command_line(folder, tmp_path, capfd):
         assert code == 2 and rows == [] and err and "Traceback" not in err
     done = subprocess.run([sys.executable, "data.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr == "" and len(done.stdout.splitlines()) == 9
+
+
+@needs_real
+def test_command_line_on_pairs(capfd, tmp_path):
+    code, rows, err = run(capfd, REAL / "seg")
+    assert (code, err, len(rows)) == (0, "", 10) and "left out 9 label files" in rows[0]
+    assert sum("ok, 2 labels 0 .. 1" in row for row in rows) == 4 and any("ok, 32 labels 0 .. 117" in row for row in rows)
+    image, label = pair_like((9, 9, 9))
+    save(tmp_path / "a_image.nii.gz", image)
+    save(tmp_path / "a_label.nii.gz", label + 0.5)
+    code, rows, err = run(capfd, tmp_path)
+    assert code == 1 and err == "" and "its label is refused" in rows[2] and "no whole numbers" in rows[2]
 
 
 @needs_real
