@@ -598,7 +598,7 @@ def budget_bytes(text: str | None, device: str, on_card: bool) -> float | None:
 
 def new_row(train, cfg) -> Row:
     with torch.device("meta"):
-        params = sum(p.numel() for p in train.VAE3D(cfg.vae).parameters())
+        params = sum(p.numel() for p in train.build_network(cfg).parameters())
     return Row(cfg.preset, cfg.data.patch, cfg.train.batch, cfg.train.amp, cfg.memory.mode,
                (cfg.memory.tile or "auto") if cfg.memory.mode == "tile" else None, params)
 
@@ -606,7 +606,7 @@ def new_row(train, cfg) -> Row:
 def table(train, cfg, device: str, measured: bool, budget: float | None) -> list[Row]:
     """fp32, AMP, then AMP with every further mode of the dial; and AMP again with twice the batch."""
     rows = []
-    for amp, mode, times in [(False, "none", 1), *((True, mode, n) for n in (1, 2) for mode in train.vae3d.MEMORY_MODES)]:
+    for amp, mode, times in [(False, "none", 1), *((True, mode, n) for n in (1, 2) for mode in train.memory_modes(cfg))]:
         chosen = change(cfg, {"train": {"amp": amp, "batch": times * cfg.train.batch}, "memory": {"mode": mode}})
         row = new_row(train, chosen)
         if measured:

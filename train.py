@@ -1,12 +1,14 @@
-"""Train a 3D VAE with one command: the one place that wires configuration, data, network, step, loop, checkpoints, logs and pictures.
+"""Train a 3D VAE, VQ-VAE or U-Net with one command: the one place that wires configuration, data, networks, step, loop, checkpoints, logs.
 
     python train.py --preset ultra_lightweight --amp --accum 8          # no data named: built-in synthetic volumes
     python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct
     python train.py --resume runs/ct                                    # goes on bit for bit
+    python train.py --task seg --data FOLDER                            # a U-Net on image/label pairs
+    python train.py --task features --data FOLDER                       # a feature network for loss.perceptual_features
 
 It reads top to bottom: configuration, state, step, validation, run folder, loop, command line.
 Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2. Memory is in GiB.
-Version 0.1 (2026-11).
+Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
@@ -44,13 +46,16 @@ from torch import Tensor
 import data
 import losses
 import memtest
+import unet
 import vae3d
 from data import DataConfig, DataError
 from losses import LossConfig
+from unet import UNet, UNetConfig
 from vae3d import VAE3D, VAEConfig
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
-COUNTERS = ("step", "best", "bad_validations", "bad_steps", "finished", "latent")  # plain fields of State, in last.pt as they are
+COUNTERS = ("step", "best", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # of State, for last.pt
+TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
 
@@ -70,11 +75,16 @@ class OptimConfig:
     drops: int = 3                                               # step: number of equal stretches of the run, a drop between them
     plateau_patience: int = 5                                    # plateau: validations without improvement before a drop
     grad_clip: float = 1.0                                       # largest norm of the whole gradient, after unscaling; 0: no clipping
+    clip_percentile: float = 0.0                                 # adaptive: this percentile of the last norms, at most grad_clip; 0: off
+    clip_window: int = 1000                                      # finite norms that it looks back on; grad_clip until it has them
 
     def __post_init__(self):
         one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
         one_of("optim.schedule", self.schedule, ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau"))
-        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1, plateau_patience=1, grad_clip=0)
+        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1, plateau_patience=1, grad_clip=0,
+                 clip_percentile=0, clip_window=1)
+        if self.clip_percentile > 100:
+            raise ValueError(f"optim.clip_percentile is a percentile up to 100, got {self.clip_percentile}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"optim.gamma is a factor in (0, 1], got {self.gamma}")
         if self.warmup >= 1:
@@ -85,9 +95,12 @@ class OptimConfig:
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
     out: str | None = None                                       # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    init: str | None = None                                      # run folder or checkpoint whose weights it starts from
+    stage: int = 0                                               # 1: the codebook alone (needs init); 2: all, on from stage 1; 0: all
     seed: int = 0                                                # weights, split, crops, noise
     device: str = "auto"                                         # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps | cpu
     amp: bool = False                                            # bf16 where the device has it, else fp16 with a GradScaler
+    precision: str = "float32"                                   # of the weights: float32 | master16 (fp16, float32 masters, loss scale)
     batch: int = 2                                               # crops a micro-batch; small crops on a CPU: 1 is 7 times slower a voxel
     accum: int = 1                                               # micro-batches an optimizer step
     steps: int | None = None                                     # optimizer steps; with epochs too, whichever ends first
@@ -97,24 +110,32 @@ class RunConfig:
     val_whole: bool = False                                      # validate on whole held-out volumes instead
     save_every: int = 50                                         # steps between writes of last.pt; there is one at the end too
     keep: int = 0                                                # older last.pt kept, as step_XXXXXX.pt
-    ema: float = 0.0                                             # decay of an average of the weights, validated and shipped; 0: off
+    ema: tuple[float, ...] = ()                                  # decays of averages of the weights; the first is validated and shipped
     patience: int = 0                                            # early stopping: validations without improvement; 0: off
     min_delta: float = 0.0                                       # improvement that counts
-    metric: str = "psnr"                                         # psnr | ssim | l1 | loss: what best.pt and early stopping look at
+    metric: str = "auto"                                         # what best.pt and early stopping look at: psnr | ssim | l1 | loss | dice |
+                                                                 # explained; auto: psnr (vae), dice (seg), explained (features)
     nan_limit: int = 5                                           # non-finite steps in a row that stop the run
     latent_crops: int = 32                                       # training crops over which the latent's mean and std are measured
     compile: bool = False                                        # torch.compile the network
     deterministic: bool = True                                   # cuDNN's deterministic kernels, so that a resumed run on CUDA is exact too
 
     def __post_init__(self):
-        one_of("train.metric", self.metric, tuple(HIGHER_IS_BETTER))
+        one_of("train.metric", self.metric, ("auto", *HIGHER_IS_BETTER))
+        one_of("train.precision", self.precision, ("float32", "master16"))
+        one_of("train.stage", self.stage, (0, 1, 2))
+        if self.amp and self.precision == "master16":
+            raise ValueError("train.precision=master16 has 16-bit weights already; leave --amp out")
+        if self.stage and self.init is None:
+            raise ValueError(f"train.stage {self.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
         at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0, patience=0, min_delta=0, nan_limit=1,
                  latent_crops=1)
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema is a decay in [0, 1), got {self.ema}")
+        self.ema = tuple(rate for rate in self.ema if rate != 0)
+        if not all(0 < rate < 1 for rate in self.ema):
+            raise ValueError(f"train.ema holds decays below 1, 0 for none, got {self.ema}")
 
 
 @dataclass
@@ -153,8 +174,10 @@ class LogConfig:
 @dataclass
 class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
-    preset: str = "ultra_lightweight"                            # start of section `vae`, a name in vae3d.PRESETS
+    task: str = "vae"                                            # vae | seg (U-Net, image/label pairs) | features (for the perceptual loss)
+    preset: str = "ultra_lightweight"                            # start of section `vae` (vae3d.PRESETS) or `unet` (unet.PRESETS)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -163,14 +186,20 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-SHORT_FLAGS = {"--preset": "preset", "--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
-    f"--{name}": f"train.{name}" for name in ("out", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")}
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "l1": False, "loss": False}
+SECTIONS = [f for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING]
+SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
+    f"--{name}": f"train.{name}" for name in ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "l1": False, "loss": False, "dice": True, "explained": True}
 
 
-def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+def metric_of(cfg: TrainConfig) -> str:
+    """train.metric, with `auto` resolved by the task."""
+    return {"vae": "psnr", "seg": "dice", "features": "explained"}[cfg.task] if cfg.train.metric == "auto" else cfg.train.metric
+
+
+def one_of(name: str, value, choices: Sequence) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def at_least(section: str, config, **bounds: float) -> None:
@@ -222,8 +251,7 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
     result = {}
     for key, value in values.items():
         current = getattr(base, key, None)
-        if key == "preset":
-            one_of("preset", value, tuple(vae3d.PRESETS))
+        if key in ("task", "preset"):                            # load_config has looked at them
             result[key] = value
             continue
         if not dataclasses.is_dataclass(current):
@@ -258,11 +286,16 @@ def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainCo
             (flags.setdefault(section, {}) if section else flags)[key] = value
     from_file = read_yaml(options["config"]) if options.get("config") else {}
     if base is None:
-        preset = flags.get("preset", from_file.get("preset", TrainConfig.preset))
-        one_of("preset", preset, tuple(vae3d.PRESETS))
-        base = TrainConfig(preset=preset, vae=vae3d.PRESETS[preset])
-    elif "preset" in flags and flags["preset"] != base.preset:
-        raise ValueError(f"--preset {flags['preset']}: the run to resume was built from {base.preset}; leave the flag out")
+        task = flags.get("task", from_file.get("task", TrainConfig.task))
+        one_of("task", task, tuple(TASKS))
+        presets = TASKS[task] or {TrainConfig.preset: None}
+        preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
+        one_of("preset", preset, tuple(presets))
+        section = {"vae": "vae", "seg": "unet"}.get(task)
+        base = TrainConfig(task=task, preset=preset, **({section: presets[preset]} if section else {}))
+    for name in ("task", "preset"):
+        if flags.get(name, getattr(base, name)) != getattr(base, name):
+            raise ValueError(f"--{name} {flags[name]}: the run to resume was built with {getattr(base, name)}; leave the flag out")
     cfg = config_from(from_file, base, str(options.get("config")))
     return config_from(flags, cfg, "command line")
 
@@ -304,8 +337,10 @@ def build_parser() -> Parser:
     parser.add_argument("--fit", metavar="GIB", nargs="?", const="free",
                         help="choose the cheapest memory settings that fit; without a number: into the card's free memory")
     short = {path: flag for flag, path in SHORT_FLAGS.items()}
-    parser.add_argument("--preset", metavar="NAME", help=" | ".join(vae3d.PRESETS))
-    for section in dataclasses.fields(TrainConfig)[1:]:
+    parser.add_argument("--task", metavar="NAME", help=" | ".join(TASKS) + " [vae]")
+    presets = "; ".join(f"{task}: {' | '.join(names)}" for task, names in TASKS.items() if names)
+    parser.add_argument("--preset", metavar="NAME", help=presets)
+    for section in SECTIONS:
         group = parser.add_argument_group(f"section {section.name}")
         cls = section.default_factory
         comments, hints = field_comments(cls), typing.get_type_hints(cls)
@@ -346,12 +381,17 @@ def to_yaml(cfg: TrainConfig) -> str:
 @dataclass
 class State:
     """All that changes during a run; `last.pt` holds it."""
-    vae: VAE3D
-    forward: Callable                                            # vae, or its compiled form
+    model: torch.nn.Module                                       # VAE3D, UNet or losses.FeatureTrainer
+    forward: Callable                                            # model, or its compiled form
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    amp_dtype: torch.dtype | None                                # None: float32
-    ema: VAE3D | None
+    amp_dtype: torch.dtype | None                                # None: no autocast
+    emas: list[torch.nn.Module]                                  # one per train.ema
+    masters: list[Tensor] | None                                 # float32 copies of 16-bit weights
+    perceptual: losses.PerceptualLoss3d | None
+    disc: losses.PatchDiscriminator3d | None
+    disc_optimizer: torch.optim.Optimizer | None
+    lecam: losses.LeCam | None
     step: int = 0                                                # optimizer steps done
     best: float | None = None                                    # best value of train.metric so far
     bad_validations: int = 0                                     # since the best, for early stopping
@@ -359,11 +399,19 @@ class State:
     bad_steps: int = 0                                           # non-finite steps in a row
     finished: bool = False
     latent: dict | None = None                                   # mean, std (Z,), scale_factor
+    usage: Tensor | None = None                                  # (K,) int64: choices of each code in this epoch
+    norms: list[float] = field(default_factory=list)             # the last finite gradient norms before clipping
+    log_scale: float = 16.0                                      # master16: the loss is multiplied by 2 to this power
 
     @property
-    def shipped(self) -> VAE3D:
+    def shipped(self) -> torch.nn.Module:
         """The weights that are validated and that a user would ship."""
-        return self.vae if self.ema is None else self.ema
+        return self.emas[0] if self.emas else self.model
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the optimizer moves, in float32."""
+        return self.masters if self.masters is not None else list(self.model.parameters())
 
 
 def pick_device(name: str) -> torch.device:
@@ -397,37 +445,112 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
 
 
 def new_state(cfg: TrainConfig, device: torch.device) -> State:
-    """Networks and optimizer as at step 0, a function of the config alone."""
+    """Networks and optimizers as at step 0, a function of the config alone."""
     torch.manual_seed(cfg.train.seed)
-    vae = VAE3D(cfg.vae).to(device)
-    if device.type != "mps":                                     # MPS has no channels_last_3d
-        vae = vae.to(memory_format=torch.channels_last_3d)
-    set_dial(vae, cfg.memory)
+    model = on_device(build_network(cfg), device)
+    if cfg.train.stage == 1:
+        model.encoder.requires_grad_(False)
+        model.decoder.requires_grad_(False)
+    emas = []
+    for _ in cfg.train.ema:
+        emas.append(on_device(build_network(cfg).requires_grad_(False), device))
+        emas[-1].load_state_dict(model.state_dict())
+    masters = None
+    if cfg.train.precision == "master16":
+        masters = [p.detach().clone().requires_grad_(p.requires_grad) for p in model.parameters()]
+        for name, part in model.named_children():
+            if name != "quantizer":                              # codes stay float32: 16 bits lose half of them
+                part.to(torch.float16)
     amp_dtype, _ = pick_precision(cfg.train.amp, device)
-    o = cfg.optim
+    o, weights = cfg.optim, masters or list(model.parameters())
     optimizer = {
-        "adamw": lambda p: torch.optim.AdamW(p, o.lr, weight_decay=o.weight_decay, fused=True),
-        "adam": lambda p: torch.optim.Adam(p, o.lr, weight_decay=o.weight_decay, fused=True),
-        "sgd": lambda p: torch.optim.SGD(p, o.lr, momentum=0.9, weight_decay=o.weight_decay, fused=True),
-    }[o.optimizer](vae.parameters())
-    ema = None
-    if cfg.train.ema:
-        ema = set_dial(VAE3D(cfg.vae).to(device).requires_grad_(False), cfg.memory)
-        ema.load_state_dict(vae.state_dict())
-    return State(vae, torch.compile(vae) if cfg.train.compile else vae, optimizer,
-                 torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, ema)
+        "adamw": lambda: torch.optim.AdamW(weights, o.lr, weight_decay=o.weight_decay, fused=True),
+        "adam": lambda: torch.optim.Adam(weights, o.lr, weight_decay=o.weight_decay, fused=True),
+        "sgd": lambda: torch.optim.SGD(weights, o.lr, momentum=0.9, weight_decay=o.weight_decay, fused=True),
+    }[o.optimizer]()
+    disc, disc_optimizer = None, None
+    if cfg.task == "vae" and cfg.loss.adv_weight:
+        disc = on_device(build_discriminator(cfg), device)
+        disc_optimizer = torch.optim.Adam(disc.parameters(), disc_rate(cfg), betas=(0.5, 0.9), fused=True)  # as VQGAN's
+    state = State(model, torch.compile(model) if cfg.train.compile else model, optimizer,
+                  torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, emas, masters,
+                  build_perceptual(cfg, device), disc, disc_optimizer, losses.LeCam().to(device) if cfg.loss.lecam_weight else None)
+    if quantizer_of(model):
+        state.usage = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
+    turn_dial(cfg, state, cfg.memory)
+    return state
 
 
-def set_dial(vae: VAE3D, memory: MemoryConfig) -> VAE3D:
-    return vae.memory(memory.mode, memory.tile, memory.stretch, memory.budget)
+def build_network(cfg: TrainConfig) -> torch.nn.Module:
+    """The network of the task. Raises ValueError for a stage without a codebook."""
+    if cfg.task == "seg":
+        return UNet(cfg.unet)
+    if cfg.task == "features":
+        return losses.FeatureTrainer(losses.FeatureNet3d(seed=cfg.train.seed))
+    if cfg.train.stage and cfg.vae.bottleneck != "vq":
+        raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but vae.bottleneck is {cfg.vae.bottleneck}; "
+                         f"add --vae.bottleneck vq")
+    return VAE3D(cfg.vae)
+
+
+def build_discriminator(cfg: TrainConfig) -> losses.PatchDiscriminator3d:
+    """Raises ValueError when the crops that it sees are too small for it."""
+    loss = cfg.loss
+    disc = losses.PatchDiscriminator3d(cfg.vae.in_channels, loss.disc_channels, loss.disc_layers, loss.disc_strides, loss.disc_norm)
+    seen = [min(n, c) for n, c in zip(cfg.data.patch, loss.crop or cfg.data.patch)] if cfg.data.patch else disc.least_size
+    if any(n < least for n, least in zip(seen, disc.least_size)):
+        raise ValueError(f"the discriminator sees crops of {','.join(map(str, seen))} (--patch, loss.crop), but {loss.disc_layers} layers "
+                         f"of loss.disc_strides {loss.disc_strides} need {','.join(map(str, disc.least_size))}; give strides of 1 to the "
+                         f"short axis, or fewer loss.disc_layers")
+    return disc
+
+
+def build_perceptual(cfg: TrainConfig, device: torch.device) -> losses.PerceptualLoss3d | None:
+    """loss.perceptual_features as a frozen network, None where the weight is 0. Raises ValueError for a file that is none."""
+    if cfg.task != "vae" or not cfg.loss.perceptual_weight:
+        return None
+    if cfg.loss.perceptual_features == "random":
+        features = losses.FeatureNet3d()
+    else:
+        content = load_checkpoint(cfg.loss.perceptual_features, "vae3d.features")
+        try:
+            features = losses.FeatureNet3d.from_checkpoint(content)
+        except ValueError as error:
+            raise ValueError(f"{cfg.loss.perceptual_features}: {error}") from None
+    return on_device(losses.PerceptualLoss3d(features), device)
+
+
+def on_device(module: torch.nn.Module, device: torch.device) -> Any:
+    """In channels_last_3d, except on MPS, which has none."""
+    return module.to(device) if device.type == "mps" else module.to(device).to(memory_format=torch.channels_last_3d)
+
+
+def quantizer_of(model: torch.nn.Module) -> torch.nn.Module | None:
+    return getattr(model, "quantizer", None)
+
+
+def disc_rate(cfg: TrainConfig) -> float:
+    return cfg.optim.lr if cfg.loss.disc_lr is None else cfg.loss.disc_lr
+
+
+def set_dial(model: torch.nn.Module, memory: MemoryConfig) -> Any:
+    """Raises ValueError for a mode that the network does not have."""
+    if isinstance(model, VAE3D):
+        return model.memory(memory.mode, memory.tile, memory.stretch, memory.budget)
+    if isinstance(model, UNet):
+        return model.memory(memory.mode)
+    if memory.mode != "none":
+        raise ValueError(f"memory.mode={memory.mode}: the feature network is small and has no memory dial; leave it at none")
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------------------- step
 
 class MicroBatch(NamedTuple):
     image: Tensor                                                # (b, C, D, H, W) in [-1, 1]
-    seeds: list[int]                                             # one per sample, of its latent noise
+    seeds: list[int]                                             # one per sample, of its random numbers
     volumes: list[int]                                           # where the crops come from
+    label: Tensor | None = None                                  # (b, D, H, W) int64, for segmentation
 
 
 class StepResult(NamedTuple):
@@ -437,37 +560,186 @@ class StepResult(NamedTuple):
 
 
 def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """One update. Peak memory is one micro-batch's: no graph outlives its backward().
+    """One update of the network, and of the discriminator where there is one. Peak memory is one micro-batch's: no graph outlives its
+    backward().
 
-    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail.
+    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail (loss.adaptive_weight is the
+    exception: a ratio of each micro-batch's own). Nothing but gradients changes before all is known to be finite.
     """
-    total = sum(len(m.image) for m in micro_batches)
+    total, quantizer = sum(len(m.image) for m in micro_batches), quantizer_of(state.model)
+    gan = state.disc is not None and state.step >= cfg.loss.disc_start
+    optimizers = [state.optimizer, *([state.disc_optimizer] if gan else [])]
     sums: dict[str, Tensor] = {}
-    state.optimizer.zero_grad(set_to_none=True)
-    for image, seeds, _ in micro_batches:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # made here: a step that is repeated draws the same noise
-        out = forward(state, state.forward, image, generators)
-        terms = loss_terms(cfg.loss, out, image)
-        state.scaler.scale(terms["loss"] * (len(image) / total)).backward()
+    usage = 0
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    state.model.zero_grad(set_to_none=True)                      # 16-bit weights are not the optimizer's own
+    if quantizer is not None:
+        quantizer.collected = []                                 # what a step that ran out of memory had collected
+    for micro in micro_batches:
+        share = len(micro.image) / total
+        generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]  # made here: a repeated step draws the same noise
+        out, terms, crops = objective(cfg, state, state.forward, micro, generators)
+        if gan:
+            generator_terms(cfg, state, crops, terms)
+        if terms["loss"].requires_grad:                          # not where a codebook learns by averages alone
+            scaled(state, terms["loss"] * share).backward()
+        if gan:
+            crops = [crop.detach() for crop in crops]
+            critic = discriminator_terms(cfg, state, crops)
+            scaled(state, critic["disc"] * share).backward()
+            terms |= critic
+        if quantizer is not None:
+            usage = usage + torch.zeros_like(state.usage).scatter_add_(0, out.index.flatten(), torch.ones_like(out.index).flatten())
         for name, term in terms.items():                         # stays on the device: no sync per micro-batch
-            sums[name] = sums.get(name, 0) + term.detach() * (len(image) / total)
-        del out, terms                                           # the next forward must not find this graph alive
-    state.scaler.unscale_(state.optimizer)                       # before clipping: the threshold is in true units
-    norm = torch.nn.utils.clip_grad_norm_(state.vae.parameters(), cfg.optim.grad_clip or math.inf)
-    updated = bool(torch.isfinite(norm + sums["loss"]))          # both: |NaN| has a zero gradient, so the norm alone misses it
+            sums[name] = sums.get(name, 0) + term.detach() * share
+        del out, terms, crops                                    # the next forward must not find this graph alive
+    norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
+    finite = norm + sums["loss"]                                 # both: |NaN| has a zero gradient, so the norm alone misses it
+    if gan:
+        finite = finite + sums["disc"] + torch.nn.utils.clip_grad_norm_(state.disc.parameters(), cfg.optim.grad_clip or math.inf)
+    updated = bool(torch.isfinite(finite))
     if updated:
-        state.scaler.step(state.optimizer)
-        if state.ema is not None:
-            update_ema(state.ema, state.vae, min(cfg.train.ema, (1 + state.step) / (10 + state.step)))
+        for optimizer in optimizers:
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                state.scaler.step(optimizer)
+        if state.masters is not None:
+            with torch.no_grad():
+                torch._foreach_copy_([p.detach() for p in state.model.parameters()], state.masters)
+        if quantizer is not None:
+            quantizer.update(torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step)))
+            state.usage += usage
+        if state.lecam is not None and gan:
+            state.lecam.update(sums["logits_real"], sums["logits_fake"])
+        for ema, decay in zip(state.emas, cfg.train.ema):
+            update_ema(ema, state, min(decay, (1 + state.step) / (10 + state.step)))
+        if cfg.optim.clip_percentile:
+            state.norms = [*state.norms[1 - cfg.optim.clip_window:], float(norm)][-cfg.optim.clip_window:]
+    if state.masters is not None:
+        state.log_scale += 1e-3 if updated else -1.0             # doubles in 1,000 steps, halves at once
     state.scaler.update()
     return StepResult(sums, norm, updated)
 
 
-def loss_terms(cfg: LossConfig, out: vae3d.VAEOutput, image: Tensor) -> dict[str, Tensor]:
-    """The criterion and its terms by name, each () float32 or wider: `loss` = reconstruction + kl_weight * `kl`."""
-    recon = losses.reconstruction_loss(out.recon, image, cfg.recon, cfg.channel_weights, cfg.foreground_weight, cfg.background)
-    kl = losses.kl_loss(out.mu, out.logvar)
-    return {"loss": recon + cfg.kl_weight * kl, cfg.recon: recon, "kl": kl}
+def scaled(state: State, loss: Tensor) -> Tensor:
+    return state.scaler.scale(loss) if state.masters is None else loss * 2.0 ** state.log_scale
+
+
+def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], threshold: float) -> Tensor:
+    """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm before that."""
+    if state.masters is not None:
+        for master, p in zip(state.masters, state.model.parameters()):
+            master.grad = None if p.grad is None else p.grad.float() * 2.0 ** -state.log_scale
+            p.grad = None
+        for p in state.disc.parameters() if len(optimizers) > 1 else ():
+            p.grad *= 2.0 ** -state.log_scale
+    for optimizer in optimizers:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            state.scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(state.weights, threshold)
+
+
+def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
+    """optim.grad_clip, or the percentile of the last norms where that is lower and there are enough of them."""
+    fixed = o.grad_clip or math.inf
+    if not o.clip_percentile or len(norms) < o.clip_window:
+        return fixed
+    return min(fixed, float(torch.tensor(norms, dtype=torch.float64).quantile(o.clip_percentile / 100)))
+
+
+def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch,
+              generators: Sequence[torch.Generator]) -> tuple[Any, dict[str, Tensor], list[Tensor]]:
+    """The network's output; the terms of its criterion by name, each () float32 or wider, `loss` their weighted sum; and for the
+    discriminator the sub-crops of image and reconstruction."""
+    if cfg.task == "seg":
+        out = forward(state, network, micro.image)
+        return out, segmentation_terms(cfg.loss, out, micro.label), []
+    if cfg.task == "features":
+        out = forward(state, network, *losses.degrade(micro.image, generators))
+        return out, {"loss": out.loss, "explained": out.explained.mean()}, []
+    out = forward(state, network, micro.image, generators)
+    crops = []
+    if state.disc is not None or state.perceptual is not None:
+        starts = losses.crop_starts(micro.image.shape, cfg.loss.crop, generators)
+        crops = [losses.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon)]
+    return out, reconstruction_terms(cfg.loss, state, out, micro.image, crops), crops
+
+
+def reconstruction_terms(cfg: LossConfig, state: State, out: vae3d.VAEOutput | vae3d.VQOutput, image: Tensor,
+                         crops: Sequence[Tensor]) -> dict[str, Tensor]:
+    weighting = cfg.channel_weights, cfg.foreground_weight, cfg.background
+    terms = {cfg.recon: losses.reconstruction_loss(out.recon, image, cfg.recon, *weighting)}
+    loss = terms[cfg.recon]
+    if isinstance(out, vae3d.VQOutput):
+        terms["vq"] = out.vq_loss
+        loss = loss + out.vq_loss
+    else:
+        terms["kl"] = losses.kl_loss(out.mu, out.logvar)
+        loss = loss + cfg.kl_weight * terms["kl"]
+    if cfg.structure_weight:
+        terms["structure"] = losses.structure_loss(out.recon, image, *weighting)
+        loss = loss + cfg.structure_weight * terms["structure"]
+    weight = cfg.perceptual_weight * ramp(state.step, cfg.perceptual_start, cfg.perceptual_warmup)
+    if weight:
+        real, fake = crops
+        terms["perceptual"] = state.perceptual(fake, real)
+        loss = loss + weight * terms["perceptual"]
+    return {"loss": loss, **terms}
+
+
+def ramp(step: int, start: int, warmup: int) -> float:
+    """0 before `start`, then rising linearly to 1 over `warmup` steps."""
+    return 0.0 if step < start else min(1.0, (step - start + 1) / max(1, warmup))
+
+
+def judge(state: State, crop: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The discriminator in the run's precision; its own weights are float32 also where the autoencoder's are not."""
+    return forward(state, state.disc, crop if state.masters is None else crop.float())
+
+
+def generator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor], terms: dict[str, Tensor]) -> None:
+    """Add what the discriminator says of the reconstruction to terms["loss"]; the discriminator is left without gradients (DEFECTS 6)."""
+    loss, (real, fake) = cfg.loss, crops
+    state.disc.requires_grad_(False)
+    logits, features = judge(state, fake)
+    terms["adv"] = losses.generator_loss(logits, loss.adv_loss)
+    weight = loss.adv_weight * ramp(state.step, loss.disc_start, loss.disc_warmup)
+    if loss.adaptive_weight:
+        terms["adaptive_weight"] = losses.adaptive_weight(terms["loss"], terms["adv"], state.model.decoder.head.conv.weight,
+                                                          scale=float(scaled(state, torch.ones((), device=fake.device))))
+        weight = weight * terms["adaptive_weight"]
+    terms["loss"] = terms["loss"] + weight * terms["adv"]
+    if loss.feature_matching_weight:
+        with torch.no_grad():
+            features_real = judge(state, real)[1]
+        terms["feature_matching"] = losses.feature_matching_loss(features_real, features)
+        terms["loss"] = terms["loss"] + loss.feature_matching_weight * terms["feature_matching"]
+    state.disc.requires_grad_(True)
+
+
+def discriminator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The discriminator's own criterion `disc` on detached crops, and the mean logits."""
+    loss, (real, fake) = cfg.loss, crops
+    logits_real, logits_fake = judge(state, real)[0], judge(state, fake)[0]
+    total = losses.discriminator_loss(logits_real, logits_fake, loss.adv_loss)
+    if state.lecam is not None:
+        total = total + loss.lecam_weight * state.lecam(logits_real, logits_fake)
+    if loss.r1_weight and state.step % loss.r1_every == 0:
+        real = real.float().requires_grad_()
+        with torch.autocast(real.device.type, enabled=False):    # squares of 16-bit gradients underflow
+            total = total + loss.r1_every * loss.r1_weight * losses.r1_penalty(state.disc(real)[0], real)
+    return {"disc": total, "logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
+
+
+def segmentation_terms(cfg: LossConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of the one above (nnU-Net)."""
+    options = cfg.dice_share, cfg.class_weights, cfg.ignore_index
+    loss, ce, dice_loss = losses.segmentation_loss(out.logits, label, *options)
+    weights = [0.5 ** (level + 1) for level in range(len(out.deep))]
+    for logits, weight in zip(out.deep, weights):
+        small = F.interpolate(label[:, None].float(), logits.shape[2:], mode="nearest")[:, 0].long()
+        loss = loss + weight * losses.segmentation_loss(logits, small, *options).loss
+    return {"loss": loss / (1 + sum(weights)), "ce": ce, "dice_loss": dice_loss}
 
 
 def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Callable[[str], None], work: Callable[[], Any]) -> Any:
@@ -501,9 +773,8 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
 
 def turn_dial(cfg: TrainConfig, state: State, memory: MemoryConfig) -> None:
     cfg.memory = memory
-    for vae in (state.vae, state.ema):
-        if vae is not None:
-            set_dial(vae, memory)
+    for model in (state.model, *state.emas):
+        set_dial(model, memory)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -512,14 +783,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def next_dial(memory: MemoryConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:
     """none -> checkpoint -> tile -> a tile that is predicted to take at most 4/5 of the memory; None at the end."""
-    if memory.mode == "none":
+    if memory.mode == "none" and isinstance(state.model, (VAE3D, UNet)):
         return dataclasses.replace(memory, mode="checkpoint")
+    if not isinstance(state.model, VAE3D):                       # no other network has exact tiles
+        return None
     free = dataclasses.replace(memory, mode="tile", tile=None, stretch="auto")
     if memory.mode == "checkpoint":
         return settled(free, state, shape)
-    batch, size, dtype = shape[0], shape[2:], state.amp_dtype or torch.float32
-    now = state.vae.tile_plan(size, batch, dtype, next(state.vae.parameters()).device).peak_bytes
-    plans = set_dial(VAE3D(state.vae.cfg), free).tile_plans(size, batch, dtype)
+    batch, size, dtype = shape[0], shape[2:], activations(state)
+    now = state.model.tile_plan(size, batch, dtype, next(state.model.parameters()).device).peak_bytes
+    plans = set_dial(VAE3D(state.model.cfg), free).tile_plans(size, batch, dtype)
     smaller = [plan for plan in plans if plan.peak_bytes <= 0.8 * now]
     return dataclasses.replace(free, tile=smaller[0].tile, stretch=smaller[0].stretch) if smaller else None
 
@@ -528,8 +801,8 @@ def settled(memory: MemoryConfig, state: State, shape: Sequence[int]) -> MemoryC
     """The dial with what it leaves to `auto` chosen for good: on CUDA the choice depends on the free memory, and a resumed run must not."""
     if memory.mode != "tile" or memory.tile is not None and memory.stretch != "auto":
         return memory
-    planner = set_dial(VAE3D(state.vae.cfg), memory)
-    plan = planner.tile_plan(shape[2:], shape[0], state.amp_dtype or torch.float32, next(state.vae.parameters()).device)
+    planner = set_dial(VAE3D(state.model.cfg), memory)
+    plan = planner.tile_plan(shape[2:], shape[0], activations(state), next(state.model.parameters()).device)
     return dataclasses.replace(memory, tile=plan.tile, stretch=plan.stretch)
 
 
@@ -539,16 +812,27 @@ def dial_text(memory: MemoryConfig) -> str:
     return f"tile {'auto' if memory.tile is None else ','.join(map(str, memory.tile))}, stretch {memory.stretch}"
 
 
+def activations(state: State) -> torch.dtype:
+    return torch.float16 if state.masters is not None else state.amp_dtype or torch.float32
+
+
 def forward(state: State, network: Callable, *inputs) -> Any:
     """network(*inputs) in the run's precision."""
+    if network is state.model and state.masters is not None:
+        inputs = (inputs[0].half(), *inputs[1:])
     with torch.autocast(inputs[0].device.type, state.amp_dtype, enabled=state.amp_dtype is not None):
         return network(*inputs)
 
 
 @torch.no_grad()
-def update_ema(ema: VAE3D, vae: VAE3D, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * weights. The decay rises with the step, so that the start is forgotten."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in vae.parameters()], 1 - decay)
+def update_ema(ema: torch.nn.Module, state: State, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * weights; buffers (codebooks, running statistics) as they are.
+
+    The decay rises with the step, so that the start is forgotten.
+    """
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in state.weights], 1 - decay)
+    for old, new in zip(ema.buffers(), state.model.buffers()):
+        old.copy_(new)
 
 
 def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:
@@ -600,9 +884,9 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
     for step in steps:
         window, micro_batches, place = window_of(step, len(crops), cfg.train.batch * cfg.train.accum), [], 0
         while place < len(window):
-            image, volumes = next(batches)
+            image, *label, volumes = next(batches)
             seeds = [seed_of(cfg.train.seed, "noise", step, place + i) for i in range(len(image))]
-            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist()))
+            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist(), *(x.to(device) for x in label)))
             place += len(image)
         yield step, micro_batches
 
@@ -616,16 +900,22 @@ def make_step(cfg: TrainConfig, device: torch.device | str) -> Callable[[], Step
     """A closure that runs the real train_step on one window of random crops, for memtest.py; the call itself builds the networks."""
     device = torch.device(device)
     state = new_state(cfg, device)
-    batch = cfg.train.batch
-    shape = (batch, cfg.vae.in_channels, *cfg.data.patch)
-    micro_batches = [MicroBatch(to_device(torch.randn(shape), device), list(range(batch)), [0] * batch) for _ in range(cfg.train.accum)]
+    state.step = max(cfg.loss.disc_start, cfg.loss.perceptual_start)  # with all that the run will have
+    batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
+    channels = cfg.unet.in_channels if cfg.task == "seg" else cfg.vae.in_channels
+    for _ in range(cfg.train.accum):
+        label = torch.zeros(batch, *size, dtype=torch.int64, device=device) if cfg.task == "seg" else None
+        micro_batches.append(MicroBatch(to_device(torch.randn(batch, channels, *size), device), list(range(batch)), [0] * batch, label))
     return lambda: train_step(cfg, state, micro_batches)
 
 
 def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bool:
     """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so far."""
-    value = metrics[cfg.train.metric]
-    gain = 0.0 if state.best is None else (value - state.best) * (1 if HIGHER_IS_BETTER[cfg.train.metric] else -1)
+    name = metric_of(cfg)
+    if name not in metrics:
+        raise ValueError(f"train.metric={name} is none of the metrics of --task {cfg.task}: {', '.join(metrics)}")
+    value = metrics[name]
+    gain = 0.0 if state.best is None else (value - state.best) * (1 if HIGHER_IS_BETTER[name] else -1)
     better = math.isfinite(value) and (state.best is None or gain > 0)
     state.bad_validations = 0 if better and (state.best is None or gain > cfg.train.min_delta) else state.bad_validations + 1
     if better:
@@ -684,15 +974,29 @@ def canonical(value: Any) -> Any:
 
 def checkpoint_of(cfg: TrainConfig, state: State, names: list[str]) -> dict:
     """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the same command."""
-    config = config_dict(cfg)
-    config["train"].pop("out")                                   # the folder that it lies in says so
-    return {"kind": "vae3d.train", "version": 1, "config": config, "files": names,
-            "model": state.vae.state_dict(), "ema": state.ema and state.ema.state_dict(), "optimizer": state.optimizer.state_dict(),
+    parts = {name: getattr(state, name) and getattr(state, name).state_dict() for name in ("disc", "disc_optimizer", "lecam")}
+    return {"kind": "vae3d.train", "version": 1, "config": shared_config(cfg), "files": names, "model": full_weights(state),
+            "ema": [ema.state_dict() for ema in state.emas], "optimizer": state.optimizer.state_dict(), **parts,
             "scaler": state.scaler.state_dict(), "plateau": list(state.plateau)} | {name: getattr(state, name) for name in COUNTERS}
 
 
-def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """A checkpoint of ours as plain values and CPU tensors. Raises ValueError in one line; never runs code from the file."""
+def shared_config(cfg: TrainConfig) -> dict:
+    """As plain values, without the folder that the run lies in."""
+    config = config_dict(cfg)
+    config["train"].pop("out")
+    return config
+
+
+def full_weights(state: State) -> dict[str, Tensor]:
+    """The network's state dict, in float32 also where it trains in 16 bits."""
+    weights = state.model.state_dict()
+    if state.masters is not None:
+        weights |= {name: master.detach() for (name, _), master in zip(state.model.named_parameters(), state.masters)}
+    return weights
+
+
+def load_checkpoint(path: str | Path, *kinds: str) -> dict:
+    """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
     path = Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -703,21 +1007,76 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-    if found != kind:
-        raise ValueError(f"{path}: is no checkpoint of kind {kind}, found {found!r}; --resume takes a run folder or its last.pt")
+    if found not in kinds:
+        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
     return content
+
+
+TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt", "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
+         "vae3d.features": "train.py --task features writes one as best.pt"}
+
+
+def start_from(state: State, path: Path) -> tuple[list[str], bool]:
+    """Put the weights of a run folder or checkpoint of ours into a new state, as far as they fit.
+
+    Returns what to say about it, a line each, and whether a codebook was among them. The averages start from the same weights. Between a
+    Gaussian head (mean and log-variance) and one for codes the mean is what they share. Raises ValueError when nothing fits.
+    """
+    path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
+    content = load_checkpoint(path, "vae3d.weights", "vae3d.train", "vae3d.features")
+    theirs = content["ema"][0] if content.get("ema") else content["model"]
+    ours = full_weights(state)
+    fits, reshaped = {}, []
+    for name in sorted(ours.keys() & theirs.keys()):
+        new, old = ours[name], theirs[name]
+        if new.shape == old.shape:
+            fits[name] = old
+            continue
+        change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
+        shared = min(len(new), len(old)) if new.dim() and old.dim() else 0
+        if name.startswith("encoder.head.conv.") and new.shape[1:] == old.shape[1:] and max(len(new), len(old)) == 2 * shared:
+            fits[name] = torch.cat([old[:shared].to(new), new[shared:]])
+            change += " (the mean's part taken)"
+        else:
+            change += " (left as new)"
+        reshaped.append(change)
+    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if not fits:
+        raise ValueError(f"--init {path}: none of its {len(theirs)} weights fits this network, such as {', '.join(unexpected[:3])}; "
+                         f"use the preset and the section `vae` that made it")
+    for model in (state.model, *state.emas):
+        model.load_state_dict(ours | fits)
+    if state.masters is not None:
+        for (name, _), master in zip(state.model.named_parameters(), state.masters):
+            master.data.copy_((ours | fits)[name])
+    lines = [f"init: {len(fits)} of {len(ours)} weights from {path}"]
+    lines += [f"init: {len(names)} {what}: {'; '.join(names)}" for what, names in
+              (("missing there, left as new", missing), ("unexpected, not used", unexpected), ("of another shape", reshaped)) if names]
+    return lines, "quantizer.codebook" in fits
 
 
 def restore(state: State, checkpoint: dict, path: Path) -> None:
     """Put a checkpoint into a new state of the same config. Raises ValueError naming the keys that do not fit."""
-    for module, name in ((state.vae, "model"), (state.ema, "ema")):
+    if len(checkpoint["ema"]) != len(state.emas):
+        raise ValueError(f"{path}: holds {len(checkpoint['ema'])} averages, train.ema asks for {len(state.emas)}; leave --train.ema out")
+    modules = [(state.model, "model", checkpoint["model"]), (state.disc, "disc", checkpoint["disc"]),
+               (state.lecam, "lecam", checkpoint["lecam"])]
+    modules += [(ema, "ema", weights) for ema, weights in zip(state.emas, checkpoint["ema"])]
+    for module, name, weights in modules:
         if module is not None:
-            check_keys(module.state_dict(), checkpoint[name], f"{path} ({name})")
-            module.load_state_dict(checkpoint[name])
+            check_keys(module.state_dict(), weights, f"{path} ({name})")
+            module.load_state_dict(weights)
+    if state.masters is not None:
+        for (name, _), master in zip(state.model.named_parameters(), state.masters):
+            master.data.copy_(checkpoint["model"][name])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
+    if state.disc_optimizer is not None:
+        state.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
     state.scaler.load_state_dict(checkpoint["scaler"])
+    device = next(state.model.parameters()).device
     for name in COUNTERS:
-        setattr(state, name, checkpoint[name])
+        value = checkpoint[name]
+        setattr(state, name, value.to(device) if isinstance(value, Tensor) else value)
     state.plateau = tuple(checkpoint["plateau"])
 
 
@@ -728,6 +1087,11 @@ def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source
     if missing or unexpected or reshaped:
         raise ValueError(f"{source}: does not fit this network: missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape "
                          f"{reshaped[:5]} ({len(missing)}, {len(unexpected)}, {len(reshaped)} in all); use the config that made it")
+
+
+VAL_SHOWN = ("psnr", "ssim", "l1", "iou", "sharpness", "dice", "explained", "loss")
+TERMS_SHOWN = ("loss", *losses.RECONSTRUCTION, "kl", "vq", "structure", "perceptual", "adv", "disc", "ce", "dice_loss", "explained",
+               "codebook_usage", "perplexity")
 
 
 class Log:
@@ -753,11 +1117,11 @@ class Log:
             sink.scalars({f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, row["step"])
         step = row["step"]
         if row["split"] == "val":
-            self.say(f"step {step}/{self.total}  validation  psnr {shown(row['psnr'])} dB  "
-                     + "  ".join(f"{name} {shown(row[name])}" for name in ("ssim", "l1", "loss")))
+            self.say(f"step {step}/{self.total}  validation  " + "  ".join(
+                f"{name} {shown(row[name])}{' dB' * (name == 'psnr')}" for name in VAL_SHOWN if name in row))
         elif self.live or step % self.cfg.log.every == 0 or step == self.total or "skipped" in row:
             left = (time.monotonic() - self.started) / max(1, step - self.start) * (self.total - step)
-            terms = "  ".join(f"{k} {shown(row[k])}" for k in ("loss", self.cfg.loss.recon, "kl"))
+            terms = "  ".join(f"{k} {shown(row[k])}" for k in TERMS_SHOWN if k in row)
             line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} voxels/s  "
                     f"{row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
             print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
@@ -838,7 +1202,7 @@ class WandbSink:
 def log_histograms(log: Log, state: State) -> None:
     """Weights and their last gradients, to the sinks that take them."""
     for sink in log.sinks:
-        for name, parameter in state.vae.named_parameters():
+        for name, parameter in state.model.named_parameters():
             sink.histogram(f"weights/{name}", parameter.detach().float().cpu(), state.step)
             if parameter.grad is not None:
                 sink.histogram(f"gradients/{name}", parameter.grad.float().cpu(), state.step)
@@ -865,23 +1229,48 @@ def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], backgroun
     """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
 
     image, recon (C, D, H, W) -> (height, width, 3) uint8. First channel; of each axis the slice with the most foreground. Grey is -1 to 1;
-    the error runs from black (0) over red to yellow (0.5). Pixels are square in mm.
+    the error runs from black (0) over red to yellow (0.5).
     """
-    image, recon, rows = image[0], recon[0], []
+    image, recon = image[0], recon[0]
+    error = (recon - image).abs() / 0.5 * 2
+    hot = torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
+    return orthogonal_slices([grey(image), grey(recon), hot], (image - background).abs(), spacing)
+
+
+def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Input, its label and what was found (columns; a colour per class) in axial, coronal and sagittal slices (rows).
+
+    image (C, D, H, W), label and found (D, H, W) -> (height, width, 3) uint8. Of each axis the slice with the most labelled voxels.
+    """
+    plain = grey(image[0])
+    return orthogonal_slices([plain, coloured(plain, label), coloured(plain, found)], (label > 0).float(), spacing)
+
+
+def grey(v: Tensor) -> Tensor:
+    """(...) in [-1, 1] -> (..., 3) in [0, 255]."""
+    return ((v.clamp(-1, 1) + 1) * 127.5)[..., None].expand(*v.shape, 3)
+
+
+def coloured(picture: Tensor, label: Tensor) -> Tensor:
+    """Blend a colour per class into picture (..., 3) where label (...) is not 0; neighbouring numbers get hues far apart."""
+    hue = (label * 0.381966 % 1)[..., None] * 6                  # golden-angle steps around the colour circle
+    slope, offset = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([-1.0, 2.0, 2.0])
+    colour = 255 * ((hue - torch.tensor([3.0, 2.0, 4.0])).abs() * slope + offset).clamp(0, 1)
+    return torch.where((label > 0)[..., None], 0.5 * picture + 0.5 * colour, picture)
+
+
+def orthogonal_slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequence[float]) -> Tensor:
+    """One column per volume (D, H, W, 3), one row per axis: the slice where weight (D, H, W) sums to most. Pixels are square in mm."""
+    rows = []
     for axis in range(3):
         others = [a for a in range(3) if a != axis]
-        at = int((image - background).abs().sum(others).argmax())
-        x, y = image.select(axis, at), recon.select(axis, at)
-        x, y = x.flip(0, 1), y.flip(0, 1)                        # RAS: now head or front is up, the patient's right on the left
+        at = int(weight.sum(others).argmax())
         pixel = min(spacing)
-        size = [max(1, round(n * spacing[a] / pixel)) for n, a in zip(x.shape, others)]
+        size = [max(1, round(weight.shape[a] * spacing[a] / pixel)) for a in others]
         factor = max(1, 256 // max(size))
-        def grey(v):
-            return ((v.clamp(-1, 1) + 1) * 127.5)[..., None].expand(-1, -1, 3)
-        error = (y - x).abs() / 0.5 * 2
-        hot = torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
         panels = []
-        for panel in (grey(x), grey(y), hot):
+        for volume in volumes:
+            panel = volume.select(axis, at).flip(0, 1)           # RAS: now head or front is up, the patient's right on the left
             panel = F.interpolate(panel.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1)
             panels.append(F.pad(panel, (0, 0, 2, 2, 2, 2), value=64))
         rows.append(torch.cat(panels, 1))
@@ -908,8 +1297,15 @@ class Run:
 
 def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
     """The data of the run; the fields of cfg that follow from them are set. Raises DataError, or ValueError where weights do not fit."""
+    cfg.data = dataclasses.replace(cfg.data, labels=cfg.task == "seg", ignore_label=cfg.loss.ignore_index)
     dataset = data.open_data(cfg.data, cfg.train.seed, say)
     cfg.vae = dataclasses.replace(cfg.vae, in_channels=dataset.channels)
+    if cfg.task == "seg":
+        binary = cfg.unet.out_channels == 1 and dataset.classes == 2
+        cfg.unet = dataclasses.replace(cfg.unet, in_channels=dataset.channels, out_channels=1 if binary else dataset.classes)
+        if cfg.loss.class_weights is not None and len(cfg.loss.class_weights) != dataset.classes:
+            raise ValueError(f"loss.class_weights has {len(cfg.loss.class_weights)} factors, the data has {dataset.classes} classes; "
+                             f"give one for each")
     cfg.loss.background, cfg.data.patch = dataset.background, dataset.patch
     if cfg.loss.channel_weights is not None and len(cfg.loss.channel_weights) != dataset.channels:
         raise ValueError(f"loss.channel_weights has {len(cfg.loss.channel_weights)} factors, the data has {dataset.channels} channels; "
@@ -935,8 +1331,10 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
     else:
         limit = convert(budget, float, "--fit") * memtest.GIB
     dtype, size = pick_precision(cfg.train.amp, device)[0] or torch.float32, cfg.data.patch
-    with torch.device("meta"):
-        candidates = memtest.memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
+    candidates = [{"mode": mode} for mode in memory_modes(cfg)]
+    if cfg.task == "vae":
+        with torch.device("meta"):
+            candidates = memtest.memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
 
     def step_with(size: Sequence[int], memory: dict) -> Callable:
         changed = memtest.change(cfg, {"data": {"patch": size}, "memory": memory})
@@ -948,6 +1346,11 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
                          f"or --fit {plan.bytes / 0.9 / memtest.GIB:.2f}")
     say(f"--fit: memory mode {memtest.memory_text(plan.memory)}: {text}")
     return dataclasses.replace(cfg.memory, **plan.memory)
+
+
+def memory_modes(cfg: TrainConfig) -> tuple[str, ...]:
+    """Settings of the dial that the task's network has."""
+    return {"vae": vae3d.MEMORY_MODES, "seg": unet.MEMORY_MODES, "features": ("none",)}[cfg.task]
 
 
 def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | None = None) -> int:
@@ -968,6 +1371,12 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         if checkpoint["files"] != [entry.name for entry in dataset.train]:
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but not bit for bit")
         state.finished = False
+    started_from, has_codebook = [], checkpoint is not None
+    if cfg.train.init is not None and checkpoint is None:
+        started_from, has_codebook = start_from(state, Path(cfg.train.init))
+        if cfg.train.stage == 2 and not has_codebook:
+            raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook of vae.num_codes="
+                             f"{cfg.vae.num_codes}; run --train.stage 1 first")
     turn_dial(cfg, state, settled(cfg.memory, state, (cfg.train.batch, dataset.channels, *dataset.patch)))
     sinks = open_sinks(cfg, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -975,13 +1384,20 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
     held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
     run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
     save_config(run)
-    log.say(f"{cfg.preset}: {sum(p.numel() for p in state.vae.parameters()):,} parameters, memory mode {dial_text(cfg.memory)}; {device}, "
-            f"{pick_precision(cfg.train.amp, device)[1]}")
+    names = {"vae": cfg.preset, "seg": cfg.preset, "features": "feature network"}
+    log.say(f"{names[cfg.task]}: {sum(p.numel() for p in state.model.parameters()):,} parameters, "
+            + (f"discriminator {sum(p.numel() for p in state.disc.parameters()):,}, " if state.disc is not None else "")
+            + f"memory mode {dial_text(cfg.memory)}; {device}, "
+            + ("16-bit weights, float32 masters" if state.masters is not None else pick_precision(cfg.train.amp, device)[1]))
+    for text in started_from:
+        log.say(text)
     for text in memtest.environment_warnings() if device.type == "cuda" else []:
         log.say(f"warning: {text}")
     log.say(f"{total} steps of {cfg.train.batch * cfg.train.accum} crops, {per_epoch} an epoch; run folder {out}")
     with caught_signals() as received:
         if checkpoint is None:
+            if not has_codebook:
+                start_codebook(run)
             validation(run, epoch=0)
             save_last(run)
         for step, micro_batches in step_batches(cfg, crops, range(state.step, total), device):
@@ -999,7 +1415,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
                 break
     log.close()
     if state.finished:
-        print(f"done at step {state.step}: best {cfg.train.metric} {shown(state.best)}; weights in {out / 'best.pt'}, "
+        print(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
               f"pictures in {out / 'samples'}")
         return EXIT_DONE
     print(f"stopped by {signal.Signals(received[0]).name} at step {state.step}, state saved; go on with: "
@@ -1036,6 +1452,8 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     started, rate = time.monotonic(), learning_rate(cfg.optim, step, run.total, state.plateau[1])
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    for group in state.disc_optimizer.param_groups if state.disc_optimizer is not None else ():
+        group["lr"] = rate * disc_rate(cfg) / cfg.optim.lr if cfg.optim.lr else 0.0
     result = recovered(run, micro_batches[0].image.shape, lambda: train_step(cfg, state, micro_batches))
     terms = {name: float(term) for name, term in result.terms.items()}
     seconds = time.monotonic() - started
@@ -1049,34 +1467,84 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     else:
         files = sorted({str(run.dataset.train[v].path) for m in micro_batches for v in m.volumes})
         row |= {"skipped": True, "files": files}
-        overflow = state.scaler.is_enabled() and math.isfinite(terms["loss"])  # fp16: the scale falls, the run goes on
+        overflow = (state.scaler.is_enabled() or state.masters is not None) and math.isfinite(terms["loss"])  # the scale falls, it goes on
         state.bad_steps += not overflow
         what = "fp16 overflow" if overflow else "loss or gradient is not finite"
         log.say(f"step {state.step}: {what}, no update; crops of {', '.join(files)}")
+    if state.usage is not None and (state.step % run.per_epoch == 0 or state.step == run.total):
+        row |= codebook_use(state.usage)
+        state.usage.zero_()
     log.row(row)
     if log.sinks and cfg.log.histogram_every and state.step % cfg.log.histogram_every == 0:
         log_histograms(log, state)
     if state.bad_steps >= cfg.train.nan_limit:
         path = run.out / f"nan_step_{state.step:06d}.pt"
         save_checkpoint(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
-                               "model": state.vae.state_dict(), "images": [m.image.cpu() for m in micro_batches]})
+                               "model": full_weights(state), "images": [m.image.cpu() for m in micro_batches]})
         raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
                          f"try a lower --optim.lr, or look at the files that log.jsonl names")
 
 
+def codebook_use(usage: Tensor) -> dict[str, float]:
+    """Share of the codes chosen at least once, and perplexity exp(entropy) of the choices: 1 to K."""
+    share = usage.double() / usage.sum().clamp_min(1)
+    entropy = -(share * share.clamp_min(1e-300).log()).sum()
+    return {"codebook_usage": float((usage > 0).double().mean()), "perplexity": float(entropy.exp())}
+
+
+@torch.no_grad()
+def start_codebook(run: Run) -> None:
+    """The codebook's first codes, from the latents of training crops, as vae.codebook_init says."""
+    vae, cfg = run.state.model, run.cfg
+    if cfg.task != "vae" or cfg.vae.bottleneck != "vq" or cfg.vae.codebook_init == "uniform":
+        return
+    rows = []
+    for index in range(min(len(run.crops), cfg.train.latent_crops)):
+        x = to_device(run.crops[index][0][None], run.device)
+        rows.append(recovered(run, x.shape, lambda x=x: forward(run.state, vae.latent, x)).movedim(1, -1).flatten(0, 3))
+    vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook")))
+    for ema in run.state.emas:
+        ema.quantizer.load_state_dict(vae.quantizer.state_dict())
+
+
 @torch.no_grad()
 def validate(run: Run) -> tuple[dict[str, float], int]:
-    """Means over held-out crops or volumes of loss, terms, psnr, ssim and (unweighted) l1, through the posterior mean; and the voxels."""
-    vae, rows, voxels = run.state.shipped.eval(), [], 0
-    for crop in run.held_out:
+    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise; and the voxels seen.
+
+    vae: psnr, ssim, (unweighted) l1, sharpness (gradient energy, reconstruction over input), and iou of occupied voxels for voxel grids.
+    seg: dice, the mean over the classes but 0 that occur, from all held-out voxels together, and dice_1, dice_2 ...
+    """
+    cfg, model, rows, voxels = run.cfg, run.state.shipped.eval(), [], 0
+    counts = 0
+    for number, crop in enumerate(run.held_out):
         x = to_device(crop.image[None], run.device)
-        out = recovered(run, x.shape, lambda x=x: forward(run.state, vae, x))
-        terms = loss_terms(run.cfg.loss, out, x) | {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x),
-                                                    "l1": losses.reconstruction_loss(out.recon, x, "l1")}
+        micro = MicroBatch(x, [], [], None if crop.label is None else crop.label[None].to(run.device))
+        def work(micro=micro, number=number):
+            generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "validation", number))
+            return objective(cfg, run.state, model, micro, [generator])[:2]
+        out, terms = recovered(run, x.shape, work)
+        if cfg.task == "vae":
+            terms |= {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x),
+                      "l1": losses.reconstruction_loss(out.recon, x, "l1"), "sharpness": losses.sharpness(out.recon, x)}
+            if crop.entry.intensity.modality == "voxel":
+                terms["iou"] = losses.occupancy_iou(out.recon, x, cfg.loss.background)
+        if cfg.task == "seg":
+            counts = counts + torch.stack(losses.dice_scores(predicted_classes(out.logits), micro.label, run.dataset.classes,
+                                                             cfg.loss.ignore_index)).cpu()
         rows.append({name: float(term) for name, term in terms.items()})
         voxels += x[0, 0].numel()
-    vae.train()
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, voxels
+    run.state.shipped.train()
+    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    if cfg.task == "seg":
+        scores = losses.dice(*counts)[1:]                        # nan: a class that occurs in neither
+        metrics["dice"] = float(scores.nanmean())
+        metrics |= {f"dice_{k}": float(score) for k, score in enumerate(scores, 1) if torch.isfinite(score)}
+    return metrics, voxels
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """(B, K, D, H, W) -> (B, D, H, W) int64; one logit: foreground where its sigmoid is above 1/2."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def validation(run: Run, epoch: int) -> None:
@@ -1087,27 +1555,40 @@ def validation(run: Run, epoch: int) -> None:
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
                  "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds), "peak_gib": round(peak_gib(run.device), 4)})
     if update_best(run.cfg, state, metrics):
-        content = checkpoint_of(run.cfg, state, [])
-        save_checkpoint(run.out / "best.pt", {"kind": "vae3d.weights", "version": 1, "config": content["config"], "step": state.step,
-                                              "metrics": metrics, "model": state.shipped.state_dict(), "latent": None})
+        save_checkpoint(run.out / "best.pt", weights_to_ship(run, state.shipped) | {"metrics": metrics})
+
+
+def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
+    """The content of best.pt: what predict.py and --init need, and nothing else."""
+    if run.cfg.task == "features":
+        return model.features.to_checkpoint() | {"step": run.state.step}
+    entry = run.dataset.train[0]
+    return {"kind": "vae3d.weights", "version": 1, "config": shared_config(run.cfg), "step": run.state.step, "latent": run.state.latent,
+            "data": {"modality": entry.intensity.modality, "channels": run.dataset.channels, "classes": run.dataset.classes,
+                     "background": run.dataset.background, "spacing": list(entry.spacing)},
+            "model": full_weights(run.state) if model is run.state.model else model.state_dict()}
 
 
 def finish(run: Run) -> None:
-    """Measure the latent of the weights that ship and store it in both checkpoints."""
-    best = load_checkpoint(run.out / "best.pt", "vae3d.weights")
-    vae = set_dial(VAE3D(run.cfg.vae).to(run.device), run.cfg.memory)
-    vae.load_state_dict(best["model"])
-    run.state.latent = best["latent"] = latent_statistics(run, vae.eval())
-    save_checkpoint(run.out / "best.pt", best)
+    """Measure the latent of the weights that ship and store it in both checkpoints; write the other averages beside best.pt."""
+    cfg, state = run.cfg, run.state
+    if cfg.task == "vae":
+        best = load_checkpoint(run.out / "best.pt", "vae3d.weights")
+        vae = set_dial(on_device(VAE3D(cfg.vae), run.device), cfg.memory)
+        vae.load_state_dict(best["model"])
+        state.latent = best["latent"] = latent_statistics(run, vae.eval())
+        save_checkpoint(run.out / "best.pt", best)
+    for ema, rate in list(zip(state.emas, cfg.train.ema))[1:]:
+        save_checkpoint(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema))
 
 
 @torch.no_grad()
 def latent_statistics(run: Run, vae: VAE3D) -> dict:
-    """Mean and std (Z,) of the latent mean over training crops; scale factor 1 / std over all channels (arXiv:2112.10752, App. G)."""
+    """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std (arXiv:2112.10752, App. G)."""
     count, total, squares = 0, 0, 0
     for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
         x = to_device(run.crops[index][0][None], run.device)
-        mu = forward(run.state, vae.encode, x).mu.double()
+        mu = forward(run.state, vae.encode, x)[0].double()
         count, total, squares = count + mu[0, 0].numel(), total + mu.sum((0, 2, 3, 4)), squares + mu.square().sum((0, 2, 3, 4))
     mean = total / count
     whole = (squares.sum() / count / len(mean) - mean.mean().square()).clamp_min(1e-12).sqrt()
@@ -1127,23 +1608,31 @@ def save_last(run: Run) -> None:
 
 @torch.no_grad()
 def save_samples(run: Run) -> None:
-    """OUT/samples/step_XXXXXX_NAME.png and _recon.nii.gz of the first crop of up to log.samples held-out volumes."""
-    vae, done, folder = run.state.shipped.eval(), set(), run.out / "samples"
+    """OUT/samples/step_XXXXXX_NAME.png and _recon.nii.gz (seg: _pred.nii.gz) of the first crop of up to log.samples held-out volumes."""
+    cfg, done = run.cfg, set()
+    if cfg.task == "features":                                   # nothing to look at
+        return
+    model, folder = run.state.shipped.eval(), run.out / "samples"
     folder.mkdir(exist_ok=True)
     for crop in run.held_out:
         name = crop.entry.name
-        if name in done or len(done) == run.cfg.log.samples:
+        if name in done or len(done) == cfg.log.samples:
             continue
         done.add(name)
         x = to_device(crop.image[None], run.device)
-        recon = recovered(run, x.shape, lambda x=x: forward(run.state, vae, x)).recon[0].float().cpu()
-        picture = comparison(crop.image, recon, crop.entry.spacing, run.cfg.loss.background)
+        out = recovered(run, x.shape, lambda x=x: forward(run.state, model, x))
+        if cfg.task == "seg":
+            found, kind = predicted_classes(out.logits).cpu().to(torch.int16), "pred"
+            picture = label_comparison(crop.image, crop.label, found[0], crop.entry.spacing)
+        else:
+            found, kind = out.recon[0].float().cpu(), "recon"
+            picture = comparison(crop.image, found, crop.entry.spacing, cfg.loss.background)
         stem = f"step_{run.state.step:06d}_{name}"
         write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(memtest.png(picture)))
-        data.write_nifti(folder / f"{stem}_recon.nii.gz", recon.numpy(), crop.affine)
+        data.write_nifti(folder / f"{stem}_{kind}.nii.gz", found.numpy(), crop.affine)
         for sink in run.log.sinks:
             sink.picture(f"samples/{name}", picture, run.state.step)
-    vae.train()
+    model.train()
 
 
 @contextlib.contextmanager
