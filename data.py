@@ -1175,10 +1175,13 @@ def _settle_classes(training: list[list[Entry]], held_out: list[list[Entry]], cf
                 raise DataError(f"{error} (data.strict)") from None
             say(f"data: refused {error}")
             return False
+    listed = bool(held_out)
     training, held_out = ([[dataclasses.replace(entry, label_values=values, ignore_label=cfg.ignore_label) for entry in group]
                            for group in groups if usable(group)] for groups in (training, held_out))
     if not training:
         raise DataError(f"{_show(cfg.path or 'synthetic')}: no training volume has labels below data.classes={classes}; set data.classes")
+    if listed and not held_out:
+        say("data: no usable volume in the `validation` list; some of the training files are held out instead")
     return training, held_out, classes, values
 
 
