@@ -59,7 +59,7 @@ class LossConfig:
     feature_matching_weight: float = 0.0                         # L1 between the discriminator's features (arXiv:1711.11585: 10)
     r1_weight: float = 0.0                                       # gamma of arXiv:1801.04406, Eq. 9 (there 10)
     r1_every: int = 16                                           # lazy regularisation: each so many steps, times so many (arXiv:1912.04958)
-    lecam_weight: float = 0.0                                    # arXiv:2104.03310, for few training volumes (there 0.3 and less)
+    lecam_weight: float = 0.0                                    # arXiv:2104.03310, against overfitting of the discriminator to few volumes
     adaptive_weight: bool = False                                # scale adv_weight by the last layer's gradient ratio (arXiv:2012.09841)
     crop: tuple[int, int, int] | None = (32, 64, 64)             # sub-crop of each sample that the perceptual and adversarial terms see,
                                                                  # in every memory mode alike; none: all of it
@@ -504,7 +504,7 @@ def r1_penalty(logits_real: Tensor, real: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """LeCam regulariser of the discriminator (arXiv:2104.03310, Eqs. 3-5): E[(r - anchor_fake)^2] + E[(f - anchor_real)^2].
+    """LeCam regulariser of the discriminator (arXiv:2104.03310): E[(r - anchor_fake)^2] + E[(f - anchor_real)^2].
 
     forward(logits_real, logits_fake) -> () float32 or wider, 0 before the first update; it never changes the anchors.
     update(logits_real, logits_fake): the anchors, moving averages of the mean logits, take one step. Call it once per optimizer step with
