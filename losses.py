@@ -31,6 +31,7 @@ DISC_NORMS = ("none", "group", "instance", "spectral")
 DEGRADATIONS = ("blur", "block", "noise")                        # in the order in which `degrade` applies them
 MAX_BLUR, MAX_BLOCK, MAX_NOISE = 2.0, 4, 0.1                     # sigma in voxels, edge in voxels, standard deviation (100 HU of 2000)
 OCCUPIED = 0.05                                                  # further than this from the background: 50 HU of the default CT range
+FEATURE_VOXELS = 1 << 18                                         # seen by the feature network at a time; fewer are slow on a CPU
 SLAB_VOXELS = 1 << 21                                            # elements widened to float32 at a time: 8 MiB a temporary
 
 
@@ -65,7 +66,6 @@ class LossConfig:
                                                                  # in every memory mode alike; none: all of it
     dice_share: float = 0.5                                      # of Dice in the segmentation loss; the rest is cross-entropy
     class_weights: tuple[float, ...] | None = None               # cross-entropy factor per class (binary: background, foreground); none: 1
-    ignore_index: int | None = None                              # label value that counts neither in the loss nor in the scores
 
     def __post_init__(self):
         for name, choices in (("recon", tuple(RECONSTRUCTION)), ("adv_loss", ADVERSARIAL), ("disc_norm", DISC_NORMS)):
@@ -581,7 +581,7 @@ class PerceptualLoss3d(nn.Module):
     difference is summed over channels and averaged over space, then over scales, channels and samples. From 0 to 4.
     `features`: any network (N, 1, D, H, W) -> list of (N, c_i, d_i, h_i, w_i); it sees each channel of the data as a sample, so one
     serves any number of channels. It is frozen, and the gradient reaches recon only. Random features do nearly as well as trained ones in
-    dense prediction (arXiv:2103.10571). Memory: one channel of one sample at a time, recomputed in the backward.
+    dense prediction (arXiv:2103.10571). Memory: FEATURE_VOXELS, or one channel of one sample, at a time, recomputed in the backward.
     `eps` is added to the length: regions whose features are weaker count less (LPIPS: 1e-10, which lets the noise of flat air count as much
     as anatomy).
     """
@@ -598,8 +598,9 @@ class PerceptualLoss3d(nn.Module):
         check_pair("PerceptualLoss3d", recon, target)
         total = torch.zeros((), dtype=torch.promote_types(recon.dtype, torch.float32), device=recon.device)
         with torch.autocast(recon.device.type, enabled=False):
-            for x, y in zip(recon.flatten(0, 1), target.detach().flatten(0, 1)):
-                total = total + checkpoint(self.distance, x[None, None], y[None, None], use_reentrant=False, preserve_rng_state=False)
+            xs, ys = (v.flatten(0, 1)[:, None].split(max(1, FEATURE_VOXELS // recon[0, 0].numel())) for v in (recon, target.detach()))
+            for x, y in zip(xs, ys):
+                total = total + len(x) * checkpoint(self.distance, x, y, use_reentrant=False, preserve_rng_state=False)
         return total / (recon.shape[0] * recon.shape[1])
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
