@@ -57,10 +57,10 @@ class VAEConfig:
     bottleneck: str = "kl"                                       # kl (Gaussian) | vq (codebook) | fsq (grid of fsq_levels)
     num_codes: int = 512                                         # vq: K; a code has z_channels numbers
     codebook_update: str = "ema"                                 # vq: ema (of the latents that chose a code) | gradient
-    codebook_decay: float = 0.99                                 # vq: of the averages, an optimizer step (arXiv:1711.00937, App. A.1)
+    codebook_decay: float = 0.95                                 # vq: of the averages (arXiv:1711.00937, App. A.1: 0.99; docs/LOG.md)
     codebook_init: str = "kmeans"                                # vq: kmeans | samples (both from the first latents) | uniform
     codebook_cosine: bool = False                                # vq: latents and codes on the unit sphere (arXiv:2110.04627, Sec. 3.2)
-    codebook_restart: float = 0.1                                # vq: codes used less than this part of an equal share start anew; 0: none
+    codebook_restart: float = 0.25                               # vq: codes used less than this part of an equal share start anew; 0: none
     lambda_vq: float = 1.0                                       # vq: weight of |sg[z] - e|^2; of use with codebook_update gradient only
     lambda_commitment: float = 0.25                              # vq: weight of |z - sg[e]|^2, the paper's beta
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)                   # fsq: values of each latent channel; 1,000 codes (arXiv:2309.15505)
@@ -274,7 +274,7 @@ class VectorQuantizer(nn.Module):
     starts dead codes anew, so that k micro-batches equal one batch and a step that is repeated counts once. cosine: z and codes are
     compared on the unit sphere, and z_q is a unit vector (arXiv:2110.04627, Sec. 3.2).
     """
-    def __init__(self, num_codes: int, code_dim: int, update: str = "ema", decay: float = 0.99, cosine: bool = False, restart: float = 0.1,
+    def __init__(self, num_codes: int, code_dim: int, update: str = "ema", decay: float = 0.95, cosine: bool = False, restart: float = 0.25,
                  lambda_vq: float = 1.0, lambda_commitment: float = 0.25):
         super().__init__()
         self.learned, self.decay, self.cosine, self.restart = update == "gradient", decay, cosine, restart
