@@ -291,8 +291,8 @@ def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainCo
         presets = TASKS[task] or {TrainConfig.preset: None}
         preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
         one_of("preset", preset, tuple(presets))
-        section = {"vae": "vae", "seg": "unet"}.get(task)
-        base = TrainConfig(task=task, preset=preset, **({section: presets[preset]} if section else {}))
+        base = {"vae": lambda: TrainConfig(task, preset, vae=presets[preset]), "features": lambda: TrainConfig(task, preset),
+                "seg": lambda: TrainConfig(task, preset, unet=presets[preset], data=DataConfig(foreground=0.33))}[task]()  # as nnU-Net's
     for name in ("task", "preset"):
         if flags.get(name, getattr(base, name)) != getattr(base, name):
             raise ValueError(f"--{name} {flags[name]}: the run to resume was built with {getattr(base, name)}; leave the flag out")
@@ -653,9 +653,9 @@ def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBat
     discriminator the sub-crops of image and reconstruction."""
     if cfg.task == "seg":
         out = forward(state, network, micro.image)
-        return out, segmentation_terms(cfg.loss, out, micro.label), []
+        return out, segmentation_terms(cfg, out, micro.label), []
     if cfg.task == "features":
-        out = forward(state, network, *losses.degrade(micro.image, generators))
+        out = forward(state, network, micro.image, *losses.degrade(micro.image, generators))
         return out, {"loss": out.loss, "explained": out.explained.mean()}, []
     out = forward(state, network, micro.image, generators)
     crops = []
@@ -725,15 +725,15 @@ def discriminator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor])
     if state.lecam is not None:
         total = total + loss.lecam_weight * state.lecam(logits_real, logits_fake)
     if loss.r1_weight and state.step % loss.r1_every == 0:
-        real = real.float().requires_grad_()
+        real = losses.wide(real).detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):    # squares of 16-bit gradients underflow
             total = total + loss.r1_every * loss.r1_weight * losses.r1_penalty(state.disc(real)[0], real)
     return {"disc": total, "logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
 
 
-def segmentation_terms(cfg: LossConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
+def segmentation_terms(cfg: TrainConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
     """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of the one above (nnU-Net)."""
-    options = cfg.dice_share, cfg.class_weights, cfg.ignore_index
+    options = cfg.loss.dice_share, cfg.loss.class_weights, cfg.data.ignore_label
     loss, ce, dice_loss = losses.segmentation_loss(out.logits, label, *options)
     weights = [0.5 ** (level + 1) for level in range(len(out.deep))]
     for logits, weight in zip(out.deep, weights):
@@ -819,7 +819,7 @@ def activations(state: State) -> torch.dtype:
 def forward(state: State, network: Callable, *inputs) -> Any:
     """network(*inputs) in the run's precision."""
     if network is state.model and state.masters is not None:
-        inputs = (inputs[0].half(), *inputs[1:])
+        inputs = [x.half() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     with torch.autocast(inputs[0].device.type, state.amp_dtype, enabled=state.amp_dtype is not None):
         return network(*inputs)
 
@@ -1297,7 +1297,7 @@ class Run:
 
 def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
     """The data of the run; the fields of cfg that follow from them are set. Raises DataError, or ValueError where weights do not fit."""
-    cfg.data = dataclasses.replace(cfg.data, labels=cfg.task == "seg", ignore_label=cfg.loss.ignore_index)
+    cfg.data = dataclasses.replace(cfg.data, labels=cfg.task == "seg")
     dataset = data.open_data(cfg.data, cfg.train.seed, say)
     cfg.vae = dataclasses.replace(cfg.vae, in_channels=dataset.channels)
     if cfg.task == "seg":
@@ -1530,7 +1530,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
                 terms["iou"] = losses.occupancy_iou(out.recon, x, cfg.loss.background)
         if cfg.task == "seg":
             counts = counts + torch.stack(losses.dice_scores(predicted_classes(out.logits), micro.label, run.dataset.classes,
-                                                             cfg.loss.ignore_index)).cpu()
+                                                             cfg.data.ignore_label)).cpu()
         rows.append({name: float(term) for name, term in terms.items()})
         voxels += x[0, 0].numel()
     run.state.shipped.train()
@@ -1562,11 +1562,12 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     """The content of best.pt: what predict.py and --init need, and nothing else."""
     if run.cfg.task == "features":
         return model.features.to_checkpoint() | {"step": run.state.step}
-    entry = run.dataset.train[0]
+    dataset, entry = run.dataset, run.dataset.train[0]
+    facts = {"modality": entry.intensity.modality, "channels": dataset.channels, "classes": dataset.classes,
+             "label_values": dataset.label_values and list(dataset.label_values),
+             "background": dataset.background, "spacing": list(entry.spacing)}
     return {"kind": "vae3d.weights", "version": 1, "config": shared_config(run.cfg), "step": run.state.step, "latent": run.state.latent,
-            "data": {"modality": entry.intensity.modality, "channels": run.dataset.channels, "classes": run.dataset.classes,
-                     "background": run.dataset.background, "spacing": list(entry.spacing)},
-            "model": full_weights(run.state) if model is run.state.model else model.state_dict()}
+            "data": facts, "model": full_weights(run.state) if model is run.state.model else model.state_dict()}
 
 
 def finish(run: Run) -> None:
