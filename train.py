@@ -126,8 +126,6 @@ class RunConfig:
         one_of("train.stage", self.stage, (0, 1, 2))
         if self.amp and self.precision == "master16":
             raise ValueError("train.precision=master16 has 16-bit weights already; leave --amp out")
-        if self.stage and self.init is None:
-            raise ValueError(f"train.stage {self.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
         at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0, patience=0, min_delta=0, nan_limit=1,
                  latent_crops=1)
         for name in ("steps", "epochs"):
@@ -1358,6 +1356,8 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
 
     Raises DataError or ValueError when the run cannot start, RunStopped when it cannot go on.
     """
+    if cfg.train.stage and cfg.train.init is None and checkpoint is None:
+        raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
     device = pick_device(cfg.train.device)
     crops = data.Crops(dataset, cfg.train.seed)
     per_epoch = steps_per_epoch(len(crops), cfg.train.batch * cfg.train.accum)

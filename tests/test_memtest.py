@@ -69,12 +69,15 @@ def test_breakdown_names_parameters_gradients_and_optimizer_states():
         assert peak.first_step <= peak.bytes
 
 
+GAN = ["--loss.adv_weight", "0.1", "--loss.disc_layers", "2", "--loss.disc_strides", "1,1,1", "--loss.disc_channels", "8"]
 MODES = [["--memory.mode", mode] for mode in vae3d.MEMORY_MODES]
 
 
 @pytest.mark.parametrize("flags", [
     *MODES, *([*flags, "--batch", "2", "--accum", "2", "--patch", "9,14,11"] for flags in MODES),
     ["--vae.norm", "group"], ["--vae.norm", "layer", "--memory.mode", "checkpoint"], ["--train.ema", "0.9"],
+    ["--vae.bottleneck", "vq", "--vae.num_codes", "64"], [*GAN, "--loss.perceptual_weight", "0.1", "--loss.structure_weight", "1"],
+    [*GAN, "--memory.mode", "tile", "--loss.disc_start", "100"], ["--task", "seg"], ["--task", "features"],
     ["--vae.attention", "true", "--vae.norm", "group", "--batch", "1"],  # batch 2 at this size is predicted 7 % too high (docs/LOG.md)
 ], ids=" ".join)
 def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
@@ -84,6 +87,19 @@ def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
         return train.make_step(cfg, device)
     counted, predicted = count(make_step).bytes, predict(make_step, "cpu").bytes
     assert predicted == pytest.approx(counted, rel=0.05), f"predicted {predicted}, counted {counted}"
+
+
+def test_the_step_has_discriminator_perceptual_loss_and_averages():
+    """DEFECTS 13: each of them raises the prediction by at least its own weights, also where it sets in later."""
+    def peak(*flags):
+        return predict(lambda d: train.make_step(train.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags]), d))
+    plain, disc = peak(), train.build_discriminator(train.load_config(["--patch", "12,24,20", *GAN]))
+    weights = 4 * sum(p.numel() for p in disc.parameters())
+    for later in ([], ["--loss.disc_start", "1000"]):
+        gan = peak(*GAN, *later)
+        assert gan.optimizer - plain.optimizer >= 2 * weights and gan.bytes - plain.bytes >= 4 * weights
+    assert peak("--loss.perceptual_weight", "0.1", "--loss.perceptual_start", "1000").bytes > plain.bytes
+    assert peak("--train.ema", "0.9,0.99").bytes - plain.bytes >= 0.9 * 2 * plain.parameters
 
 
 def test_each_step_of_the_dial_lowers_the_prediction():

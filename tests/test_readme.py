@@ -15,8 +15,8 @@ import train
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-SMALL = ["--vae.base_channels", "4", "--patch", "4,8,8", "--accum", "1", "--steps", "1", "--device", "cpu",
-         "--data.synthetic_size", "8,16,16", "--data.synthetic_count", "3", "--train.val_crops", "1"]
+SMALL = ["--vae.base_channels", "4", "--patch", "8,24,24", "--accum", "1", "--steps", "1", "--device", "cpu",
+         "--data.synthetic_size", "8,24,24", "--data.synthetic_count", "3", "--train.val_crops", "1"]
 
 
 @pytest.fixture(scope="module")
