@@ -1,4 +1,5 @@
 """Every command in the README runs, with steps and sizes cut; every file that it links exists; the Python example works."""
+import contextlib
 import re
 import shlex
 import subprocess
@@ -27,7 +28,19 @@ def folder(tmp_path_factory):
     for n in range(3):
         values = (rng.random((16, 12, 8)) * 2000 - 1000).astype(np.int16)
         nib.save(nib.Nifti1Image(values, np.eye(4)), path / "DATA" / f"scan{n}.nii.gz")
+    for kind, high in (("images", 2000), ("labels", 3)):
+        (path / "PAIRS" / kind).mkdir(parents=True)
+        for n in range(3):
+            values = (rng.random((24, 24, 8)) * high).astype(np.int16)
+            nib.save(nib.Nifti1Image(values, np.eye(4)), path / "PAIRS" / kind / f"scan{n}.nii.gz")
     (path / "config").symlink_to(ROOT / "config")
+    with contextlib.suppress(ImportError):
+        from PIL import Image
+        for kind, high in (("imgs", 255), ("masks", 2)):
+            (path / "PICTURES" / kind).mkdir(parents=True)
+            for n in range(3):
+                values = (rng.random((48, 48)) * high).astype(np.uint8) * (255 if kind == "masks" else 1)
+                Image.fromarray(values).save(path / "PICTURES" / kind / f"photo{n}.png")
     return path
 
 
@@ -43,6 +56,8 @@ def test_command_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     script, *flags = shlex.split(command)[1:]
+    if "PICTURES" in flags:
+        pytest.importorskip("PIL")
     if script == "train.py":
         assert train.main([*flags, *([] if "--resume" in flags else SMALL)]) == 0
     elif script == "memtest.py":
@@ -58,7 +73,7 @@ def test_python_example_runs():
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
         names = {}
         exec(block, names)                                       # noqa: S102
-        assert names["recon"].shape == (1, 1, 30, 64, 50)
+        assert names["recon"].shape == (1, 1, 30, 64, 50) and names["index"].shape == (1, 15, 16, 13)
 
 
 def test_links_lead_somewhere():

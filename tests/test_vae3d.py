@@ -1,6 +1,7 @@
 """vae3d.py: the network, the memory dial, and above all that tiled execution equals the untiled one."""
 import dataclasses
 import random
+import socket
 import subprocess
 import sys
 import weakref
@@ -842,3 +843,32 @@ def test_learned_codebook_and_other_fields_change_something():
 CODEBOOK_FIELDS = [dict(num_codes=6), dict(codebook_update="gradient"), dict(codebook_update="gradient", lambda_vq=3.0),
                    dict(codebook_decay=0.5), dict(codebook_init="samples"), dict(codebook_cosine=True), dict(codebook_restart=0.9),
                    dict(lambda_commitment=2.0)]
+
+
+def codebook_of_rank(rank: int, port: int, folder: str) -> None:
+    """One of two processes, each with half of the batch; the first saves what came out."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    vq = quantizer(16, 3, torch.float64, restart=0.5).train()
+    for step in range(3):
+        z = torch.randn(4, 3, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        vq(z[2 * rank:2 * rank + 2], [torch.Generator().manual_seed(10 * step + 2 * rank + i) for i in range(2)])
+        vq.update(torch.Generator().manual_seed(step))
+    torch.save(vq.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_codebook_is_the_same_on_two_processes_as_on_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(codebook_of_rank, (port, str(tmp_path)), nprocs=2)
+    vq = quantizer(16, 3, torch.float64, restart=0.5).train()
+    for step in range(3):
+        z = torch.randn(4, 3, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        vq(z, [torch.Generator().manual_seed(10 * step + i) for i in range(4)])
+        vq.update(torch.Generator().manual_seed(step))
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, value in vq.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], value)
