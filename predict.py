@@ -150,10 +150,13 @@ def encode_volume(checkpoint: Checkpoint, array: np.ndarray, generator: torch.Ge
 
 
 def decode_volume(checkpoint: Checkpoint, latent: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """What `encode_volume` gave, and the (D, H, W) that went in -> (C, D, H, W) float32."""
+    """What `encode_volume` gave, and the (D, H, W) that went in -> (C, D, H, W) float32. ValueError where that is not finite."""
     vae = checkpoint.model
     decode = vae.decode if vae.quantizer is None else vae.decode_indices
-    return run_network(checkpoint, lambda z: decode(z, size), latent)[0].float().contiguous().cpu().numpy()
+    recon = run_network(checkpoint, lambda z: decode(z, size), latent)[0].float().contiguous().cpu().numpy()
+    if not (np.isfinite(recon.min()) and np.isfinite(recon.max())):  # a nan makes both of them nan; no copy of the volume
+        raise ValueError("the reconstruction is not finite" + "; leave --amp out" * (checkpoint.amp_dtype is not None))
+    return recon
 
 
 def reconstruct_volume(checkpoint: Checkpoint, array: np.ndarray) -> np.ndarray:
@@ -563,6 +566,8 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -
     for number, job in enumerate(open_jobs, 1):
         started = time.monotonic()
         with failures_in(failed, job.item.path):
+            if sys.stdout.isatty():
+                print(f"[{number}/{len(open_jobs)}] {data._show(job.item.path)} ...", end="", flush=True)
             text = work(job)
             clear_line()
             print(f"[{number}/{len(open_jobs)}] {data._show(job.item.path)}: {text}, {time.monotonic() - started:.1f} s", flush=True)
@@ -640,6 +645,17 @@ def stopped_by_signals() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------------------------ the commands
 
+def open_unet(checkpoint: Checkpoint, options: argparse.Namespace, labels: bool = False) -> tuple[data.DataConfig, np.ndarray]:
+    """How its volumes are prepared, and the stored value of each class. Raises ValueError for flags that do not fit its classes."""
+    cfg, classes = data_config(checkpoint, labels, **data_changes(options)), max(2, checkpoint.cfg.unet.out_channels)
+    if options.mask_threshold is not None and classes != 2:
+        raise ValueError(f"--mask-threshold: the network has {classes} classes, a threshold decides between two; leave the flag out")
+    values = range(classes) if cfg.label_values is None else cfg.label_values
+    if len(values) != classes:
+        raise ValueError(f"--data.label_values: {len(values)} values, the network has {classes} classes; give one for each")
+    return cfg, np.array(values)
+
+
 def open_vae(options: argparse.Namespace) -> tuple[Checkpoint, data.DataConfig]:
     checkpoint = load_network(options.checkpoint, ("vae",), options.device, options.amp)
     set_tiles(checkpoint.model, options.tile, options.memory)
@@ -712,21 +728,17 @@ def decode(options: argparse.Namespace) -> int:
 
 def segment(options: argparse.Namespace) -> int:
     checkpoint = load_network(options.checkpoint, ("seg",), options.device, options.amp)
-    cfg = data_config(checkpoint, **data_changes(options))
-    threshold, classes = options.mask_threshold, max(2, checkpoint.cfg.unet.out_channels)
-    if threshold is not None and classes != 2:
-        raise ValueError(f"--mask-threshold: the network has {classes} classes, a threshold decides between two; leave the flag out")
+    cfg, values = open_unet(checkpoint, options)
     if options.output is None and (options.viz or not options.no_save):
         raise ValueError("--output FOLDER is needed, unless --no-save is given without --viz")
     print(describe(checkpoint), flush=True)
-    values = np.array(cfg.label_values if cfg.label_values is not None else range(classes))
 
     def work(job: Job) -> str:
         case = read_case(job.item, checkpoint, cfg)
         started, volumes, found = time.monotonic(), [volume for volume, _ in case.volumes], []
         for volume in volumes:
-            found.append(segment_volume(checkpoint, volume, options.window, options.overlap, threshold, case.origin.size,
-                                        show_progress(job.item.path)))
+            found.append(segment_volume(checkpoint, volume, options.window, options.overlap, options.mask_threshold,
+                                        case.origin.size, show_progress(job.item.path)))
         text = speed(volumes, started)
         if options.viz:
             plain = data.resample_label(found[0], volumes[0].shape[1:])
@@ -735,7 +747,7 @@ def segment(options: argparse.Namespace) -> int:
         if not options.no_save:                                  # last: its presence says that the job is done
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
             write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
-        shares = np.bincount(np.stack(found).reshape(-1), minlength=classes) / sum(f.size for f in found)
+        shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
         text += "; " + ", ".join(f"{values[k]}: {100 * share:.3g} %" for k, share in enumerate(shares) if share and k)
         return text + f" -> {job.output}" * (not options.no_save)
     items = list_inputs(options.input, output=options.output)
@@ -786,14 +798,16 @@ def slices(volumes: Tensor | Sequence[Tensor], weight: np.ndarray, spacing: Sequ
 def evaluate(options: argparse.Namespace) -> int:
     checkpoint = load_network(options.checkpoint, ("vae", "seg"), options.device, options.amp)
     is_seg = checkpoint.cfg.task == "seg"
-    if not is_seg:
+    if is_seg:
+        cfg, _ = open_unet(checkpoint, options, labels=True)
+    else:
+        cfg = data_config(checkpoint, **data_changes(options))
         set_tiles(checkpoint.model, options.tile, options.memory)
     for path in (options.json, options.report):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist; make it first")
     print(describe(checkpoint), flush=True)
     items = list_inputs([options.data], is_seg, options.split)
-    cfg = data_config(checkpoint, is_seg, **data_changes(options))
     device = next(checkpoint.model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -111,6 +111,14 @@ def test_orientations_of_real_files_survive(tmp_path, name):
     assert (a == b).all(), f"largest difference {np.abs(a - b).max()}"
 
 
+@needs_real
+def test_hu_of_a_real_ct_survive(tmp_path):
+    """512 x 512, stored with a scale: HU within the default range to half a stored step, what lies beyond clipped to it."""
+    source = REAL / "ct" / "abdomen_5mm_slab.nii.gz"
+    a, b = same_grid(source, through_files(source, tmp_path / "out"))
+    assert np.abs(a.clip(-1000, 1000) - b).max() <= 0.5 * nib.load(source).dataobj.slope + 1e-3, np.abs(a.clip(-1000, 1000) - b).max()
+
+
 ODD = ["big_endian_int16.nii", "float64_oblique.nii.gz", "single_slice.nii.gz", "singleton_depth_4d.nii.gz", "tiny27_int64.nii",
        "tiny27_uint32.nii", "nifti2.nii.gz", "trailing_dim_zero_pixdim.nii.gz", "functional_4d_scl.nii", "pair_big_endian.hdr"]
 
@@ -188,7 +196,7 @@ def test_picture_comes_back_as_png(tmp_path):
 @pytest.mark.parametrize("kind", ["kl", "vq", "fsq"])
 def test_decode_of_encode_equals_reconstruct_to_the_bit(tmp_path, runs, kind):
     path = ct_file(tmp_path / "in" / "a.nii.gz", "PIR", shape=(19, 26, 13))
-    common = ["--checkpoint", str(runs(kind)), "--tile", "8,8,8"]
+    common = ["--checkpoint", str(runs(kind)), "--tile", "8,16,8"]
     assert predict.main(["reconstruct", *common, "--input", str(path), "--output", str(tmp_path / "r")]) == 0
     assert predict.main(["encode", *common, "--input", str(path), "--output", str(tmp_path / "z")]) == 0
     assert [p.name for p in (tmp_path / "z").iterdir()] == ["a_latent.npz"]
@@ -197,7 +205,7 @@ def test_decode_of_encode_equals_reconstruct_to_the_bit(tmp_path, runs, kind):
     assert (tmp_path / "r" / "a.nii.gz").read_bytes() == (tmp_path / "d" / "a.nii.gz").read_bytes()
     checkpoint = predict.load_network(runs(kind), device="cpu")  # before the rounding to int16 too
     volume = predict.read_case(Item(path), checkpoint, predict.data_config(checkpoint)).volumes[0][0]
-    latents = predict.read_latents(tmp_path / "z" / "a_latent.npz", predict.set_tiles(checkpoint.model, (8, 8, 8)))
+    latents = predict.read_latents(tmp_path / "z" / "a_latent.npz", predict.set_tiles(checkpoint.model, (8, 16, 8)))
     recon = predict.reconstruct_volume(checkpoint, volume)
     assert np.array_equal(predict.decode_volume(checkpoint, latents.arrays[0], latents.size), recon)
     with torch.no_grad():
@@ -251,17 +259,17 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
     vae = vae3d.VAE3D(vae3d.VAEConfig(base_channels=8)).eval()
     checkpoint = predict.Checkpoint(Path(), None, vae, {}, None, "float32", "")
     peaks, results = {}, {}
-    for tile, depth in (("none", 24), ("none", 120), ((8, 16, 16), 24), ((8, 16, 16), 120)):
-        x = np.random.default_rng(0).standard_normal((1, depth, 48, 48)).astype(np.float32)
+    for tile, depth in (("none", 24), ("none", 120), ((8, 16, 32), 24), ((8, 16, 32), 120)):
+        x = np.random.default_rng(0).standard_normal((1, depth, 32, 32)).astype(np.float32)
         predict.set_tiles(vae, tile)
         with memtest.LiveStorages("cpu") as log:
             results[tile, depth] = predict.reconstruct_volume(checkpoint, x)
         peaks[tile, depth] = log.peak()[0]
         assert results[tile, depth].shape == x.shape
-    whole, tiled = (results[tile, 120] for tile in ("none", (8, 16, 16)))
+    whole, tiled = (results[tile, 120] for tile in ("none", (8, 16, 32)))
     difference, scale = np.abs(whole - tiled).max(), np.abs(whole).max()
     assert difference < 1e-5 * scale, f"{difference} of {scale}: more than float32 sums in another order"
-    assert peaks["none", 120] > 4.5 * peaks["none", 24] and peaks[(8, 16, 16), 120] < 1.5 * peaks[(8, 16, 16), 24], peaks
+    assert peaks["none", 120] > 4.5 * peaks["none", 24] and peaks[(8, 16, 32), 120] < 1.5 * peaks[(8, 16, 32), 24], peaks
 
 
 def test_default_tiles_depend_on_the_size_alone():
@@ -517,9 +525,21 @@ def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):
     failed_line(capsys, "a.nii.gz", "overwritten")
     assert predict.main(["evaluate", "--checkpoint", str(runs("kl")), "--data", str(path), "--json", str(tmp_path / "no" / "o.json")]) == 2
     failed_line(capsys, "folder does not exist")
+    refused("segment", runs("seg"), "--data.label_values", "0,1", words=["2 values", "4 classes"])
+    refused("segment", runs("seg"), "--overlap", "1", words=["--overlap", "between 0 and 1"])
     assert predict.main([]) == 2
     failed_line(capsys)
     assert not (tmp_path / "o" / "a.nii.gz").exists()
+
+
+def test_a_reconstruction_that_is_not_finite_is_a_failure(tmp_path, runs, capsys):
+    """No number that stands for NaN is written."""
+    content = torch.load(runs("kl") / "best.pt", weights_only=True)
+    content["model"]["decoder.head.conv.bias"].fill_(math.nan)
+    torch.save(content, tmp_path / "nan.pt")
+    path, out = ct_file(tmp_path / "a.nii.gz"), str(tmp_path / "o")
+    assert predict.main(["reconstruct", "--checkpoint", str(tmp_path / "nan.pt"), "--input", str(path), "--output", out]) == 1
+    assert "not finite" in capsys.readouterr().err and not list((tmp_path / "o").iterdir())
 
 
 def test_files_that_do_not_fit_the_network_are_told_in_one_line(tmp_path, runs, capsys):
