@@ -26,6 +26,7 @@ import html
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -600,14 +601,14 @@ def tell_failures(failed: Sequence[dict], total: int) -> int:
     return EXIT_ERROR if failed else EXIT_DONE
 
 
-def show_progress(path: Path) -> Callable[[int, int], None]:
+def show_progress(path: Path) -> Callable[..., None]:
     """A line on the terminal that says how far a long volume is; nothing in a pipe."""
     shown = [time.monotonic()]
 
-    def tick(done: int, total: int) -> None:
+    def tick(done: float, total: int, part: str = "windows") -> None:
         if sys.stdout.isatty() and time.monotonic() - shown[0] > 0.5:
             shown[0] = time.monotonic()
-            print(f"\r{data._show(path.name)}: {done} of {total} windows\x1b[K", end="", flush=True)
+            print(f"\r{data._show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
     return tick
 
 
@@ -676,6 +677,7 @@ def reconstruct(options: argparse.Namespace) -> int:
     def work(job: Job) -> str:
         case = read_case(job.item, checkpoint, cfg)
         started, volumes = time.monotonic(), [volume for volume, _ in case.volumes]
+        checkpoint.model.progress = show_progress(job.item.path)
         results = [(reconstruct_volume(checkpoint, volume), intensity) for volume, intensity in case.volumes]
         text = speed(volumes, started)
         write_result(job.output, results, case.affine, case.origin)
@@ -694,6 +696,7 @@ def encode(options: argparse.Namespace) -> int:
     def work(job: Job) -> str:
         case = read_case(job.item, checkpoint, cfg)
         started, volumes, arrays = time.monotonic(), [volume for volume, _ in case.volumes], []
+        checkpoint.model.progress = show_progress(job.item.path)
         for number, volume in enumerate(volumes):
             seed = train.seed_of(options.seed, "sample", job.output.name, number)
             generator = torch.Generator().manual_seed(seed) if options.sample else None
@@ -718,7 +721,7 @@ def decode(options: argparse.Namespace) -> int:
         latents = read_latents(job.item.path, checkpoint.model)
         if latents.fingerprint != checkpoint.fingerprint:
             print(f"{data._show(job.item.path)}: was encoded with other weights than {checkpoint.path}")
-        started = time.monotonic()
+        started, checkpoint.model.progress = time.monotonic(), show_progress(job.item.path)
         volumes = [decode_volume(checkpoint, array, latents.size) for array in latents.arrays]
         text = speed(volumes, started)
         write_result(job.output, list(zip(volumes, latents.intensities)), latents.affine, latents.origin)
@@ -807,7 +810,9 @@ def evaluate(options: argparse.Namespace) -> int:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist; make it first")
     print(describe(checkpoint), flush=True)
-    items = list_inputs([options.data], is_seg, options.split)
+    items = list_inputs([options.data], is_seg, "all" if options.split == "held-out" else options.split)
+    if options.split == "held-out":
+        items = held_out(items, checkpoint)
     device = next(checkpoint.model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -822,6 +827,7 @@ def evaluate(options: argparse.Namespace) -> int:
                         label = case.labels[min(t, len(case.labels) - 1)]
                         scores, shown = evaluate_labels(checkpoint, volume, label, options, totals, show_progress(item.path))
                     else:
+                        checkpoint.model.progress = show_progress(item.path)
                         scores, shown = evaluate_volume(checkpoint, volume, intensity, case.origin, len(case.volumes), totals)
                     rows.append(row | {"shape": list(volume.shape[1:])} | scores)
                     if options.report:
@@ -842,6 +848,18 @@ def evaluate(options: argparse.Namespace) -> int:
             page = report_page(checkpoint, result, figures, options.data)
             save(Path(options.report), lambda file: file.write(page.encode()))
     return tell_failures(failed, len(items))
+
+
+def held_out(items: Sequence[data.Item], checkpoint: Checkpoint) -> list[data.Item]:
+    """Those that the run did not train on, told by their names. Raises ValueError when there are none, or the checkpoint has no names."""
+    names = checkpoint.facts["data"].get("training")
+    if names is None:
+        raise ValueError(f"--split held-out: {checkpoint.path} does not name its training files; leave the flag out")
+    trained = {re.sub(r"_t\d{3,}$", "", name) for name in names} | set(names)                   # volume 3 of a 4-D X is X_t003
+    left = [item for item in items if data._stem(item.path) not in trained]
+    if not left:
+        raise ValueError(f"--split held-out: all of {len(items)} files were trained on; leave the flag out")
+    return left
 
 
 @dataclass
@@ -1112,7 +1130,8 @@ def build_parser() -> train.Parser:
         add("--checkpoint", required=True, metavar="FILE_OR_RUN", help="best.pt, last.pt or a run folder")
         if name == "evaluate":
             add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
-            add("--split", choices=("all", "training", "validation", "testing"), default="all", help="list of a datalist [all]")
+            add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
+                help="held-out: files that the run did not train on; else a list of a datalist [all]")
             add("--json", metavar="FILE", help="write the figures")
             add("--report", metavar="FILE", help="write a page with the worst, median and best volume, self-contained HTML")
         else:

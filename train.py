@@ -970,10 +970,10 @@ def canonical(value: Any) -> Any:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-def checkpoint_of(cfg: TrainConfig, state: State, names: list[str]) -> dict:
+def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the same command."""
     parts = {name: getattr(state, name) and getattr(state, name).state_dict() for name in ("disc", "disc_optimizer", "lecam")}
-    return {"kind": "vae3d.train", "version": 1, "config": shared_config(cfg), "files": names, "model": full_weights(state),
+    return {"kind": "vae3d.train", "version": 1, "config": shared_config(cfg), "data": facts_of(dataset), "model": full_weights(state),
             "ema": [ema.state_dict() for ema in state.emas], "optimizer": state.optimizer.state_dict(), **parts,
             "scaler": state.scaler.state_dict(), "plateau": list(state.plateau)} | {name: getattr(state, name) for name in COUNTERS}
 
@@ -1368,7 +1368,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         if state.finished and state.step >= total or stopped_early(cfg, state):
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
-        if checkpoint["files"] != [entry.name for entry in dataset.train]:
+        if checkpoint["data"]["training"] != facts_of(dataset)["training"]:
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but not bit for bit")
         state.finished = False
     started_from, has_codebook = [], checkpoint is not None
@@ -1562,12 +1562,16 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     """The content of best.pt: what predict.py and --init need, and nothing else."""
     if run.cfg.task == "features":
         return model.features.to_checkpoint() | {"step": run.state.step}
-    dataset, entry = run.dataset, run.dataset.train[0]
-    facts = {"modality": entry.intensity.modality, "channels": dataset.channels, "classes": dataset.classes,
-             "label_values": dataset.label_values and list(dataset.label_values),
-             "background": dataset.background, "spacing": list(entry.spacing)}
     return {"kind": "vae3d.weights", "version": 1, "config": shared_config(run.cfg), "step": run.state.step, "latent": run.state.latent,
-            "data": facts, "model": full_weights(run.state) if model is run.state.model else model.state_dict()}
+            "data": facts_of(run.dataset), "model": full_weights(run.state) if model is run.state.model else model.state_dict()}
+
+
+def facts_of(dataset: data.Data) -> dict:
+    """What predict.py must know about the data to prepare others alike, and the names of the training volumes."""
+    entry = dataset.train[0]
+    return {"modality": entry.intensity.modality, "channels": dataset.channels, "classes": dataset.classes,
+            "label_values": dataset.label_values and list(dataset.label_values), "background": dataset.background,
+            "spacing": list(entry.spacing), "training": [entry.name for entry in dataset.train]}
 
 
 def finish(run: Run) -> None:
@@ -1599,7 +1603,7 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
 
 def save_last(run: Run) -> None:
     """last.pt, and train.keep older ones as step_XXXXXX.pt."""
-    content = checkpoint_of(run.cfg, run.state, [entry.name for entry in run.dataset.train])
+    content = checkpoint_of(run.cfg, run.state, run.dataset)
     save_checkpoint(run.out / "last.pt", content)
     if run.cfg.train.keep:
         save_checkpoint(run.out / f"step_{run.state.step:06d}.pt", content)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -568,9 +568,10 @@ def spans(ops: Sequence[Op], axis: int, n: int, step: int, end: int) -> list[Spa
 
 
 class Stretch(NamedTuple):
-    """Operations to run in tiles of `step` units (D, H, W)."""
+    """Operations to run in tiles of `step` units (D, H, W); `tick` is told the share of the forward pass that is done."""
     ops: tuple[Op, ...]
     step: tuple[int, int, int]
+    tick: Callable[[float], None] | None = None
 
     def tiles(self, x: Tensor, end: int | None = None) -> Iterator[tuple[Span, Span, Span]]:
         """The tiles through ops[:end]. On fake tensors (memory prediction) one of each kind: its repeats cost the same."""
@@ -677,13 +678,16 @@ class Tiled(torch.autograd.Function):
                 parts = (run_tile(stretch, tile, read(tile), weights, stats) for tile in stretch.tiles(x, i))
                 stats[i] = volume_statistics(parts, stretch.ops[i].num_groups)
                 kept += stats[i]
-            for tile in stretch.tiles(x):
+            tiles = list(stretch.tiles(x))
+            for number, tile in enumerate(tiles, 1):
                 y = run_tile(stretch, tile, read(tile), weights, stats)
                 if out is None:
                     size = [out_size_through(stretch.ops, axis, x.shape[2 + axis]) for axis in range(3)]
                     layout = torch.channels_last_3d if y.stride(1) == 1 else torch.contiguous_format
                     out = torch.empty((*y.shape[:2], *size), dtype=y.dtype, device=y.device, memory_format=layout)
                 window(out, [s.target for s in tile]).copy_(y)
+                if stretch.tick is not None:
+                    stretch.tick(number / len(tiles))
         ctx.stretch, ctx.cast, ctx.dtype = stretch, cast, dtype
         ctx.save_for_backward(x, *kept, *parameters)
         return out
@@ -736,9 +740,9 @@ def out_size_through(ops: Sequence[Op], axis: int, n: int) -> int:
     return n
 
 
-def run_tiled(layers: Sequence[nn.Module], step: tuple[int, int, int], x: Tensor) -> Tensor:
+def run_tiled(layers: Sequence[nn.Module], step: tuple[int, int, int], x: Tensor, tick: Callable[[float], None] | None = None) -> Tensor:
     """nn.Sequential(*layers)(x) in tiles of `step` units, without keeping what is between."""
-    stretch = Stretch(tuple(unroll(nn.Sequential(*layers))), step)
+    stretch = Stretch(tuple(unroll(nn.Sequential(*layers))), step, tick)
     return Tiled.apply(stretch, x, *stretch.parameters())
 
 
@@ -994,6 +998,7 @@ class VAE3D(nn.Module):
                                              cfg.codebook_restart, cfg.lambda_vq, cfg.lambda_commitment)
         elif cfg.bottleneck == "fsq":
             self.quantizer = FiniteScalarQuantizer(cfg.fsq_levels)
+        self.progress: Callable[[float, int, str], None] | None = None  # (layers done, of how many, encoder | decoder), after each tile
         initialise(self)
         self.memory("none")
 
@@ -1112,8 +1117,10 @@ class VAE3D(nn.Module):
             device = torch.device("cpu") if isinstance(x, torch._subclasses.FakeTensor) else x.device
             segments = self.tile_plan(size, x.shape[0], activation_dtype(x), device).segments[layers is self.decoder]
         for start, stop, step in segments:
+            def tick(share: float, start=start, stop=stop) -> None:
+                self.progress(start + share * (stop - start), len(layers), "decoder" if layers is self.decoder else "encoder")
             if step is not None:
-                x = run_tiled(layers[start:stop], step, x)
+                x = run_tiled(layers[start:stop], step, x, self.progress and tick)
             elif self.memory_mode != "none" and torch.is_grad_enabled():
                 x = checkpoint(layers[start], x, use_reentrant=False, preserve_rng_state=False)  # no layer draws random numbers
             else:

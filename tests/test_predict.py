@@ -398,6 +398,21 @@ def test_evaluate_json_table_and_report(tmp_path, runs, capsys):
     assert "PSNR" in captured.out and captured.err.count("\n") == 2 and "broken.nii.gz" in captured.err and "1 of 5 failed" in captured.err
 
 
+def test_held_out_files_are_those_that_the_run_did_not_train_on(tmp_path, capsys):
+    for n in range(4):
+        ct_file(tmp_path / "data" / f"case{n}.nii.gz", seed=n)
+    assert train.main([*TINY, "--vae.base_channels", "4", "--data", str(tmp_path / "data"), "--data.cache_dir", str(tmp_path / "cache"),
+                       "--out", str(tmp_path / "run")]) == 0
+    trained = torch.load(tmp_path / "run/best.pt", weights_only=True)["data"]["training"]
+    argv = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--split", "held-out", "--device", "cpu", "--json", str(tmp_path / "e.json")]
+    assert predict.main([*argv, "--data", str(tmp_path / "data")]) == 0
+    seen = {Path(row["file"]).name.split(".")[0] for row in json.loads((tmp_path / "e.json").read_text())["volumes"]}
+    assert seen == {f"case{n}" for n in range(4)} - set(trained) and len(seen) == 1
+    capsys.readouterr()
+    assert predict.main([*argv, "--data", str(tmp_path / "data" / f"{trained[0]}.nii.gz")]) == 2
+    assert "all of 1 files were trained on" in capsys.readouterr().err
+
+
 def test_evaluate_counts_codes_and_channels(tmp_path, runs):
     path = ct_file(tmp_path / "a.nii.gz", shape=(16, 16, 8))
     assert predict.main(["evaluate", "--checkpoint", str(runs("vq")), "--data", str(path), "--json", str(tmp_path / "vq.json")]) == 0

@@ -628,6 +628,16 @@ def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
         assert_same(vae, torch.randn(1, 1, 8, 16, 8, dtype=torch.float64), ("tile", (4, 8, 8), "1"))
 
 
+def test_progress_is_told_tile_by_tile():
+    vae, seen = build(torch.float32).memory("tile", (4, 8, 8), "1"), []
+    vae.progress = lambda *told: seen.append(told)
+    with torch.no_grad():
+        vae(torch.randn(1, 1, 8, 16, 16))
+    for part, layers in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+        shares = [done / total for done, total, name in seen if name == part]
+        assert len(shares) >= 8 and shares == sorted(shares) and 0 < shares[0] and {t for _, t, n in seen if n == part} == {len(layers)}
+
+
 # ------------------------------------------------------------------------------------------------------------------ codebooks
 
 def quantizer(num_codes=16, code_dim=3, dtype=torch.float32, **options) -> vae3d.VectorQuantizer:
