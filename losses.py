@@ -542,7 +542,8 @@ def adaptive_weight(recon_loss: Tensor, adv_loss: Tensor, last_layer: Tensor, li
     for loss in (recon_loss, adv_loss):
         grad, = torch.autograd.grad(loss * scale, last_layer, retain_graph=True)
         norms.append(wide(grad).norm() / scale)
-    return (norms[0] / (norms[1] + 1e-6)).clamp(0, limit).detach()
+    ratio = (norms[0] / (norms[1] + 1e-6)).clamp(0, limit).detach()
+    return torch.where(ratio.isfinite(), ratio, 0)               # 16-bit gradients overflow: the backward will tell
 
 
 # ------------------------------------------------------------------------------------------------------------------- sub-crops

@@ -124,8 +124,6 @@ class RunConfig:
         one_of("train.metric", self.metric, ("auto", *HIGHER_IS_BETTER))
         one_of("train.precision", self.precision, ("float32", "master16"))
         one_of("train.stage", self.stage, (0, 1, 2))
-        if self.amp and self.precision == "master16":
-            raise ValueError("train.precision=master16 has 16-bit weights already; leave --amp out")
         at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0, patience=0, min_delta=0, nan_limit=1,
                  latent_crops=1)
         for name in ("steps", "epochs"):
@@ -291,11 +289,18 @@ def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainCo
         one_of("preset", preset, tuple(presets))
         base = {"vae": lambda: TrainConfig(task, preset, vae=presets[preset]), "features": lambda: TrainConfig(task, preset),
                 "seg": lambda: TrainConfig(task, preset, unet=presets[preset], data=DataConfig(foreground=0.33))}[task]()  # as nnU-Net's
+    elif "train.init" in options:
+        raise ValueError("--init and --resume exclude one another: a resumed run goes on with its own weights")
     for name in ("task", "preset"):
-        if flags.get(name, getattr(base, name)) != getattr(base, name):
-            raise ValueError(f"--{name} {flags[name]}: the run to resume was built with {getattr(base, name)}; leave the flag out")
-    cfg = config_from(from_file, base, str(options.get("config")))
-    return config_from(flags, cfg, "command line")
+        wanted = flags.get(name, from_file.get(name, getattr(base, name)))
+        if wanted != getattr(base, name):
+            raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; leave it out")
+    cfg = config_from(flags, config_from(from_file, base, str(options.get("config"))), "command line")
+    if cfg.train.precision == "master16" and (cfg.train.amp or cfg.task != "vae"):
+        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 bits already")
+    if cfg.train.stage == 1 and (cfg.loss.adv_weight or cfg.loss.perceptual_weight):
+        raise ValueError("train.stage 1 trains the codebook alone; set loss.adv_weight and loss.perceptual_weight to 0")
+    return cfg
 
 
 def read_yaml(path: str) -> dict:
@@ -400,6 +405,7 @@ class State:
     usage: Tensor | None = None                                  # (K,) int64: choices of each code in this epoch
     norms: list[float] = field(default_factory=list)             # the last finite gradient norms before clipping
     log_scale: float = 16.0                                      # master16: the loss is multiplied by 2 to this power
+    updating: bool = False                                       # between the first and the last write of an update
 
     @property
     def shipped(self) -> torch.nn.Module:
@@ -442,8 +448,8 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
     return (torch.bfloat16, "bf16 autocast") if device.type == "cuda" else (torch.float16, "fp16 autocast with a GradScaler")
 
 
-def new_state(cfg: TrainConfig, device: torch.device) -> State:
-    """Networks and optimizers as at step 0, a function of the config alone."""
+def new_state(cfg: TrainConfig, device: torch.device, features: dict | None = None) -> State:
+    """Networks and optimizers as at step 0, a function of the config alone; features: those of the run to resume, not the file's."""
     torch.manual_seed(cfg.train.seed)
     model = on_device(build_network(cfg), device)
     if cfg.train.stage == 1:
@@ -455,10 +461,11 @@ def new_state(cfg: TrainConfig, device: torch.device) -> State:
         emas[-1].load_state_dict(model.state_dict())
     masters = None
     if cfg.train.precision == "master16":
-        masters = [p.detach().clone().requires_grad_(p.requires_grad) for p in model.parameters()]
+        full = [p.detach().clone().requires_grad_(p.requires_grad) for p in model.parameters()]
         for name, part in model.named_children():
             if name != "quantizer":                              # codes stay float32: 16 bits lose half of them
                 part.to(torch.float16)
+        masters = [master if p.dtype is torch.float16 else p for master, p in zip(full, model.parameters())]
     amp_dtype, _ = pick_precision(cfg.train.amp, device)
     o, weights = cfg.optim, masters or list(model.parameters())
     optimizer = {
@@ -472,11 +479,26 @@ def new_state(cfg: TrainConfig, device: torch.device) -> State:
         disc_optimizer = torch.optim.Adam(disc.parameters(), disc_rate(cfg), betas=(0.5, 0.9), fused=True)  # as VQGAN's
     state = State(model, torch.compile(model) if cfg.train.compile else model, optimizer,
                   torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, emas, masters,
-                  build_perceptual(cfg, device), disc, disc_optimizer, losses.LeCam().to(device) if cfg.loss.lecam_weight else None)
+                  build_perceptual(cfg, device, features), disc, disc_optimizer,
+                  losses.LeCam().to(device) if cfg.loss.lecam_weight else None)
+    for each in (optimizer, disc_optimizer):
+        if each is not None:
+            allocate_moments(each)
     if quantizer_of(model):
         state.usage = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
     turn_dial(cfg, state, cfg.memory)
     return state
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """What the first step would allocate: out of memory there, half of the weights would have moved already."""
+    for group in optimizer.param_groups:
+        for p in (p for p in group["params"] if p.requires_grad):
+            if isinstance(optimizer, torch.optim.SGD):
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            else:
+                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def build_network(cfg: TrainConfig) -> torch.nn.Module:
@@ -503,14 +525,14 @@ def build_discriminator(cfg: TrainConfig) -> losses.PatchDiscriminator3d:
     return disc
 
 
-def build_perceptual(cfg: TrainConfig, device: torch.device) -> losses.PerceptualLoss3d | None:
-    """loss.perceptual_features as a frozen network, None where the weight is 0. Raises ValueError for a file that is none."""
+def build_perceptual(cfg: TrainConfig, device: torch.device, content: dict | None) -> losses.PerceptualLoss3d | None:
+    """loss.perceptual_features (or `content` of such a file) as a frozen network, None where the weight is 0. ValueError for a bad file."""
     if cfg.task != "vae" or not cfg.loss.perceptual_weight:
         return None
     if cfg.loss.perceptual_features == "random":
         features = losses.FeatureNet3d()
     else:
-        content = load_checkpoint(cfg.loss.perceptual_features, "vae3d.features")
+        content = content or load_checkpoint(cfg.loss.perceptual_features, "vae3d.features")
         try:
             features = losses.FeatureNet3d.from_checkpoint(content)
         except ValueError as error:
@@ -562,8 +584,30 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
     backward().
 
     Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail (loss.adaptive_weight is the
-    exception: a ratio of each micro-batch's own). Nothing but gradients changes before all is known to be finite.
+    exception: a ratio of each micro-batch's own). Weights, codebook and averages change only after all is known to be finite; what the
+    forward pass moves, the running statistics of batch norm, is put back where the step fails.
     """
+    with statistics_put_back(state.model) as failed:
+        result = try_step(cfg, state, micro_batches)
+        failed[0] = not result.updated
+    return result
+
+
+@contextlib.contextmanager
+def statistics_put_back(model: torch.nn.Module) -> Iterator[list[bool]]:
+    """Restore the network's buffers (not the codebook's) after an exception, or where the list that is given says so."""
+    buffers = [b for name, b in model.named_buffers() if not name.startswith("quantizer.")]
+    before, failed = [b.clone() for b in buffers], [True]
+    try:
+        yield failed
+    finally:
+        if failed[0]:
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
+
+
+def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    """train_step, without putting anything back."""
     total, quantizer = sum(len(m.image) for m in micro_batches), quantizer_of(state.model)
     gan = state.disc is not None and state.step >= cfg.loss.disc_start
     optimizers = [state.optimizer, *([state.disc_optimizer] if gan else [])]
@@ -577,7 +621,7 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
     for micro in micro_batches:
         share = len(micro.image) / total
         generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]  # made here: a repeated step draws the same noise
-        out, terms, crops = objective(cfg, state, state.forward, micro, generators)
+        out, terms, crops = objective(cfg, state, state.forward, micro, generators, state.step)
         if gan:
             generator_terms(cfg, state, crops, terms)
         if terms["loss"].requires_grad:                          # not where a codebook learns by averages alone
@@ -599,8 +643,9 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
     updated = bool(torch.isfinite(finite))
     if updated:
         for optimizer in optimizers:
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            if has_gradients(optimizer):
                 state.scaler.step(optimizer)
+                state.updating = True
         if state.masters is not None:
             with torch.no_grad():
                 torch._foreach_copy_([p.detach() for p in state.model.parameters()], state.masters)
@@ -615,8 +660,14 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
             state.norms = [*state.norms[1 - cfg.optim.clip_window:], float(norm)][-cfg.optim.clip_window:]
     if state.masters is not None:
         state.log_scale += 1e-3 if updated else -1.0             # doubles in 1,000 steps, halves at once
-    state.scaler.update()
+    if any(has_gradients(optimizer) for optimizer in optimizers):
+        state.scaler.update()
+    state.updating = False
     return StepResult(sums, norm, updated)
+
+
+def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def scaled(state: State, loss: Tensor) -> Tensor:
@@ -627,12 +678,12 @@ def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], thr
     """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm before that."""
     if state.masters is not None:
         for master, p in zip(state.masters, state.model.parameters()):
-            master.grad = None if p.grad is None else p.grad.float() * 2.0 ** -state.log_scale
-            p.grad = None
+            grad, p.grad = p.grad, None
+            master.grad = None if grad is None else grad.float() * 2.0 ** -state.log_scale
         for p in state.disc.parameters() if len(optimizers) > 1 else ():
             p.grad *= 2.0 ** -state.log_scale
     for optimizer in optimizers:
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if has_gradients(optimizer):
             state.scaler.unscale_(optimizer)
     return torch.nn.utils.clip_grad_norm_(state.weights, threshold)
 
@@ -645,10 +696,10 @@ def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
     return min(fixed, float(torch.tensor(norms, dtype=torch.float64).quantile(o.clip_percentile / 100)))
 
 
-def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch,
-              generators: Sequence[torch.Generator]) -> tuple[Any, dict[str, Tensor], list[Tensor]]:
+def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator],
+              step: int | None) -> tuple[Any, dict[str, Tensor], list[Tensor]]:
     """The network's output; the terms of its criterion by name, each () float32 or wider, `loss` their weighted sum; and for the
-    discriminator the sub-crops of image and reconstruction."""
+    discriminator the sub-crops of image and reconstruction. step: for warm-ups; None: all terms in full, so that validations compare."""
     if cfg.task == "seg":
         out = forward(state, network, micro.image)
         return out, segmentation_terms(cfg, out, micro.label), []
@@ -660,11 +711,11 @@ def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBat
     if state.disc is not None or state.perceptual is not None:
         starts = losses.crop_starts(micro.image.shape, cfg.loss.crop, generators)
         crops = [losses.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon)]
-    return out, reconstruction_terms(cfg.loss, state, out, micro.image, crops), crops
+    return out, reconstruction_terms(cfg.loss, state, out, micro.image, crops, step), crops
 
 
 def reconstruction_terms(cfg: LossConfig, state: State, out: vae3d.VAEOutput | vae3d.VQOutput, image: Tensor,
-                         crops: Sequence[Tensor]) -> dict[str, Tensor]:
+                         crops: Sequence[Tensor], step: int | None) -> dict[str, Tensor]:
     weighting = cfg.channel_weights, cfg.foreground_weight, cfg.background
     terms = {cfg.recon: losses.reconstruction_loss(out.recon, image, cfg.recon, *weighting)}
     loss = terms[cfg.recon]
@@ -677,7 +728,7 @@ def reconstruction_terms(cfg: LossConfig, state: State, out: vae3d.VAEOutput | v
     if cfg.structure_weight:
         terms["structure"] = losses.structure_loss(out.recon, image, *weighting)
         loss = loss + cfg.structure_weight * terms["structure"]
-    weight = cfg.perceptual_weight * ramp(state.step, cfg.perceptual_start, cfg.perceptual_warmup)
+    weight = cfg.perceptual_weight * (1 if step is None else ramp(step, cfg.perceptual_start, cfg.perceptual_warmup))
     if weight:
         real, fake = crops
         terms["perceptual"] = state.perceptual(fake, real)
@@ -752,6 +803,9 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
         except RuntimeError as error:                            # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
             if not cfg.memory.recover or not is_out_of_memory(error):
                 raise
+            if state.updating:
+                raise RunStopped(f"out of memory while the weights were being updated, at {dial_text(cfg.memory)}; go on from last.pt, "
+                                 f"with the next --memory.mode") from None
         # outside of the except clause: its traceback would keep the failed step's tensors alive
         softer = next_dial(cfg.memory, state, shape)
         if softer is None:
@@ -760,7 +814,11 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
         change = f"{dial_text(cfg.memory)} -> {dial_text(softer)}"
         turn_dial(cfg, state, softer)
         note(f"step {state.step + 1}: out of memory, memory dial {change}; the step is repeated")
-        state.optimizer.zero_grad(set_to_none=True)
+        for holder in (state.optimizer, state.disc_optimizer, state.model):
+            if holder is not None:
+                holder.zero_grad(set_to_none=True)
+        if quantizer_of(state.model) is not None:
+            state.model.quantizer.collected = []
         fresh = torch.amp.GradScaler(state.scaler._device, enabled=state.scaler.is_enabled())
         fresh.load_state_dict(scaler)                            # the old one may hold gradients that it has unscaled already
         state.scaler = fresh
@@ -816,7 +874,7 @@ def activations(state: State) -> torch.dtype:
 
 def forward(state: State, network: Callable, *inputs) -> Any:
     """network(*inputs) in the run's precision."""
-    if network is state.model and state.masters is not None:
+    if (network is state.model or network is state.forward) and state.masters is not None:
         inputs = [x.half() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     with torch.autocast(inputs[0].device.type, state.amp_dtype, enabled=state.amp_dtype is not None):
         return network(*inputs)
@@ -898,7 +956,8 @@ def make_step(cfg: TrainConfig, device: torch.device | str) -> Callable[[], Step
     """A closure that runs the real train_step on one window of random crops, for memtest.py; the call itself builds the networks."""
     device = torch.device(device)
     state = new_state(cfg, device)
-    state.step = max(cfg.loss.disc_start, cfg.loss.perceptual_start)  # with all that the run will have
+    last = max(cfg.loss.disc_start, cfg.loss.perceptual_start)
+    state.step = -(-last // cfg.loss.r1_every) * cfg.loss.r1_every  # a step with all that the run will have
     batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
     channels = cfg.unet.in_channels if cfg.task == "seg" else cfg.vae.in_channels
     for _ in range(cfg.train.accum):
@@ -914,8 +973,10 @@ def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bo
         raise ValueError(f"train.metric={name} is none of the metrics of --task {cfg.task}: {', '.join(metrics)}")
     value = metrics[name]
     gain = 0.0 if state.best is None else (value - state.best) * (1 if HIGHER_IS_BETTER[name] else -1)
-    better = math.isfinite(value) and (state.best is None or gain > 0)
-    state.bad_validations = 0 if better and (state.best is None or gain > cfg.train.min_delta) else state.bad_validations + 1
+    early = cfg.task == "vae" and state.step <= max(cfg.loss.disc_start * bool(cfg.loss.adv_weight),
+                                                    cfg.loss.perceptual_start * bool(cfg.loss.perceptual_weight))
+    better = math.isfinite(value) and (early or state.best is None or gain > 0)  # until all terms have set in the last is the best
+    state.bad_validations = 0 if better and (early or state.best is None or gain > cfg.train.min_delta) else state.bad_validations + 1
     if better:
         state.best = value
     lowest, factor, waited = state.plateau
@@ -939,7 +1000,7 @@ def run_folder(cfg: TrainConfig) -> Path:
     """The folder of a new run. Raises ValueError when train.out is given and holds a run already."""
     if cfg.train.out is not None:
         out = Path(cfg.train.out)
-        if (out / "log.jsonl").exists() or (out / "last.pt").exists():
+        if (out / "last.pt").exists():
             raise ValueError(f"--out {out} already holds a run; go on with --resume {out}, or name another folder")
         return out
     names = (f"{cfg.preset}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
@@ -973,9 +1034,12 @@ def canonical(value: Any) -> Any:
 def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the same command."""
     parts = {name: getattr(state, name) and getattr(state, name).state_dict() for name in ("disc", "disc_optimizer", "lecam")}
-    return {"kind": "vae3d.train", "version": 1, "config": shared_config(cfg), "data": facts_of(dataset), "model": full_weights(state),
-            "ema": [ema.state_dict() for ema in state.emas], "optimizer": state.optimizer.state_dict(), **parts,
-            "scaler": state.scaler.state_dict(), "plateau": list(state.plateau)} | {name: getattr(state, name) for name in COUNTERS}
+    if state.perceptual is not None:
+        parts["features"] = state.perceptual.features.to_checkpoint()
+    return {"kind": "vae3d.train", "version": VERSIONS["vae3d.train"], "config": shared_config(cfg), "data": facts_of(dataset),
+            "model": full_weights(state), "ema": [ema.state_dict() for ema in state.emas], **parts,
+            "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "plateau": list(state.plateau),
+            **{name: getattr(state, name) for name in COUNTERS}}
 
 
 def shared_config(cfg: TrainConfig) -> dict:
@@ -1005,11 +1069,15 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    if found in kinds and content.get("version") != VERSIONS[found]:
+        raise ValueError(f"{path}: is a {found} checkpoint of version {content.get('version')}, this code reads {VERSIONS[found]}; "
+                         f"use the code that wrote it")
     if found not in kinds:
         raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
     return content
 
 
+VERSIONS = {"vae3d.train": 2, "vae3d.weights": 1, "vae3d.features": 1}
 TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt", "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
          "vae3d.features": "train.py --task features writes one as best.pt"}
 
@@ -1018,13 +1086,16 @@ def start_from(state: State, path: Path) -> tuple[list[str], bool]:
     """Put the weights of a run folder or checkpoint of ours into a new state, as far as they fit.
 
     Returns what to say about it, a line each, and whether a codebook was among them. The averages start from the same weights. Between a
-    Gaussian head (mean and log-variance) and one for codes the mean is what they share. Raises ValueError when nothing fits.
+    Gaussian head (mean and log-variance) and one for codes the mean is what they share. Raises ValueError when no weight fits (biases fit
+    by chance), or, frozen where they are not trained, when some of them do not.
     """
     path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
     content = load_checkpoint(path, "vae3d.weights", "vae3d.train", "vae3d.features")
     theirs = content["ema"][0] if content.get("ema") else content["model"]
     ours = full_weights(state)
     fits, reshaped = {}, []
+    gaussian = [isinstance(state.model, VAE3D) and state.model.cfg.bottleneck == "kl",
+                content.get("config", {}).get("vae", {}).get("bottleneck", "kl") == "kl"]
     for name in sorted(ours.keys() & theirs.keys()):
         new, old = ours[name], theirs[name]
         if new.shape == old.shape:
@@ -1032,16 +1103,21 @@ def start_from(state: State, path: Path) -> tuple[list[str], bool]:
             continue
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
         shared = min(len(new), len(old)) if new.dim() and old.dim() else 0
-        if name.startswith("encoder.head.conv.") and new.shape[1:] == old.shape[1:] and max(len(new), len(old)) == 2 * shared:
+        heads = name.startswith("encoder.head.conv.") and gaussian[0] != gaussian[1]
+        if heads and new.shape[1:] == old.shape[1:] and max(len(new), len(old)) == 2 * shared:
             fits[name] = torch.cat([old[:shared].to(new), new[shared:]])
             change += " (the mean's part taken)"
         else:
             change += " (left as new)"
         reshaped.append(change)
     missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    if not fits:
-        raise ValueError(f"--init {path}: none of its {len(theirs)} weights fits this network, such as {', '.join(unexpected[:3])}; "
+    frozen = [name for name, p in state.model.named_parameters() if not p.requires_grad and name not in fits]
+    if frozen:
+        raise ValueError(f"--init {path}: {len(frozen)} weights that stay as they are do not fit, such as {frozen[0]}; "
                          f"use the preset and the section `vae` that made it")
+    if not any(weight.dim() > 1 and not name.startswith("quantizer.") for name, weight in fits.items()):
+        raise ValueError(f"--init {path}: none of its {len(theirs)} weights fits this network, such as "
+                         f"{', '.join((unexpected + reshaped)[:2])}; use the preset and the section `vae` that made it")
     for model in (state.model, *state.emas):
         model.load_state_dict(ours | fits)
     if state.masters is not None:
@@ -1328,7 +1404,8 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
         limit = float(torch.cuda.mem_get_info(device)[0])
     else:
         limit = convert(budget, float, "--fit") * memtest.GIB
-    dtype, size = pick_precision(cfg.train.amp, device)[0] or torch.float32, cfg.data.patch
+    dtype = torch.float16 if cfg.train.precision == "master16" else pick_precision(cfg.train.amp, device)[0] or torch.float32
+    size = cfg.data.patch
     candidates = [{"mode": mode} for mode in memory_modes(cfg)]
     if cfg.task == "vae":
         with torch.device("meta"):
@@ -1362,7 +1439,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
     crops = data.Crops(dataset, cfg.train.seed)
     per_epoch = steps_per_epoch(len(crops), cfg.train.batch * cfg.train.accum)
     total = total_steps(cfg, per_epoch)
-    state = new_state(cfg, device)
+    state = new_state(cfg, device, checkpoint and checkpoint.get("features"))
     if checkpoint is not None:
         restore(state, checkpoint, out / "last.pt")
         if state.finished and state.step >= total or stopped_early(cfg, state):
@@ -1380,6 +1457,8 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
     turn_dial(cfg, state, settled(cfg.memory, state, (cfg.train.batch, dataset.channels, *dataset.patch)))
     sinks = open_sinks(cfg, out)
     out.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:                                       # of a run that was killed before it had a state
+        (out / "log.jsonl").unlink(missing_ok=True)
     log = Log(cfg, out, total, state.step, sinks)
     held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
     run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
@@ -1467,7 +1546,8 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     else:
         files = sorted({str(run.dataset.train[v].path) for m in micro_batches for v in m.volumes})
         row |= {"skipped": True, "files": files}
-        overflow = (state.scaler.is_enabled() or state.masters is not None) and math.isfinite(terms["loss"])  # the scale falls, it goes on
+        scale = 2.0 ** state.log_scale if state.masters is not None else state.scaler.get_scale() if state.scaler.is_enabled() else 0.0
+        overflow = scale > 1 and math.isfinite(terms["loss"])    # the scale falls, the run goes on; below 1 it is no overflow
         state.bad_steps += not overflow
         what = "fp16 overflow" if overflow else "loss or gradient is not finite"
         log.say(f"step {state.step}: {what}, no update; crops of {', '.join(files)}")
@@ -1502,7 +1582,9 @@ def start_codebook(run: Run) -> None:
     for index in range(min(len(run.crops), cfg.train.latent_crops)):
         x = to_device(run.crops[index][0][None], run.device)
         rows.append(recovered(run, x.shape, lambda x=x: forward(run.state, vae.latent, x)).movedim(1, -1).flatten(0, 3))
-    vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook")))
+    per_step = len(rows[0]) * cfg.train.batch * cfg.train.accum
+    vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook")),
+                      per_step=per_step)
     for ema in run.state.emas:
         ema.quantizer.load_state_dict(vae.quantizer.state_dict())
 
@@ -1521,7 +1603,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         micro = MicroBatch(x, [], [], None if crop.label is None else crop.label[None].to(run.device))
         def work(micro=micro, number=number):
             generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "validation", number))
-            return objective(cfg, run.state, model, micro, [generator])[:2]
+            return objective(cfg, run.state, model, micro, [generator], None)[:2]
         out, terms = recovered(run, x.shape, work)
         if cfg.task == "vae":
             terms |= {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x),
@@ -1584,7 +1666,7 @@ def finish(run: Run) -> None:
         state.latent = best["latent"] = latent_statistics(run, vae.eval())
         save_checkpoint(run.out / "best.pt", best)
     for ema, rate in list(zip(state.emas, cfg.train.ema))[1:]:
-        save_checkpoint(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema))
+        save_checkpoint(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})  # measured for best.pt alone
 
 
 @torch.no_grad()

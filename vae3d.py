@@ -270,9 +270,9 @@ class VectorQuantizer(nn.Module):
     z (B, Z, d, h, w) -> Codes. vq_loss = lambda_vq |sg[z] - e|^2 + lambda_commitment |z - sg[e]|^2, means over elements; the first term
     only where the codebook learns by gradient. Float32 or wider inside, also under autocast: bf16 loses half of the codes.
 
-    In training mode a forward pass only collects what chose each code; `update`, once an optimizer step, moves the codebook (App. A.1) and
-    starts dead codes anew, so that k micro-batches equal one batch and a step that is repeated counts once. cosine: z and codes are
-    compared on the unit sphere, and z_q is a unit vector (arXiv:2110.04627, Sec. 3.2).
+    In training mode a forward pass only collects what chose each code; `update`, to be called once an optimizer step, moves the codebook
+    (App. A.1) and starts dead codes anew, so that k micro-batches equal one batch and a step that is repeated counts once.
+    cosine: z and codes are compared on the unit sphere, and z_q is a unit vector (arXiv:2110.04627, Sec. 3.2).
     """
     def __init__(self, num_codes: int, code_dim: int, update: str = "ema", decay: float = 0.95, cosine: bool = False, restart: float = 0.25,
                  lambda_vq: float = 1.0, lambda_commitment: float = 0.25):
@@ -329,38 +329,45 @@ class VectorQuantizer(nn.Module):
         distance from its code (the seeding of k-means++, Arthur and Vassilvitskii 2007), with twice the count of death. `generator` must be
         the same in all processes.
         """
-        if not self.collected:
-            return
-        counts, sums, latents = zip(*self.collected)
+        nothing = torch.zeros_like(self.code_count), torch.zeros_like(self.code_sum), self.code_sum[:0]
+        counts, sums, latents = zip(*self.collected or [nothing])                                # a process without samples takes part too
         self.collected = []
         count, total, latents = gathered(sum(counts), sum(sums), torch.cat(latents))
+        if not len(latents):
+            return
         self.code_count.lerp_(count.to(self.code_count.dtype), 1 - self.decay)
         if not self.learned:
             self.code_sum.lerp_(total.to(self.code_sum.dtype), 1 - self.decay)
             whole, eps = self.code_count.sum(), 1e-5                                             # Laplace smoothing: no division by 0
             size = (self.code_count + eps) / (whole + len(count) * eps) * whole
             self.codebook.copy_(self.on_sphere(self.code_sum / size[:, None]))
-        if self.restart:
-            mean = self.code_count.mean()
-            dead = self.code_count < self.restart * mean
-            fresh = far_rows(latents.to(self.codebook.dtype), self.codebook, len(count), generator)
+        mean = self.code_count.mean()
+        dead = self.code_count < self.restart * mean
+        if dead.any():
+            fresh = far_rows(latents.to(self.codebook.dtype), self.on_sphere(self.codebook), len(count), generator)
             self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
             self.code_count.copy_(torch.where(dead, 2 * self.restart * mean, self.code_count))
             self.code_sum.copy_(torch.where(dead[:, None], fresh * self.code_count[:, None], self.code_sum))
 
     @torch.no_grad()
-    def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None, iterations: int = 10) -> None:
-        """Start the codebook from latents (N, Z): samples of them, or the means that Lloyd's k-means finds from there."""
+    def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None, iterations: int = 10,
+            per_step: int | None = None) -> None:
+        """Start the codebook from latents (N, Z): samples of them, or the means that Lloyd's k-means finds from there.
+
+        per_step: latents that an optimizer step will see (None: N), so that the averages begin where they will be.
+        """
         rows = self.on_sphere(rows.to(self.codebook))
         order = torch.randperm(len(rows), generator=generator)
         codes = rows[order[torch.arange(self.num_codes) % len(rows)].to(rows.device)]
         for _ in range(iterations if how == "kmeans" else 0):
             _, count, total = nearest(rows, codes, statistics=True)
             means = self.on_sphere(total / count.clamp_min(1)[:, None])
-            codes = torch.where(count[:, None] > 0, means, far_rows(rows, codes, len(codes), generator))
+            if (count == 0).any():
+                means = torch.where(count[:, None] > 0, means, far_rows(rows, codes, len(codes), generator))
+            codes = means
         _, count, _ = nearest(rows, codes, statistics=True)
         self.codebook.copy_(codes)
-        self.code_count.copy_((1 - self.decay) * count / count.mean())                           # the first steps soon outweigh it
+        self.code_count.copy_(count * ((per_step or len(rows)) / len(rows)))
         self.code_sum.copy_(codes * self.code_count[:, None])
 
     def on_sphere(self, rows: Tensor) -> Tensor:

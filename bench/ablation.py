@@ -27,11 +27,9 @@ VARIANTS = {"L1": [], "L1 + perceptual": PERCEPTUAL, "L1 + PatchGAN": PATCHGAN, 
 
 
 def run(name: str, flags: list[str], out: Path) -> dict:
-    """One training run, or the result of one that is there already; its last validation."""
+    """One training run; its last validation."""
     folder = out / name.replace(" ", "").replace("+", "_")
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(folder)]
-    if (folder / "last.pt").exists():
-        command = [sys.executable, str(ROOT / "train.py"), "--resume", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name}: train.py ended with {done.returncode}: {done.stderr.strip()}")
@@ -56,6 +54,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     common = ["--data", own.data, "--patch", own.patch, "--batch", "2", "--steps", str(own.steps), "--loss.disc_start", str(own.steps // 3),
               "--train.val_crops", "16", *extra]
+    if Path(own.out).exists():
+        raise SystemExit(f"{own.out}: exists already, and its runs may have had other settings; remove it or name another --out")
     with concurrent.futures.ThreadPoolExecutor(own.jobs) as pool:
         rows = list(pool.map(lambda item: run(item[0], common + item[1], Path(own.out)), VARIANTS.items()))
     print(f"| {own.steps} steps, same seed | PSNR (dB) | SSIM | L1 | sharpness |\n|---|---|---|---|---|")
