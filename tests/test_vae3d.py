@@ -229,8 +229,8 @@ def test_errors_say_what_to_do(call, message):
     dict(attention=True, head_channels=2), dict(bottleneck="vq"), dict(bottleneck="fsq", fsq_levels=(5, 3)),
     dict(norm="group", norm_eps=0.1), dict(blocks_per_level=(1, 2, 1)), dict(decoder_extra_blocks=2),
     dict(attention_levels=(False, True, False)), dict(encoder_middle="none"), dict(decoder_middle="attention"), dict(down_padding="end"),
-    dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(head_act=False),
-    dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
+    dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(head_act=False),
+    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
