@@ -15,7 +15,7 @@ attention through scaled_dot_product_attention only, nearest interpolation befor
 The network is two flat lists of layers, so that a stretch of them can be run tile by tile, exactly ("Exact tiled execution" below).
 
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent depth height width, K codes.
-Version 0.3 (2026-11).
+Version 0.4 (2026-11).
 """
 from __future__ import annotations
 

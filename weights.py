@@ -124,6 +124,14 @@ def hint(hints: dict[str, Any], name: str, default: Any = None) -> Any:
     return hints.get(name, default)
 
 
+def groups_of(hints: dict[str, Any], widths: list[int], default: int | None, at_most: bool = False) -> int:
+    """norm_num_groups; at_most: min(norm_num_groups, width) of each width."""
+    groups = hint(hints, "norm_num_groups", default)
+    if not isinstance(groups, int) or groups < 1 or any(w % (min(groups, w) if at_most else groups) for w in widths):
+        raise ValueError(f"weights: norm_num_groups={groups} does not divide all of the channels {tuple(widths)}")
+    return groups
+
+
 def vote(state: Mapping[str, Any], what: str, *places: tuple[str, int]) -> int:
     """The length that most tensors agree on, of those whose name matches a pattern, along the axis given with it."""
     found = Counter(value.shape[axis] for pattern, axis in places for key, value in state.items()
@@ -171,9 +179,7 @@ def infer_blocks(state: Mapping[str, Any], layout: str, hints: dict[str, Any]) -
         widths.append(vote(state, "channels", (rf"encoder\.blocks\.({own})\.(norm2|conv1|conv2)(\.conv)*\.(weight|bias)", 0),
                            (rf"encoder\.blocks\.{at + len(level)}\..*(weight|bias)", 0)))
         at += len(level) + 1
-    groups = hint(hints, "norm_num_groups", 1 if gcd(*widths) == 1 else None)
-    if not isinstance(groups, int) or groups < 1 or any(w % groups for w in widths):
-        raise ValueError(f"weights: norm_num_groups={groups} does not divide all of the channels {tuple(widths)}")
+    groups = groups_of(hints, widths, 1 if gcd(*widths) == 1 else None)
     transposed = hints.get("use_convtranspose", False)
     latent = r"(quant_conv_mu|quant_conv_log_sigma|post_quant_conv)(\.conv)+\.(weight|bias)"
     if layout == "monai" and len(widths) > 1:
@@ -210,11 +216,14 @@ def infer_down_up(state: Mapping[str, Any], layout: str, hints: dict[str, Any]) 
     def any_key(pattern: str) -> bool:
         return any(re.match(pattern, str(key)) for key in state)
 
+    groups = groups_of(hints, widths, 32, at_most=True)
     attended = () if radar else tuple(any_key(rf"encoder\.down_blocks\.{level}\.attentions\.") for level in levels)
     fields = dict(level_fields(widths, counts, attended), decoder_extra_blocks=max(0, extra), post_quant_conv=any_key("(post_)?quant_conv"),
-                  norm="group", norm_groups=hint(hints, "norm_num_groups", 32), norm_eps=hint(hints, "norm_eps", 1e-5 if radar else 1e-6))
+                  norm="group", norm_groups=groups, norm_eps=hint(hints, "norm_eps", 1e-5 if radar else 1e-6))
     if radar:
         attention, heads = any_key(r".*\.qkv\."), hint(hints, "num_heads", 4)
+        if attention and widths[-1] % heads:
+            raise ValueError(f"weights: num_heads={heads} does not divide the {widths[-1]} channels of the attention")
         default = [(1, 2, 2), (2, 2, 2)] + [(1, 2, 2)] * len(counts)
         down, up = (tuple(map(tuple, hint(hints, name, default)))[:len(counts) - 1] for name in ("downsample_strides", "upsample_scales"))
         fields.update(attention=attention, head_channels=max(1, widths[-1] // heads), strides=down, upsample="trilinear",
@@ -250,12 +259,14 @@ def check_hints(hints: dict[str, Any], known: dict[str, Any], layout: str) -> No
     if "channels" in known:
         known = {**known, "num_channels": known["channels"]}     # as the older one calls it
     read = ("downsample_strides", "upsample_scales", "num_heads") if layout == "radar" else ()
+    if not any(known.get("attention_levels", ())) and not any(known.get(f"with_{side}_nonlocal_attn") for side in ("encoder", "decoder")):
+        read += ("include_fc", "use_combined_linear")            # of attention, which there is none of
     for name, given in hints.items():
-        if name in known:
+        if name in known and name not in read:
             found = known[name]
             if isinstance(found, tuple):
                 given = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(found)
-            if given != found and not (name in ("include_fc", "use_combined_linear") and not any(known.get("attention_levels", ()))):
+            if given != found:
                 raise ValueError(f"weights: hint {name}={given}, but the weights say {found}")
         elif name not in NO_EFFECT + read:
             close = difflib.get_close_matches(name, [*known, *read, *NO_EFFECT], 1)
@@ -358,13 +369,13 @@ def translate(cfg: VAEConfig, style: Style, state: Mapping[str, Any]) -> dict[st
         first, then = (state[f"{name}.weight"].flatten(1) for name in ("quant_conv", "post_quant_conv"))
         state["post_quant_conv.weight"] = (then @ first)[..., None, None, None]
         state["post_quant_conv.bias"] = then @ state["quant_conv.bias"] + state["post_quant_conv.bias"]
-    found, dtype = {}, next(iter(state.values())).dtype
+    found, like = {}, next(iter(state.values()))
     for ours, theirs in table.items():
         if theirs:
             found[ours] = torch.cat([state[key] for key in theirs]).reshape(shapes[ours])
         else:                                                    # no output projection: one that changes nothing
-            found[ours] = torch.eye(*shapes[ours][:2], dtype=dtype).reshape(shapes[ours]) if ours.endswith("weight") else \
-                torch.zeros(shapes[ours], dtype=dtype)
+            make = torch.eye if ours.endswith("weight") else torch.zeros
+            found[ours] = make(*shapes[ours][:2], dtype=like.dtype, device=like.device).reshape(shapes[ours])
     return found
 
 

@@ -427,6 +427,16 @@ def test_a_whole_maisi_config_may_be_passed():
     assert cfg.widths == (8, 16) and cfg.upsample == "trilinear"
 
 
+def test_the_published_maisi_network():
+    """NV-Generate-CT's autoencoder by its config: every name and shape, nothing computed."""
+    arguments = dict(num_res_blocks=(2, 2, 2), latent_channels=4, norm_num_groups=32)
+    with torch.device("meta"):
+        state = monai_model("maisi", channels=(64, 128, 256), **arguments).state_dict()
+    cfg, converted = weights.convert(state, num_channels=[64, 128, 256], **arguments)
+    assert cfg.widths == (64, 128, 256) and cfg.blocks == (2, 2, 2) and cfg.total_stride == (4, 4, 4)
+    assert sum(v.numel() for v in converted.values()) == sum(v.numel() for v in state.values()) == 20_944_897
+
+
 def test_what_is_refused():
     pytest.importorskip("monai")
     from monai.networks.nets import AutoencoderKL
