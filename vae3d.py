@@ -15,7 +15,7 @@ attention through scaled_dot_product_attention only, nearest interpolation befor
 The network is two flat lists of layers, so that a stretch of them can be run tile by tile, exactly ("Exact tiled execution" below).
 
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent depth height width, K codes.
-Version 0.3 (2026-11).
+Version 0.4 (2026-11).
 """
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ from torch.utils.checkpoint import checkpoint
 NORMS = ("none", "group", "layer")
 BOTTLENECKS = ("kl", "vq", "fsq")
 MEMORY_MODES = ("none", "checkpoint", "tile")
+UPSAMPLES = ("nearest", "trilinear", "transposed", "transposed3")
+MIDDLES = ("none", "blocks", "attention")
 LOGVAR_RANGE = (-30.0, 20.0)                                     # exp() of it stays finite in float32 and float16
 SEARCH_ELEMENTS = 1 << 24                                        # of the table latents x codes at a time: 64 MiB in float32
 
@@ -64,17 +66,33 @@ class VAEConfig:
     lambda_vq: float = 1.0                                       # vq: weight of |sg[z] - e|^2; of use with codebook_update gradient only
     lambda_commitment: float = 0.25                              # vq: weight of |z - sg[e]|^2, the paper's beta
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)                   # fsq: values of each latent channel; 1,000 codes (arXiv:2309.15505)
+    # What networks made elsewhere do otherwise (weights.py converts them); the defaults are ours.
+    norm_eps: float = 1e-6                                       # of every norm, as in latent diffusion; PyTorch's own default is 1e-5
+    blocks_per_level: tuple[int, ...] = ()                       # encoder blocks of each level where they differ; (): num_res_blocks each
+    decoder_extra_blocks: int = 1                                # blocks a level that the decoder has more; latent diffusion 1, MONAI 0
+    attention_levels: tuple[bool, ...] = ()                      # levels with attention after each of their blocks (MONAI); (): none
+    encoder_middle: str = "blocks"                               # none | blocks (with vae.attention: attention too) | attention
+    decoder_middle: str = "blocks"                               # the same
+    down_padding: str = "both"                                   # of down-convolutions: both ends | end (zeros where the stride needs them)
+    upsample: str = "nearest"                                    # nearest | trilinear | transposed (kernel: stride) | transposed3 (of 3)
+    up_strides: tuple[tuple[int, int, int], ...] = ()            # of the decoder, highest resolution first as strides; (): those
+    head_act: bool = True                                        # SiLU before the last convolution of encoder and decoder; MONAI: none
+    quant_conv: str = "none"                                     # 1x1x1 behind the encoder: none | split (Z in, MONAI) | joint (2Z in)
+    post_quant_conv: bool = False                                # 1x1x1 convolution before the decoder
 
     def __post_init__(self):
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "strides", tuple(tuple(s) for s in self.strides))
-        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
+        for name in ("channel_mult", "fsq_levels", "blocks_per_level", "attention_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("strides", "up_strides"):
+            object.__setattr__(self, name, tuple(tuple(s) for s in getattr(self, name)))
         for name, least in (("in_channels", 1), ("base_channels", 1), ("num_res_blocks", 0), ("z_channels", 1), ("norm_groups", 1),
-                            ("head_channels", 1), ("num_codes", 2), ("codebook_restart", 0), ("lambda_vq", 0), ("lambda_commitment", 0)):
+                            ("head_channels", 1), ("num_codes", 2), ("codebook_restart", 0), ("lambda_vq", 0), ("lambda_commitment", 0),
+                            ("decoder_extra_blocks", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"vae.{name} must be at least {least}, got {getattr(self, name)}")
         for name, allowed in (("norm", NORMS), ("bottleneck", BOTTLENECKS), ("codebook_update", ("ema", "gradient")),
-                              ("codebook_init", ("kmeans", "samples", "uniform"))):
+                              ("codebook_init", ("kmeans", "samples", "uniform")), ("encoder_middle", MIDDLES), ("decoder_middle", MIDDLES),
+                              ("down_padding", ("both", "end")), ("upsample", UPSAMPLES), ("quant_conv", ("none", "split", "joint"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"vae.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.codebook_decay < 1:
@@ -87,13 +105,37 @@ class VAEConfig:
         if len(self.strides) != len(self.channel_mult) - 1:
             raise ValueError(f"vae.strides needs one D,H,W triple between levels: {len(self.channel_mult) - 1} for channel_mult="
                              f"{self.channel_mult}, got {len(self.strides)}: {self.strides}")
-        if any(len(s) != 3 or min(s) < 1 for s in self.strides):
-            raise ValueError(f"vae.strides entries are three positive integers (D, H, W), got {self.strides}")
+        for name in ("strides", "up_strides"):
+            if any(len(s) != 3 or min(s) < 1 for s in getattr(self, name)):
+                raise ValueError(f"vae.{name} entries are three positive integers (D, H, W), got {getattr(self, name)}")
+        if self.up_strides and (len(self.up_strides) != len(self.strides)
+                                or any(prod(up) != prod(down) for up, down in zip(zip(*self.up_strides), zip(*self.strides)))):
+            raise ValueError(f"vae.up_strides must undo vae.strides={self.strides}: as many, with the same product along each axis; "
+                             f"got {self.up_strides}")
+        for name in ("blocks_per_level", "attention_levels"):
+            if len(getattr(self, name)) not in (0, len(self.channel_mult)):
+                raise ValueError(f"vae.{name} needs one entry for each of {len(self.channel_mult)} levels, got {getattr(self, name)}")
+        if not self.norm_eps > 0 or min(self.blocks_per_level, default=0) < 0:
+            raise ValueError(f"vae.norm_eps must be above 0, vae.blocks_per_level 0 or more; got {self.norm_eps}, {self.blocks_per_level}")
+        if any(above != here and n + self.decoder_extra_blocks == 0
+               for here, above, n in zip(self.channel_mult, self.channel_mult[1:], self.blocks)):
+            raise ValueError("vae.decoder_extra_blocks=0 leaves a level of the decoder without a block to change the width; "
+                             "make it 1, or vae.num_res_blocks at least 1")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, highest resolution first."""
         return tuple(self.base_channels * m for m in self.channel_mult)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each encoder level."""
+        return self.blocks_per_level or (self.num_res_blocks,) * len(self.channel_mult)
+
+    @property
+    def normed(self) -> tuple[str, int, float]:
+        """The norm of every layer, as make_norm takes it."""
+        return self.norm, self.norm_groups, self.norm_eps
 
     @property
     def total_stride(self) -> tuple[int, int, int]:
@@ -138,13 +180,13 @@ class ChannelNorm(nn.LayerNorm):
         return F.layer_norm(rows, self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
-def make_norm(norm: str, channels: int, groups: int) -> nn.Module:
+def make_norm(norm: str, channels: int, groups: int, eps: float = 1e-6) -> nn.Module:
     """The normalisation of one width; `group` takes the largest group count up to `groups` that divides it."""
     if norm == "none":
         return nn.Identity()
     if norm == "layer":
-        return ChannelNorm(channels, eps=1e-6)
-    return GroupNorm(max(g for g in range(1, groups + 1) if channels % g == 0), channels, eps=1e-6)
+        return ChannelNorm(channels, eps=eps)
+    return GroupNorm(max(g for g in range(1, groups + 1) if channels % g == 0), channels, eps=eps)
 
 
 class ResBlock3d(nn.Module):
@@ -152,12 +194,12 @@ class ResBlock3d(nn.Module):
 
     x (B, C_in, D, H, W) -> (B, C_out, D, H, W). The skip is a 1x1x1 convolution where the width changes.
     """
-    def __init__(self, in_channels: int, out_channels: int, norm: str = "none", norm_groups: int = 32):
+    def __init__(self, in_channels: int, out_channels: int, norm: str = "none", norm_groups: int = 32, norm_eps: float = 1e-6):
         super().__init__()
         self.act = nn.SiLU()
-        self.norm1 = make_norm(norm, in_channels, norm_groups)
+        self.norm1 = make_norm(norm, in_channels, norm_groups, norm_eps)
         self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = make_norm(norm, out_channels, norm_groups)
+        self.norm2 = make_norm(norm, out_channels, norm_groups, norm_eps)
         self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -167,21 +209,38 @@ class ResBlock3d(nn.Module):
 
 
 class Upsample3d(nn.Sequential):
-    """Nearest interpolation by an integer factor per axis, then a 3x3x3 convolution: (B, C, D, H, W) -> (B, C, D*s0, H*s1, W*s2)."""
-    def __init__(self, channels: int, stride: tuple[int, int, int]):
-        super().__init__(OrderedDict(up=nn.Upsample(scale_factor=tuple(stride)), conv=nn.Conv3d(channels, channels, 3, padding=1)))
+    """Interpolation by an integer factor per axis, then a 3x3x3 convolution: (B, C, D, H, W) -> (B, C, D*s0, H*s1, W*s2).
+
+    mode: nearest | trilinear | transposed: one transposed convolution instead, its kernel the stride | transposed3: of kernel 3.
+    """
+    def __init__(self, channels: int, stride: tuple[int, int, int], mode: str = "nearest"):
+        if mode == "transposed":
+            layers = OrderedDict(conv=nn.ConvTranspose3d(channels, channels, stride, stride))
+        elif mode == "transposed3":
+            layers = OrderedDict(conv=nn.ConvTranspose3d(channels, channels, 3, stride, 1, tuple(s - 1 for s in stride)))
+        else:
+            layers = OrderedDict(up=nn.Upsample(scale_factor=tuple(stride), mode=mode), conv=nn.Conv3d(channels, channels, 3, padding=1))
+        super().__init__(layers)
+
+
+def make_down(in_channels: int, out_channels: int, stride: tuple[int, int, int], padding: str = "both") -> nn.Module:
+    """The strided 3x3x3 convolution between levels. padding `end`: at stride 2 a zero behind the far end and none before the near one."""
+    if padding == "both":
+        return nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
+    ends = [pad for s in reversed(stride) for pad in (max(3 - s, 0) // 2, -(-max(3 - s, 0) // 2))]
+    return nn.Sequential(OrderedDict(pad=nn.ConstantPad3d(ends, 0.0), conv=nn.Conv3d(in_channels, out_channels, 3, stride)))
 
 
 class Attention3d(nn.Module):
-    """Self-attention over all voxels of the lowest level: x (B, C, D, H, W) -> the same shape, residual.
+    """Self-attention over all voxels of a level: x (B, C, D, H, W) -> the same shape, residual.
 
     Only scaled_dot_product_attention: its kernels never hold the N x N matrix (74 GiB against 5.7 at 64,256,256 elsewhere).
     With norm `none` the queries are normalised per voxel all the same, since their scale decides how sharp the softmax is.
     """
-    def __init__(self, channels: int, norm: str = "none", norm_groups: int = 32, head_channels: int = 64):
+    def __init__(self, channels: int, norm: str = "none", norm_groups: int = 32, norm_eps: float = 1e-6, head_channels: int = 64):
         super().__init__()
         self.heads = channels // gcd(channels, head_channels)
-        self.norm = make_norm("layer" if norm == "none" else norm, channels, norm_groups)
+        self.norm = make_norm("layer" if norm == "none" else norm, channels, norm_groups, norm_eps)
         self.qkv = nn.Conv3d(channels, 3 * channels, 1)
         self.proj = nn.Conv3d(channels, channels, 1)
 
@@ -194,54 +253,62 @@ class Attention3d(nn.Module):
 
 
 class Head(nn.Sequential):
-    """Norm, SiLU and the 3x3x3 convolution that ends encoder and decoder."""
-    def __init__(self, in_channels: int, out_channels: int, norm: str, norm_groups: int):
-        super().__init__(OrderedDict(norm=make_norm(norm, in_channels, norm_groups), act=nn.SiLU(),
+    """Norm, SiLU (unless `act` is off) and the 3x3x3 convolution that ends encoder and decoder."""
+    def __init__(self, in_channels: int, out_channels: int, norm: str, norm_groups: int, norm_eps: float = 1e-6, act: bool = True):
+        super().__init__(OrderedDict(norm=make_norm(norm, in_channels, norm_groups, norm_eps), act=nn.SiLU() if act else nn.Identity(),
                                      conv=nn.Conv3d(in_channels, out_channels, 3, padding=1)))
 
 
 def build_encoder(cfg: VAEConfig) -> nn.Sequential:
     """Layers in the order in which they run: (B, C, D, H, W) -> (B, 2Z, d, h, w), mean and log-variance; (B, Z, d, h, w) for codes."""
-    widths, norm = cfg.widths, (cfg.norm, cfg.norm_groups)
+    widths, out = cfg.widths, (2 if cfg.bottleneck == "kl" else 1) * cfg.z_channels
     layers = OrderedDict(conv_in=nn.Conv3d(cfg.in_channels, widths[0], 3, padding=1))
     for level, width in enumerate(widths):
-        for block in range(cfg.num_res_blocks):
-            before = widths[max(level - 1, 0)] if block == 0 else width
-            layers[f"level{level}_block{block}"] = ResBlock3d(before, width, *norm)
-        if level < len(cfg.strides):                             # without blocks it is the down-convolution that changes the width
-            after = width if cfg.num_res_blocks else widths[level + 1]
-            layers[f"level{level}_down"] = nn.Conv3d(width, after, 3, cfg.strides[level], padding=1)
-    if cfg.attention:
-        layers[f"level{level}_attention"] = Attention3d(width, *norm, cfg.head_channels)
-    add_middle(layers, cfg)
-    layers["head"] = Head(widths[-1], (2 if cfg.bottleneck == "kl" else 1) * cfg.z_channels, *norm)
+        add_level(layers, cfg, level, widths[max(level - 1, 0)], cfg.blocks[level])
+        if level < len(cfg.strides):                             # before a level without blocks the down-convolution changes the width
+            after = width if cfg.blocks[level + 1] else widths[level + 1]
+            layers[f"level{level}_down"] = make_down(width, after, cfg.strides[level], cfg.down_padding)
+    add_middle(layers, cfg, cfg.encoder_middle)
+    layers["head"] = Head(widths[-1], cfg.z_channels if cfg.quant_conv == "split" else out, *cfg.normed, cfg.head_act)
+    if cfg.quant_conv != "none":
+        layers["quant_conv"] = nn.Conv3d(layers["head"].conv.out_channels, out, 1)
     return nn.Sequential(layers)
 
 
 def build_decoder(cfg: VAEConfig) -> nn.Sequential:
     """Layers in the order in which they run: (B, Z, d, h, w) -> (B, C, D, H, W)."""
-    widths, norm = cfg.widths, (cfg.norm, cfg.norm_groups)
-    layers = OrderedDict(conv_in=nn.Conv3d(cfg.z_channels, widths[-1], 3, padding=1))
-    add_middle(layers, cfg)
+    widths, layers = cfg.widths, OrderedDict()
+    if cfg.post_quant_conv:
+        layers["post_quant_conv"] = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
+    layers["conv_in"] = nn.Conv3d(cfg.z_channels, widths[-1], 3, padding=1)
+    add_middle(layers, cfg, cfg.decoder_middle)
     for level in reversed(range(len(widths))):
-        for block in range(cfg.num_res_blocks + 1):
-            before = widths[min(level + 1, len(widths) - 1)] if block == 0 else widths[level]
-            layers[f"level{level}_block{block}"] = ResBlock3d(before, widths[level], *norm)
-        if cfg.attention and level == len(widths) - 1:
-            layers[f"level{level}_attention"] = Attention3d(widths[level], *norm, cfg.head_channels)
+        add_level(layers, cfg, level, widths[min(level + 1, len(widths) - 1)], cfg.blocks[level] + cfg.decoder_extra_blocks)
         if level > 0:
-            layers[f"level{level}_up"] = Upsample3d(widths[level], cfg.strides[level - 1])
-    layers["head"] = Head(widths[0], cfg.in_channels, *norm)
+            layers[f"level{level}_up"] = Upsample3d(widths[level], (cfg.up_strides or cfg.strides)[level - 1], cfg.upsample)
+    layers["head"] = Head(widths[0], cfg.in_channels, *cfg.normed, cfg.head_act)
     return nn.Sequential(layers)
 
 
-def add_middle(layers: OrderedDict, cfg: VAEConfig) -> None:
-    """Two residual blocks at the lowest level, with attention between them where the config asks for it."""
-    width, norm = cfg.widths[-1], (cfg.norm, cfg.norm_groups)
-    layers["mid_block0"] = ResBlock3d(width, width, *norm)
-    if cfg.attention:
-        layers["mid_attention"] = Attention3d(width, *norm, cfg.head_channels)
-    layers["mid_block1"] = ResBlock3d(width, width, *norm)
+def add_level(layers: OrderedDict, cfg: VAEConfig, level: int, before: int, blocks: int) -> None:
+    """The residual blocks of a level, the first from width `before`, and its attention."""
+    width = cfg.widths[level]
+    for block in range(blocks):
+        layers[f"level{level}_block{block}"] = ResBlock3d(before if block == 0 else width, width, *cfg.normed)
+        if cfg.attention_levels and cfg.attention_levels[level]:
+            layers[f"level{level}_attention{block}"] = Attention3d(width, *cfg.normed, cfg.head_channels)
+    if cfg.attention and level == len(cfg.widths) - 1:
+        layers[f"level{level}_attention"] = Attention3d(width, *cfg.normed, cfg.head_channels)
+
+
+def add_middle(layers: OrderedDict, cfg: VAEConfig, middle: str) -> None:
+    """Two residual blocks at the lowest level, with attention between them, as the config asks."""
+    if middle != "none":
+        width = cfg.widths[-1]
+        layers["mid_block0"] = ResBlock3d(width, width, *cfg.normed)
+        if cfg.attention or middle == "attention":
+            layers["mid_attention"] = Attention3d(width, *cfg.normed, cfg.head_channels)
+        layers["mid_block1"] = ResBlock3d(width, width, *cfg.normed)
 
 
 # ------------------------------------------------------------------------------------------------ Codebooks
@@ -531,7 +598,11 @@ def pull(op: Op, axis: int, lo: int, hi: int, n: int) -> tuple[int, int, Cut]:
         return start, stop, Cut((0, missing), lo - (start * stride - padding), hi - lo)
     if isinstance(op, nn.Upsample):
         factor = int(op.scale_factor[axis])
-        return lo // factor, -(-hi // factor), Cut((0, 0), lo % factor, hi - lo)
+        if op.mode == "nearest":
+            return lo // factor, -(-hi // factor), Cut((0, 0), lo % factor, hi - lo)
+        start = max(0, (2 * lo + 1 - factor) // (2 * factor))    # linear: output i lies at input (i + 1/2) / factor - 1/2
+        stop = min(n, -(-(2 * hi - 1 - factor) // (2 * factor)) + 1)
+        return start, stop, Cut((0, 0), lo - start * factor, hi - lo)
     if isinstance(op, nn.ConstantPad3d):
         before, _ = pads(op, axis)
         start, stop = max(0, lo - before), min(n, hi - before)
@@ -824,7 +895,7 @@ def pieces(layers: nn.Sequential, size: Sequence[int], groups: Sequence[int]) ->
     for i, (layer, level) in enumerate(zip(layers, levels(layers))):
         ops = unroll(layer)
         group = group_of[level] if ops is not None and level < len(group_of) else None
-        after, width = size, [m.out_channels for m in layer.modules() if isinstance(m, nn.Conv3d)][-1]
+        after, width = size, [m.out_channels for m in layer.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))][-1]
         for op in ops or ():
             after = tuple(out_size(op, axis, n) for axis, n in enumerate(after))
         held = channels_in(layer) * prod(size), width * prod(after)
@@ -976,13 +1047,15 @@ def initialise(vae: VAE3D) -> None:
     for layer in (*vae.encoder, *vae.decoder):
         if isinstance(layer, nn.Conv3d):
             layer.weight.mul_(3 ** 0.5)
-        elif isinstance(layer, Upsample3d):
+        elif isinstance(getattr(layer, "conv", None), nn.ConvTranspose3d):
+            layer.conv.weight.mul_((3 * prod(layer.conv.stride)) ** 0.5)                         # an output has 1 / stride of the taps
+        elif isinstance(layer, nn.Sequential) and not isinstance(layer, Head):                   # between levels
             layer.conv.weight.mul_(3 ** 0.5)
         elif isinstance(layer, ResBlock3d) and isinstance(layer.skip, nn.Conv3d):
             layer.skip.weight.mul_(3 ** 0.5)
         elif isinstance(layer, Head):
-            layer.conv.weight.mul_(2 * 3 ** 0.5)
-    head, z = vae.encoder.head.conv, vae.cfg.z_channels
+            layer.conv.weight.mul_((2 if vae.cfg.head_act else 1) * 3 ** 0.5)
+    head, z = getattr(vae.encoder, "quant_conv", vae.encoder.head.conv), vae.cfg.z_channels
     head.weight[z:].mul_(0.03)                                   # logvar (kl): nearly constant at first
     head.bias[z:].fill_(-6.0)
 

@@ -204,6 +204,13 @@ def test_noise_is_the_same_in_every_mode_and_eval_draws_none():
     (lambda: VAEConfig(norm="batch"), "vae.norm must be one of none, group, layer"),
     (lambda: VAEConfig(bottleneck="vqvae"), "vae.bottleneck must be one of kl, vq, fsq"),
     (lambda: VAEConfig(bottleneck="fsq", fsq_levels=(8, 5)), "one number of 2 or more for each of vae.z_channels=4"),
+    (lambda: VAEConfig(norm_eps=0.0), "vae.norm_eps must be above 0"),
+    (lambda: VAEConfig(blocks_per_level=(1, 1)), "vae.blocks_per_level needs one entry for each of 3 levels"),
+    (lambda: VAEConfig(attention_levels=(True,)), "vae.attention_levels needs one entry for each of 3 levels"),
+    (lambda: VAEConfig(num_res_blocks=0, decoder_extra_blocks=0), "make it 1, or vae.num_res_blocks at least 1"),
+    (lambda: VAEConfig(encoder_middle="yes"), "vae.encoder_middle must be one of none, blocks, attention"),
+    (lambda: VAEConfig(upsample="bilinear"), "vae.upsample must be one of nearest, trilinear, transposed, transposed3"),
+    (lambda: VAEConfig(up_strides=((2, 2, 2), (2, 2, 2))), "vae.up_strides must undo vae.strides"),
     (lambda: vae3d.VectorQuantizer(8, 4)(torch.zeros(1, 3, 2, 2, 2)), "codes of 4 numbers, got z with 3 channels"),
     (lambda: vae3d.FiniteScalarQuantizer((8, 5))(torch.zeros(1, 3, 2, 2, 2)), "2 levels, got z with 3 channels"),
     (lambda: VAE3D(VAEConfig()).memory("tiles"), "one of none, checkpoint, tile"),
@@ -219,7 +226,11 @@ def test_errors_say_what_to_do(call, message):
 @pytest.mark.parametrize("change", [
     dict(in_channels=2), dict(base_channels=8), dict(channel_mult=(1, 2, 3)), dict(num_res_blocks=0), dict(strides=((2, 2, 2), (2, 2, 2))),
     dict(z_channels=3), dict(norm="layer"), dict(attention=True), dict(norm="group", norm_groups=4),
-    dict(attention=True, head_channels=2), dict(bottleneck="vq"), dict(bottleneck="fsq", fsq_levels=(5, 3))], ids=str)
+    dict(attention=True, head_channels=2), dict(bottleneck="vq"), dict(bottleneck="fsq", fsq_levels=(5, 3)),
+    dict(norm="group", norm_eps=0.1), dict(blocks_per_level=(1, 2, 1)), dict(decoder_extra_blocks=2),
+    dict(attention_levels=(False, True, False)), dict(encoder_middle="none"), dict(decoder_middle="attention"), dict(down_padding="end"),
+    dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(head_act=False),
+    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
@@ -355,6 +366,18 @@ def test_random_configs(seed):
     assert_same(vae, x, ("tile", tile, r.choice(vae3d.compositions(3))), 1e-9, 1e-9)
 
 
+@pytest.mark.parametrize("upsample", vae3d.UPSAMPLES)
+@pytest.mark.parametrize("fields", [
+    dict(strides=((2, 2, 2), (2, 2, 2)), norm="group", quant_conv="split", post_quant_conv=True, encoder_middle="none",
+         decoder_extra_blocks=0),
+    dict(strides=((3, 1, 2), (1, 4, 2)), up_strides=((1, 4, 2), (3, 1, 2)), quant_conv="joint",
+         attention_levels=(False, False, True))], ids=("monai", "other strides up"))
+def test_networks_of_others_tiled(upsample, fields):
+    vae = build(upsample=upsample, down_padding="end", head_act=False, **fields)
+    for tile, stretch in (((4, 4, 4), "2"), ((8, 4, 4), "1+1")):
+        assert_same(vae, torch.randn(1, 1, 11, 10, 9, dtype=torch.float64), ("tile", tile, stretch))
+
+
 def strided_layers():
     """Kinds of layers that other networks have: (name, layers, size)."""
     conv, transposed = partial(nn.Conv3d, dtype=torch.float64), partial(nn.ConvTranspose3d, dtype=torch.float64)
@@ -367,10 +390,12 @@ def strided_layers():
             ("odd stride", [conv(2, 2, 3, 2, 1), conv(2, 2, 3, 2, 1)], (11, 13, 7)),
             ("dilated, wide", [conv(2, 2, 3, padding=2, dilation=2), conv(2, 2, 5, padding=1, groups=2)], (9, 8, 11)),
             ("strided, wide", [conv(2, 2, 5, 3, 2), conv(2, 2, (1, 3, 5), padding=(0, 1, 2))], (16, 17, 18)),
+            ("linear", [nn.Upsample(scale_factor=(2, 1, 3), mode="trilinear"), conv(2, 2, 3, padding=1),
+                        nn.Upsample(scale_factor=(1, 4, 2), mode="trilinear")], (4, 5, 6)),
             ("norm first", [one, conv(2, 2, 3, padding=1), two], (6, 5, 7))]
 
 
-@pytest.mark.parametrize("case", range(8), ids=[name for name, _, _ in strided_layers()])
+@pytest.mark.parametrize("case", range(9), ids=[name for name, _, _ in strided_layers()])
 @pytest.mark.parametrize("step", [(1, 1, 1), (2, 3, 1), (1, 99, 2)])
 def test_other_kinds_of_layers(case, step):
     """The halo comes from the layers' own attributes: any local ones, any sizes."""
