@@ -1191,7 +1191,7 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
 ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
-           "memtest": {"torch", "train"}}
+           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train"}}
 
 
 def test_import_table():
