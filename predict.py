@@ -47,6 +47,7 @@ from torch import Tensor
 import data
 import losses
 import memtest
+import unet
 import vae3d
 from data import DataError, Intensity
 from train import EXIT_DONE, EXIT_ERROR, EXIT_USAGE, TrainConfig
@@ -87,8 +88,6 @@ def load_network(path: str | Path, tasks: Sequence[str] = ("vae", "seg"), device
         facts = {name: content.get(name) or {} for name in ("latent", "data")} | {"step": int(content["step"])}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: a damaged checkpoint ({type(error).__name__}: {train.one_line(error)}); train it again") from None
-    if content.get("version") != 1:
-        raise ValueError(f"{path}: of version {content.get('version')!r}, this predict.py reads version 1; use the one it came with")
     if task not in tasks:
         raise ValueError(f"{path}: a network for --task {task}; this command needs one for {' or '.join(tasks)}")
     where = train.pick_device(device)
@@ -165,53 +164,11 @@ def reconstruct_volume(checkpoint: Checkpoint, array: np.ndarray) -> np.ndarray:
     return decode_volume(checkpoint, encode_volume(checkpoint, array), array.shape[1:])
 
 
-def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """First voxels of evenly spread windows that cover an axis and share at least about `overlap` of their length."""
-    count = 1 if window >= size else math.ceil((size - window) / max(1, window * (1 - overlap))) + 1
-    return sorted({round(i * (size - window) / max(1, count - 1)) for i in range(count)})
-
-
-def window_weight(window: Sequence[int]) -> Tensor:
-    """Gaussian of sigma = window / 8 about its middle, (D, H, W): a window knows least about its border (nnU-Net)."""
-    parts = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)).square()) for n in window]
-    return parts[0][:, None, None] * parts[1][:, None] * parts[2]
-
-
-def window_logits(checkpoint: Checkpoint, array: np.ndarray, window: Sequence[int], overlap: float = 0.5,
+def window_logits(checkpoint: Checkpoint, array: np.ndarray, window: Sequence[int], overlap: float = 0.5, background: float = -1.0,
                   tick: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Tensor]:
-    """(C, D, H, W) normalised -> logits (K, slab, H, W) float32 on the CPU, slab after slab along D.
-
-    Each voxel's logits are the mean over the windows that hold it, weighted by `window_weight`. Only one window's depth of sums is kept.
-    A volume that no window cuts is one plain forward pass. tick is told of windows done, and of how many.
-    """
-    size = array.shape[1:]
-    window = [min(w, n) for w, n in zip(window, size)]
-    rows, columns, places = ([*window_starts(n, w, overlap)] for n, w in zip(size, window))
-    total, done = len(rows) * len(columns) * len(places), 0
-
-    def logits_at(*start: int) -> Tensor:
-        part = array[(slice(None), *(slice(s, s + w) for s, w in zip(start, window)))]
-        return run_network(checkpoint, lambda x: checkpoint.model(x).logits, np.ascontiguousarray(part))[0].float().cpu()
-
-    if total == 1:
-        yield logits_at(0, 0, 0)
-        tick(1, 1)
-        return
-    weight, sums = window_weight(window), None
-    mass = torch.zeros(window[0], *size[1:])
-    for d, following in zip(rows, [*rows[1:], size[0]]):
-        for h in columns:
-            for w in places:
-                logits = logits_at(d, h, w)
-                sums = torch.zeros(len(logits), *mass.shape) if sums is None else sums
-                sums[:, :, h:h + window[1], w:w + window[2]] += logits.mul_(weight)
-                mass[:, h:h + window[1], w:w + window[2]] += weight
-                tick(done := done + 1, total)
-        ready = following - d                                    # no later window reaches these slices
-        yield sums[:, :ready] / mass[:ready]
-        for kept in (sums.movedim(1, 0), mass):                  # the rest moves to the front
-            kept[:window[0] - ready] = kept[ready:].clone()
-            kept[window[0] - ready:] = 0
+    """unet.window_logits of (C, D, H, W) normalised, in the checkpoint's precision: logits (K, slab, H, W) float32 on the CPU."""
+    return unet.window_logits(lambda x: run_network(checkpoint, lambda y: checkpoint.model(y).logits, x[0]), torch.from_numpy(array)[None],
+                              window, overlap, background, tick)
 
 
 def class_scores(logits: Tensor, threshold: float | None) -> Tensor:
@@ -226,13 +183,13 @@ def class_scores(logits: Tensor, threshold: float | None) -> Tensor:
 
 
 def segment_volume(checkpoint: Checkpoint, array: np.ndarray, window: Sequence[int] | None = None, overlap: float = 0.5,
-                   threshold: float | None = None, size: Sequence[int] | None = None,
+                   background: float = -1.0, threshold: float | None = None, size: Sequence[int] | None = None,
                    tick: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-    """(C, D, H, W) normalised -> classes (D, H, W) int16; see `window_logits`. window: None: the run's crops.
+    """(C, D, H, W) normalised -> classes (D, H, W) int16; see `window_logits`. window: None: the run's crops; background: the volume's.
 
     size: of a grid over the same field of view that the classes are wanted on; then the scores are resampled, linearly.
     """
-    slabs = window_logits(checkpoint, array, window or checkpoint.cfg.data.patch, overlap, tick)
+    slabs = window_logits(checkpoint, array, window or checkpoint.cfg.data.patch, overlap, background, tick)
     if size is None or tuple(size) == array.shape[1:]:
         return np.concatenate([class_scores(slab, threshold).argmax(0).to(torch.int16).numpy() for slab in slabs])
     scores = torch.cat([class_scores(slab, threshold) for slab in slabs], 1)
@@ -292,6 +249,11 @@ def classes_of_labels(label: np.ndarray, item: data.Item, checkpoint: Checkpoint
     ignore, classes = checkpoint.cfg.data.ignore_label, max(2, checkpoint.cfg.unet.out_channels)
     found = label.astype(np.int64)
     if cfg.label_values is not None:
+        if checkpoint.cfg.data.label_values is None:             # not the user's choice: what the training labels held
+            unknown = np.setdiff1d(np.unique(label), [*cfg.label_values, *([] if ignore is None else [ignore])])
+            if len(unknown):
+                raise DataError(f"{item.label}: holds the label {unknown[0]:g}, the training labels held {list(cfg.label_values)}; give "
+                                f"the stored value of each class, background first, as --data.label_values")
         found = np.zeros_like(found)
         for k, value in enumerate(cfg.label_values):
             found[label == value] = k
@@ -536,23 +498,30 @@ def kind_of(path: Path) -> str:
     return kind if kind in (".npy", ".npz") else ".png" if kind in data.PICTURES else ".nii.gz"
 
 
-def make_jobs(items: Sequence[data.Item], output: str, ending: Callable[[Path], str]) -> list[Job]:
-    """Each item with the file that is made of it: its stem, numbered where two share one. ValueError when that would replace an input."""
+def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str, ending: Callable[[Path], str]) -> list[Job]:
+    """Each item with the file that is made of it: its stem, in the subfolder that it has in an input folder, numbered where two share one.
+
+    ValueError when that would replace an input.
+    """
     folder, taken, jobs = Path(os.path.expanduser(output)), set(), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be made a folder ({error.strerror})") from None
-    inputs = {os.path.realpath(file) for item in items for file in (item.path, item.label) if file}
+    roots = [Path(os.path.realpath(path)) for path in inputs if os.path.isdir(path)]
+    sources = {os.path.realpath(file) for item in items for file in (item.path, item.label) if file}
     for item in items:
         stem, end, number = data._stem(item.path), ending(item.path), 2
         stem = stem.removesuffix("_latent") if item.path.name.endswith(LATENT) else stem
-        name = stem + end
+        parent = Path(os.path.realpath(item.path)).parent
+        within = next((parent.relative_to(root) for root in roots if parent.is_relative_to(root)), Path())
+        name = within / (stem + end)
         while name in taken:
-            name, number = f"{stem}-{number}{end}", number + 1
+            name, number = within / f"{stem}-{number}{end}", number + 1
         taken.add(name)
-        if os.path.realpath(folder / name) in inputs:
+        if os.path.realpath(folder / name) in sources:
             raise ValueError(f"--output {folder}: {name} there is one of the inputs and would be overwritten; choose another folder")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         jobs.append(Job(item, folder / name))
     return jobs
 
@@ -682,7 +651,7 @@ def reconstruct(options: argparse.Namespace) -> int:
         text = speed(volumes, started)
         write_result(job.output, results, case.affine, case.origin)
         return f"{text} -> {job.output}"
-    jobs = make_jobs(list_inputs(options.input, output=options.output), options.output, kind_of)
+    jobs = make_jobs(list_inputs(options.input, output=options.output), options.input, options.output, kind_of)
     return run_jobs(jobs, work, options.overwrite)
 
 
@@ -705,7 +674,7 @@ def encode(options: argparse.Namespace) -> int:
         latents = Latents(arrays, [i for _, i in case.volumes], case.affine, volumes[0].shape[1:], checkpoint.fingerprint, case.origin)
         write_latents(job.output, latents, checkpoint, options.sample)
         return f"{text} -> {job.output}"
-    jobs = make_jobs(list_inputs(options.input, output=options.output), options.output, lambda path: LATENT)
+    jobs = make_jobs(list_inputs(options.input, output=options.output), options.input, options.output, lambda path: LATENT)
     return run_jobs(jobs, work, options.overwrite)
 
 
@@ -726,7 +695,7 @@ def decode(options: argparse.Namespace) -> int:
         text = speed(volumes, started)
         write_result(job.output, list(zip(volumes, latents.intensities)), latents.affine, latents.origin)
         return f"{text} -> {job.output}"
-    return run_jobs(make_jobs(list_latents(options.input), options.output, ending), work, options.overwrite)
+    return run_jobs(make_jobs(list_latents(options.input), options.input, options.output, ending), work, options.overwrite)
 
 
 def segment(options: argparse.Namespace) -> int:
@@ -739,8 +708,8 @@ def segment(options: argparse.Namespace) -> int:
     def work(job: Job) -> str:
         case = read_case(job.item, checkpoint, cfg)
         started, volumes, found = time.monotonic(), [volume for volume, _ in case.volumes], []
-        for volume in volumes:
-            found.append(segment_volume(checkpoint, volume, options.window, options.overlap, options.mask_threshold,
+        for volume, intensity in case.volumes:
+            found.append(segment_volume(checkpoint, volume, options.window, options.overlap, intensity.background, options.mask_threshold,
                                         case.origin.size, show_progress(job.item.path)))
         text = speed(volumes, started)
         if options.viz:
@@ -751,10 +720,11 @@ def segment(options: argparse.Namespace) -> int:
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
             write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
         shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
-        text += "; " + ", ".join(f"{values[k]}: {100 * share:.3g} %" for k, share in enumerate(shares) if share and k)
+        text += "; " + (", ".join(f"{values[k]}: {100 * share:.3g} %" for k, share in enumerate(shares) if share and k) or "no foreground")
         return text + f" -> {job.output}" * (not options.no_save)
     items = list_inputs(options.input, output=options.output)
-    jobs = [Job(item, Path()) for item in items] if options.output is None else make_jobs(items, options.output, kind_of)
+    jobs = [Job(item, Path()) for item in items] if options.output is None else make_jobs(items, options.input, options.output,
+                                                                                                       kind_of)
     return run_jobs(jobs, work, options.overwrite or options.no_save)
 
 
@@ -825,7 +795,8 @@ def evaluate(options: argparse.Namespace) -> int:
                     row = {"file": str(item.path)} | ({"volume": t} if len(case.volumes) > 1 else {})
                     if is_seg:
                         label = case.labels[min(t, len(case.labels) - 1)]
-                        scores, shown = evaluate_labels(checkpoint, volume, label, options, totals, show_progress(item.path))
+                        scores, shown = evaluate_labels(checkpoint, volume, intensity.background, label, options, totals,
+                                                        show_progress(item.path))
                     else:
                         checkpoint.model.progress = show_progress(item.path)
                         scores, shown = evaluate_volume(checkpoint, volume, intensity, case.origin, len(case.volumes), totals)
@@ -903,12 +874,12 @@ def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
             "l1": float(losses.reconstruction_loss(recon, target, "l1"))}
 
 
-def evaluate_labels(checkpoint: Checkpoint, volume: np.ndarray, label: np.ndarray, options: argparse.Namespace, totals: Totals,
-                    tick: Callable[[int, int], None]) -> tuple[dict, np.ndarray]:
-    """Dice of one whole volume, per class but 0 that occurs, and the classes found (D, H, W)."""
+def evaluate_labels(checkpoint: Checkpoint, volume: np.ndarray, background: float, label: np.ndarray, options: argparse.Namespace,
+                    totals: Totals, tick: Callable[[int, int], None]) -> tuple[dict, np.ndarray]:
+    """Dice of one whole volume on the network's grid, per class but 0 that occurs, and the classes found (D, H, W)."""
     started, classes = time.monotonic(), max(2, checkpoint.cfg.unet.out_channels)
     threshold = options.mask_threshold
-    found = segment_volume(checkpoint, volume, options.window, options.overlap, threshold, tick=tick)
+    found = segment_volume(checkpoint, volume, options.window, options.overlap, background, threshold, tick=tick)
     seconds = time.monotonic() - started
     counts = torch.stack(losses.dice_scores(torch.from_numpy(found)[None].long(), torch.from_numpy(label)[None], classes,
                                             checkpoint.cfg.data.ignore_label))

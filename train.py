@@ -54,7 +54,7 @@ from unet import UNet, UNetConfig
 from vae3d import VAE3D, VAEConfig
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
-COUNTERS = ("step", "best", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # of State, for last.pt
+COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # for last.pt
 TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
@@ -397,6 +397,7 @@ class State:
     lecam: losses.LeCam | None
     step: int = 0                                                # optimizer steps done
     best: float | None = None                                    # best value of train.metric so far
+    best_loss: float = math.inf                                  # of that validation: decides where the metric ties
     bad_validations: int = 0                                     # since the best, for early stopping
     plateau: tuple[float, float, int] = (math.inf, 1.0, 0)       # best loss, factor of the rate, validations since the best
     bad_steps: int = 0                                           # non-finite steps in a row
@@ -701,8 +702,8 @@ def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBat
     """The network's output; the terms of its criterion by name, each () float32 or wider, `loss` their weighted sum; and for the
     discriminator the sub-crops of image and reconstruction. step: for warm-ups; None: all terms in full, so that validations compare."""
     if cfg.task == "seg":
-        out = forward(state, network, micro.image)
-        return out, segmentation_terms(cfg, out, micro.label), []
+        out = forward(state, network, micro.image) if step is not None else segmented(cfg, state, network, micro.image)
+        return out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)), []
     if cfg.task == "features":
         out = forward(state, network, micro.image, *losses.degrade(micro.image, generators))
         return out, {"loss": out.loss, "explained": out.explained.mean()}, []
@@ -780,11 +781,22 @@ def discriminator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor])
     return {"disc": total, "logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
 
 
+def segmented(cfg: TrainConfig, state: State, network: Callable, image: Tensor) -> unet.UNetOutput:
+    """A crop in one pass, a whole volume in windows of the crop's size, as predict.py does; those logits are on the CPU."""
+    if tuple(image.shape[2:]) == tuple(cfg.data.patch):
+        return forward(state, network, image)
+    slabs = unet.window_logits(lambda x: forward(state, network, x).logits, image, cfg.data.patch, background=cfg.loss.background)
+    return unet.UNetOutput(torch.cat(list(slabs), 1)[None], ())
+
+
 def segmentation_terms(cfg: TrainConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
     """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of the one above (nnU-Net)."""
     options = cfg.loss.dice_share, cfg.loss.class_weights, cfg.data.ignore_label
     loss, ce, dice_loss = losses.segmentation_loss(out.logits, label, *options)
     weights = [0.5 ** (level + 1) for level in range(len(out.deep))]
+    if out.deep:                                                 # on an axis below the stride the U-Net repeats the border; so here
+        least = [s if n < s else 1 for n, s in zip(label.shape[1:], cfg.unet.total_stride)]
+        label = vae3d.pad_to_multiple(label[:, None].float(), least)[:, 0]
     for logits, weight in zip(out.deep, weights):
         small = F.interpolate(label[:, None].float(), logits.shape[2:], mode="nearest")[:, 0].long()
         loss = loss + weight * losses.segmentation_loss(logits, small, *options).loss
@@ -971,14 +983,17 @@ def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bo
     name = metric_of(cfg)
     if name not in metrics:
         raise ValueError(f"train.metric={name} is none of the metrics of --task {cfg.task}: {', '.join(metrics)}")
-    value = metrics[name]
-    gain = 0.0 if state.best is None else (value - state.best) * (1 if HIGHER_IS_BETTER[name] else -1)
+    value, loss = metrics[name], metrics["loss"]
+    if not math.isfinite(value):                                 # such as the Dice of held-out labels without a class
+        value = -math.inf if HIGHER_IS_BETTER[name] else math.inf
+    gain = 0.0 if state.best in (None, value) else (value - state.best) * (1 if HIGHER_IS_BETTER[name] else -1)
     early = cfg.task == "vae" and state.step <= max(cfg.loss.disc_start * bool(cfg.loss.adv_weight),
                                                     cfg.loss.perceptual_start * bool(cfg.loss.perceptual_weight))
-    better = math.isfinite(value) and (early or state.best is None or gain > 0)  # until all terms have set in the last is the best
-    state.bad_validations = 0 if better and (early or state.best is None or gain > cfg.train.min_delta) else state.bad_validations + 1
+    first, tie = early or state.best is None, gain == 0 and loss < state.best_loss  # until all terms have set in the last is the best
+    better = math.isfinite(loss) and (first or gain > 0 or tie)
+    state.bad_validations = 0 if better and (first or gain > cfg.train.min_delta) else state.bad_validations + 1
     if better:
-        state.best = value
+        state.best, state.best_loss = value, loss
     lowest, factor, waited = state.plateau
     if metrics["loss"] < lowest:
         lowest, waited = metrics["loss"], 0
@@ -1299,7 +1314,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], background: float) -> Tensor:
+def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], background: float, flat: bool = False) -> Tensor:
     """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
 
     image, recon (C, D, H, W) -> (height, width, 3) uint8. First channel; of each axis the slice with the most foreground. Grey is -1 to 1;
@@ -1308,16 +1323,16 @@ def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], backgroun
     image, recon = image[0], recon[0]
     error = (recon - image).abs() / 0.5 * 2
     hot = torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
-    return orthogonal_slices([grey(image), grey(recon), hot], (image - background).abs(), spacing)
+    return orthogonal_slices([grey(image), grey(recon), hot], (image - background).abs(), spacing, flat)
 
 
-def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Sequence[float]) -> Tensor:
+def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Sequence[float], flat: bool = False) -> Tensor:
     """Input, its label and what was found (columns; a colour per class) in axial, coronal and sagittal slices (rows).
 
     image (C, D, H, W), label and found (D, H, W) -> (height, width, 3) uint8. Of each axis the slice with the most labelled voxels.
     """
     plain = grey(image[0])
-    return orthogonal_slices([plain, coloured(plain, label), coloured(plain, found)], (label > 0).float(), spacing)
+    return orthogonal_slices([plain, coloured(plain, label), coloured(plain, found)], (label > 0).float(), spacing, flat)
 
 
 def grey(v: Tensor) -> Tensor:
@@ -1333,10 +1348,13 @@ def coloured(picture: Tensor, label: Tensor) -> Tensor:
     return torch.where((label > 0)[..., None], 0.5 * picture + 0.5 * colour, picture)
 
 
-def orthogonal_slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequence[float]) -> Tensor:
-    """One column per volume (D, H, W, 3), one row per axis: the slice where weight (D, H, W) sums to most. Pixels are square in mm."""
+def orthogonal_slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequence[float], flat: bool) -> Tensor:
+    """One column per volume (D, H, W, 3), one row per axis: the slice where weight (D, H, W) sums to most. Pixels are square in mm.
+
+    flat: pictures, which have one axis to look along and are the right way up already.
+    """
     rows = []
-    for axis in range(3):
+    for axis in range(1 if flat else 3):
         others = [a for a in range(3) if a != axis]
         at = int(weight.sum(others).argmax())
         pixel = min(spacing)
@@ -1344,7 +1362,8 @@ def orthogonal_slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequen
         factor = max(1, 256 // max(size))
         panels = []
         for volume in volumes:
-            panel = volume.select(axis, at).flip(0, 1)           # RAS: now head or front is up, the patient's right on the left
+            panel = volume.select(axis, at)
+            panel = panel if flat else panel.flip(0, 1)          # RAS: now head or front is up, the patient's right on the left
             panel = F.interpolate(panel.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1)
             panels.append(F.pad(panel, (0, 0, 2, 2, 2, 2), value=64))
         rows.append(torch.cat(panels, 1))
@@ -1376,6 +1395,9 @@ def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
     cfg.vae = dataclasses.replace(cfg.vae, in_channels=dataset.channels)
     if cfg.task == "seg":
         binary = cfg.unet.out_channels == 1 and dataset.classes == 2
+        if cfg.unet.out_channels not in (UNetConfig.out_channels, dataset.classes) and not binary:
+            raise ValueError(f"unet.out_channels={cfg.unet.out_channels}, but the data has {dataset.classes} classes; leave it out, or set "
+                             f"data.classes")
         cfg.unet = dataclasses.replace(cfg.unet, in_channels=dataset.channels, out_channels=1 if binary else dataset.classes)
         if cfg.loss.class_weights is not None and len(cfg.loss.class_weights) != dataset.classes:
             raise ValueError(f"loss.class_weights has {len(cfg.loss.class_weights)} factors, the data has {dataset.classes} classes; "
@@ -1594,10 +1616,10 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
     """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise; and the voxels seen.
 
     vae: psnr, ssim, (unweighted) l1, sharpness (gradient energy, reconstruction over input), and iou of occupied voxels for voxel grids.
-    seg: dice, the mean over the classes but 0 that occur, from all held-out voxels together, and dice_1, dice_2 ...
+    seg: dice, the mean over the classes but 0 of the held-out labels, from all their voxels together, and dice_1, dice_2 ...
     """
     cfg, model, rows, voxels = run.cfg, run.state.shipped.eval(), [], 0
-    counts = 0
+    counts, labelled = 0, torch.zeros(run.dataset.classes, dtype=torch.bool)
     for number, crop in enumerate(run.held_out):
         x = to_device(crop.image[None], run.device)
         micro = MicroBatch(x, [], [], None if crop.label is None else crop.label[None].to(run.device))
@@ -1611,16 +1633,18 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
             if crop.entry.intensity.modality == "voxel":
                 terms["iou"] = losses.occupancy_iou(out.recon, x, cfg.loss.background)
         if cfg.task == "seg":
-            counts = counts + torch.stack(losses.dice_scores(predicted_classes(out.logits), micro.label, run.dataset.classes,
-                                                             cfg.data.ignore_label)).cpu()
+            found = predicted_classes(out.logits).cpu()
+            counts = counts + torch.stack(losses.dice_scores(found, micro.label.cpu(), run.dataset.classes, cfg.data.ignore_label))
+            present = micro.label.unique().cpu()
+            labelled[present[(present >= 0) & (present < len(labelled)) & (present != cfg.data.ignore_label)]] = True
         rows.append({name: float(term) for name, term in terms.items()})
         voxels += x[0, 0].numel()
     run.state.shipped.train()
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     if cfg.task == "seg":
-        scores = losses.dice(*counts)[1:]                        # nan: a class that occurs in neither
-        metrics["dice"] = float(scores.nanmean())
-        metrics |= {f"dice_{k}": float(score) for k, score in enumerate(scores, 1) if torch.isfinite(score)}
+        scores, labelled[0] = losses.dice(*counts), False
+        metrics["dice"] = float(scores[labelled].mean())         # nan where the held-out labels hold no class
+        metrics |= {f"dice_{k}": float(scores[k]) for k in labelled.nonzero()[:, 0].tolist()}
     return metrics, voxels
 
 
@@ -1650,8 +1674,8 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
 
 def facts_of(dataset: data.Data) -> dict:
     """What predict.py must know about the data to prepare others alike, and the names of the training volumes."""
-    entry = dataset.train[0]
-    return {"modality": entry.intensity.modality, "channels": dataset.channels, "classes": dataset.classes,
+    entry, modalities = dataset.train[0], {entry.intensity.modality for entry in dataset.train}
+    return {"modality": modalities.pop() if len(modalities) == 1 else "auto", "channels": dataset.channels, "classes": dataset.classes,
             "label_values": dataset.label_values and list(dataset.label_values), "background": dataset.background,
             "spacing": list(entry.spacing), "training": [entry.name for entry in dataset.train]}
 
@@ -1707,13 +1731,16 @@ def save_samples(run: Run) -> None:
             continue
         done.add(name)
         x = to_device(crop.image[None], run.device)
-        out = recovered(run, x.shape, lambda x=x: forward(run.state, model, x))
+        flat = crop.entry.intensity.modality == "picture"
+        network = segmented if cfg.task == "seg" else lambda cfg, *inputs: forward(*inputs)
+        out = recovered(run, x.shape, lambda x=x, network=network: network(cfg, run.state, model, x))
         if cfg.task == "seg":
             found, kind = predicted_classes(out.logits).cpu().to(torch.int16), "pred"
-            picture = label_comparison(crop.image, crop.label, found[0], crop.entry.spacing)
+            label = torch.where(crop.label == cfg.data.ignore_label, 0, crop.label) if cfg.data.ignore_label is not None else crop.label
+            picture = label_comparison(crop.image, label, found[0], crop.entry.spacing, flat)
         else:
             found, kind = out.recon[0].float().cpu(), "recon"
-            picture = comparison(crop.image, found, crop.entry.spacing, cfg.loss.background)
+            picture = comparison(crop.image, found, crop.entry.spacing, cfg.loss.background, flat)
         stem = f"step_{run.state.step:06d}_{name}"
         write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(memtest.png(picture)))
         data.write_nifti(folder / f"{stem}_{kind}.nii.gz", found.numpy(), crop.affine)

@@ -17,10 +17,10 @@ Version 0.1 (2026-11).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import gcd, log, prod
+from math import ceil, gcd, log, prod
 from typing import NamedTuple
 
 import torch
@@ -394,6 +394,66 @@ def pad_to_least(x: Tensor, least: Sequence[int]) -> Tensor:
     """Repeat the far border of (B, C, D, H, W) until D, H, W are at least `least`."""
     d, h, w = (max(m - n, 0) for n, m in zip(x.shape[2:], least))
     return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """First voxels of evenly spread windows that cover an axis and share at least about `overlap` of their length."""
+    count = 1 if window >= size else ceil((size - window) / max(1, window * (1 - overlap))) + 1
+    return sorted({round(i * (size - window) / max(1, count - 1)) for i in range(count)})
+
+
+def window_weight(window: Sequence[int]) -> Tensor:
+    """Gaussian of sigma = window / 8 about its middle, (D, H, W): a window knows least about its border (nnU-Net)."""
+    parts = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)).square()) for n in window]
+    return parts[0][:, None, None] * parts[1][:, None] * parts[2]
+
+
+def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int], overlap: float = 0.5, background: float = 0.0,
+                  tick: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Tensor]:
+    """A whole volume x (1, C, D, H, W) through windows that overlap -> logits (K, slab, H, W) float32 on the CPU, slab after slab along D.
+
+    network: (1, C, d, h, w) -> logits (1, K, d, h, w). A U-Net sees, and normalises by, all that it is given: windows of the size that it
+    was trained on show it what it knows, and its receptive field is the whole of them, so blending is right here. Each voxel's logits are
+    the mean over the windows that hold it, weighted by `window_weight`. Only one window's depth of sums is kept. A volume of a window's
+    size is one plain forward pass; a shorter axis is filled up with `background` on both sides, as a crop is in training (data.Crops).
+    tick is told of windows done, and of how many.
+    """
+    size = x.shape[2:]
+    short = [max(0, w - n) for w, n in zip(window, size)]
+    if any(short):
+        lead = [n // 2 for n in short]
+        x = F.pad(x, [p for axis in (2, 1, 0) for p in (lead[axis], short[axis] - lead[axis])], value=background)
+        inner = [slice(a, n - (b - a)) for a, b, n in zip(lead, short, x.shape[2:])]
+        depth = inner[0] if short[0] else slice(None)            # an axis that was filled up is one window long: one slab
+        for slab in window_logits(network, x, window, overlap, background, tick):
+            yield slab[:, depth, inner[1], inner[2]]
+        return
+    rows, columns, places = ([*window_starts(n, w, overlap)] for n, w in zip(size, window))
+    total, done = len(rows) * len(columns) * len(places), 0
+
+    def logits_at(*start: int) -> Tensor:
+        part = x[(slice(None), slice(None), *(slice(s, s + w) for s, w in zip(start, window)))]
+        return network(part.contiguous())[0].float().cpu()
+
+    if total == 1:
+        yield logits_at(0, 0, 0)
+        tick(1, 1)
+        return
+    weight, sums = window_weight(window), None
+    mass = torch.zeros(window[0], *size[1:])
+    for d, following in zip(rows, [*rows[1:], size[0]]):
+        for h in columns:
+            for w in places:
+                logits = logits_at(d, h, w)
+                sums = torch.zeros(len(logits), *mass.shape) if sums is None else sums
+                sums[:, :, h:h + window[1], w:w + window[2]] += logits.mul_(weight)
+                mass[:, h:h + window[1], w:w + window[2]] += weight
+                tick(done := done + 1, total)
+        ready = following - d                                    # no later window reaches these slices
+        yield sums[:, :ready] / mass[:ready]
+        for kept in (sums.movedim(1, 0), mass):                  # the rest moves to the front
+            kept[:window[0] - ready] = kept[ready:].clone()
+            kept[window[0] - ready:] = 0
 
 
 def from_pytorch_unet(state: dict[str, Tensor]) -> tuple[UNetConfig, dict[str, Tensor]]:

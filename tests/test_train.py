@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import losses
+import predict
 import train
 import vae3d
 from train import MicroBatch, OptimConfig, TrainConfig
@@ -178,7 +179,7 @@ def test_logged_rates_are_the_formula(tmp_path, epochs):
 
 def test_plateau_counts_validations():
     cfg = train.load_config([*TINY, "--optim.schedule", "plateau", "--optim.plateau_patience", "2", "--optim.gamma", "0.5"])
-    state = types.SimpleNamespace(step=1, best=None, bad_validations=0, plateau=(math.inf, 1.0, 0))
+    state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
     factors = []
     for loss in (1.0, 0.9, 0.95, 0.95, 0.8, 0.9, 0.9, 0.9, 0.9):
         train.update_best(cfg, state, {"psnr": 0.0, "loss": loss})
@@ -363,7 +364,7 @@ def test_early_stopping_keeps_and_ships_the_best_weights(tmp_path, monkeypatch):
 
 def test_metric_where_less_is_better():
     cfg = train.load_config([*TINY, "--train.metric", "l1"])
-    state = types.SimpleNamespace(step=1, best=None, bad_validations=0, plateau=(math.inf, 1.0, 0))
+    state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
     assert [train.update_best(cfg, state, {"l1": v, "loss": v}) for v in (3.0, 2.0, 2.5, math.nan, 1.0)] == [True, True, False, False, True]
 
 
@@ -987,6 +988,45 @@ def test_segmentation_fields_reach_the_loss(flags, tmp_path):
         assert run(*SEG, "--steps", "1", *extra, out=tmp_path / str(number)) == 0
         first.append(rows(tmp_path / str(number), "train")[0]["loss"])
     assert first[0] != first[1]
+
+
+def test_validation_and_prediction_agree_on_volumes_below_and_above_the_crop(tmp_path):
+    """GroupNorm takes its statistics over all that it is given, so both must give the network what training gave it."""
+    for size in ("5,8,9", "12,24,20"):
+        out = tmp_path / size
+        assert run(*SEG, "--data.synthetic_size", size, "--steps", "20", "--train.val_whole", "--train.val_every", "20", out=out) == 0
+        checkpoint = predict.load_network(out / "last.pt", device="cpu")
+        cfg = train.load_config(["--config", str(out / "config.yaml")])
+        dataset = data.open_data(dataclasses.replace(cfg.data, labels=True), 0, lambda text: None)
+        counts = 0
+        for crop in data.WholeVolumes(dataset):
+            found = predict.segment_volume(checkpoint, crop.image.numpy(), background=crop.entry.intensity.background)
+            counts = counts + torch.stack(losses.dice_scores(torch.from_numpy(found)[None].long(), crop.label[None], dataset.classes))
+        scores = losses.dice(*counts)
+        last = rows(out, "val")[-1]
+        assert all(abs(float(scores[int(k[5:])]) - v) < 1e-6 for k, v in last.items() if k.startswith("dice_") and k != "dice_loss")
+
+
+def test_dice_that_ties_or_is_undefined_is_decided_by_the_loss():
+    cfg = train.load_config([*TINY, "--task", "seg"])
+    state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
+    results = [train.update_best(cfg, state, {"dice": d, "loss": v}) for d, v in
+               ((math.nan, 3.0), (math.nan, 2.0), (math.nan, 2.5), (0.0, 9.0), (0.0, 1.0), (math.nan, 0.5), (0.1, 5.0))]
+    assert results == [True, True, False, True, True, False, True]
+
+
+def test_deep_supervision_below_the_stride_sees_the_label_that_the_network_saw(tmp_path):
+    cfg = train.load_config([*TINY, "--task", "seg", "--unet.channels", "4,8,8,8", "--unet.deep_supervision", "1", "--patch", "4,16,16"])
+    seen = []
+    label = torch.arange(4).view(1, 4, 1, 1).expand(1, 4, 16, 16)
+    out = train.unet.UNetOutput(torch.zeros(1, 2, 4, 16, 16), (torch.zeros(1, 2, 4, 8, 8),))
+    original = losses.segmentation_loss
+    losses.segmentation_loss = lambda logits, y, *options: seen.append(y) or original(logits, y.clamp(0, 1), *options)
+    try:
+        train.segmentation_terms(cfg, out, label)
+    finally:
+        losses.segmentation_loss = original
+    assert seen[1][0, :, 0, 0].tolist() == [0, 2, 3, 3]          # 0 1 2 3 3 3 3 3, every other one
 
 
 @pytest.mark.parametrize("flags,says", [(["--memory.mode", "tile"], "has no exact tiles"), (["--loss.class_weights", "1,2"], "classes"),
