@@ -27,7 +27,7 @@ def main(source: str, checkpoint: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = nib.load(source)
-        voxels = np.asarray(image.dataobj)
+        voxels = np.asarray(image.dataobj).astype(np.int16)                              # HU
         voxels = np.pad(voxels, [(0, max(0, 512 - n)) for n in voxels.shape[:2]] + [(0, 0)], mode="edge")[:512, :512]
         slices = np.concatenate([voxels, voxels[..., ::-1]], -1)                         # there and back: no jump between the copies
         if checkpoint is None:
@@ -45,9 +45,11 @@ def main(source: str, checkpoint: str | None = None) -> None:
                 result = json.loads((folder / "result.json").read_text())
                 written = nib.load(out / f"depth{depth}.nii.gz")
                 assert written.shape == tall.shape and written.get_data_dtype() == tall.dtype and np.allclose(written.affine, image.affine)
-                print(f"512x512x{depth}, tile {tile}: peak {result['peak_gib']:.2f} GiB, {result['voxels_per_second'] / 1e3:.0f} k voxels/s, "
-                      f"PSNR {result['mean']['psnr']:.2f} dB", flush=True)
-        a, b = (np.asarray(nib.load(folder / f"32-{t}/depth32.nii.gz").dataobj).astype(float) for t in ("64,64,64", "none"))
+                psnr, speed = result["mean"]["psnr"], result["voxels_per_second"]
+                print(f"512x512x{depth}, tile {tile}: peak {result['peak_gib']:.2f} GiB, {speed / 1e3:.0f} k voxels/s, PSNR {psnr:.2f} dB",
+                      flush=True)
+        paths = [folder / f"32-{tile}" / "depth32.nii.gz" for tile in ("64,64,64", "none")]
+        a, b = (np.asarray(nib.load(path).dataobj).astype(float) for path in paths)
         print(f"512x512x32: tiles and none differ by at most {np.abs(a - b).max():.4g} HU")
 
 
