@@ -985,19 +985,13 @@ def worst_median_best(rows: Sequence[dict], name: str) -> dict[str, int]:
     return {"Worst": order[0]} | ({"Median": order[(len(order) - 1) // 2]} if len(order) > 2 else {}) | {"Best": order[-1]}
 
 
-def hot(error: Tensor) -> Tensor:
-    """|error| (...) -> (..., 3) in [0, 255]: black (0), red (0.25), yellow (0.5), as in train.comparison."""
-    error = error.abs() / 0.5 * 2
-    return torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
-
-
 def report_panels(volume: np.ndarray, shown: np.ndarray, label: np.ndarray | None, intensity: Intensity, spacing: Sequence[float],
                   is_picture: bool) -> dict[str, list[Tensor]]:
     """Heading -> three orthogonal slices: input, reconstruction, error; or input, label, found."""
     x, y = torch.from_numpy(volume[0]), torch.from_numpy(shown if label is not None else shown[0])
     if label is None:
         weight = np.abs(volume[0] - np.float32(intensity.background))
-        columns = {"Input": (x, train.grey), "Reconstruction": (y, train.grey), "Error": ((x, y), lambda a, b: hot(a - b))}
+        columns = {"Input": (x, train.grey), "Reconstruction": (y, train.grey), "Error": ((x, y), lambda a, b: train.hot(a - b))}
     else:
         def mixed(a, b):
             return train.coloured(train.grey(a), b)

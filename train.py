@@ -658,7 +658,7 @@ def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]
         for ema, decay in zip(state.emas, cfg.train.ema):
             update_ema(ema, state, min(decay, (1 + state.step) / (10 + state.step)))
         if cfg.optim.clip_percentile:
-            state.norms = [*state.norms[1 - cfg.optim.clip_window:], float(norm)][-cfg.optim.clip_window:]
+            state.norms = [*state.norms, float(norm)][-cfg.optim.clip_window:]
     if state.masters is not None:
         state.log_scale += 1e-3 if updated else -1.0             # doubles in 1,000 steps, halves at once
     if any(has_gradients(optimizer) for optimizer in optimizers):
@@ -1321,9 +1321,7 @@ def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], backgroun
     the error runs from black (0) over red to yellow (0.5).
     """
     image, recon = image[0], recon[0]
-    error = (recon - image).abs() / 0.5 * 2
-    hot = torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
-    return orthogonal_slices([grey(image), grey(recon), hot], (image - background).abs(), spacing, flat)
+    return orthogonal_slices([grey(image), grey(recon), hot(recon - image)], (image - background).abs(), spacing, flat)
 
 
 def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Sequence[float], flat: bool = False) -> Tensor:
@@ -1338,6 +1336,12 @@ def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Seque
 def grey(v: Tensor) -> Tensor:
     """(...) in [-1, 1] -> (..., 3) in [0, 255]."""
     return ((v.clamp(-1, 1) + 1) * 127.5)[..., None].expand(*v.shape, 3)
+
+
+def hot(error: Tensor) -> Tensor:
+    """|error| (...) -> (..., 3) in [0, 255]: black (0), red (0.25), yellow (0.5)."""
+    error = error.abs() / 0.5 * 2
+    return torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
 
 
 def coloured(picture: Tensor, label: Tensor) -> Tensor:
