@@ -75,6 +75,7 @@ class VAEConfig:
     decoder_middle: str = "blocks"                               # the same
     down_padding: str = "both"                                   # of down-convolutions: both ends | end (zeros where the stride needs them)
     upsample: str = "nearest"                                    # nearest | trilinear | transposed (kernel: stride) | transposed3 (of 3)
+    up_narrows: bool = False                                     # up-convolutions change the width; off: the block behind does (MONAI, LDM)
     up_strides: tuple[tuple[int, int, int], ...] = ()            # of the decoder, highest resolution first as strides; (): those
     head_act: bool = True                                        # SiLU before the last convolution of encoder and decoder; MONAI: none
     quant_conv: str = "none"                                     # 1x1x1 behind the encoder: none | split (Z in, MONAI) | joint (2Z in)
@@ -117,10 +118,10 @@ class VAEConfig:
                 raise ValueError(f"vae.{name} needs one entry for each of {len(self.channel_mult)} levels, got {getattr(self, name)}")
         if not self.norm_eps > 0 or min(self.blocks_per_level, default=0) < 0:
             raise ValueError(f"vae.norm_eps must be above 0, vae.blocks_per_level 0 or more; got {self.norm_eps}, {self.blocks_per_level}")
-        if any(above != here and n + self.decoder_extra_blocks == 0
-               for here, above, n in zip(self.channel_mult, self.channel_mult[1:], self.blocks)):
+        if not self.up_narrows and any(above != here and n + self.decoder_extra_blocks == 0
+                                       for here, above, n in zip(self.channel_mult, self.channel_mult[1:], self.blocks)):
             raise ValueError("vae.decoder_extra_blocks=0 leaves a level of the decoder without a block to change the width; "
-                             "make it 1, or vae.num_res_blocks at least 1")
+                             "make it 1, or vae.num_res_blocks at least 1, or set vae.up_narrows")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -189,6 +190,57 @@ def make_norm(norm: str, channels: int, groups: int, eps: float = 1e-6) -> nn.Mo
     return GroupNorm(max(g for g in range(1, groups + 1) if channels % g == 0), channels, eps=eps)
 
 
+class Lean(torch.autograd.Function):
+    """conv(before(x)), of which x alone is kept: `before` (norm, SiLU, upsampling) runs again in backward.
+
+    Plain autograd keeps its output for the convolution besides, and what lies between. The bits are the same as without. Parameters are
+    inputs, so that their gradients take autograd's ordinary way.
+    """
+    @staticmethod
+    def forward(ctx, conv: nn.Conv3d, before: Sequence[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None, *_: Tensor) -> Tensor:
+        ctx.conv, ctx.before = conv, before
+        ctx.save_for_backward(x, weight)
+        return conv(prepared(before, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        conv, (x, weight), (x_needed, *weights_needed) = ctx.conv, ctx.saved_tensors, ctx.needs_input_grad[2:5]
+        parameters = parameters_of(ctx.before)
+        x = x.detach().requires_grad_(x_needed)
+        with torch.enable_grad():
+            h = prepared(ctx.before, x)
+        edge, dtype = torch.autograd.graph.get_gradient_edge(h) if h.requires_grad else None, h.dtype
+        h = h.detach().to(grad.dtype)
+        grad_h, *found = torch.ops.aten.convolution_backward(
+            grad, h, weight.to(grad.dtype), None if conv.bias is None else [conv.out_channels], conv.stride, conv.padding, conv.dilation,
+            False, (0, 0, 0), conv.groups, (edge is not None, *weights_needed))
+        del h                                                    # not needed for the gradient of SiLU, which looks at x
+        inputs = [t for t in (x, *parameters) if t.requires_grad]
+        before = dict(zip(map(id, inputs), torch.autograd.grad(edge, inputs, grad_h.to(dtype)))) if edge is not None else {}
+        return (None, None, before.get(id(x)), *(g if g is None else g.to(weight.dtype) for g in found),
+                *(before.get(id(p)) for p in parameters))
+
+
+def prepared(before: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """before(x) in x.dtype: CUDA's autocast would widen nearest upsampling to float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        for layer in before:
+            x = layer(x)
+    return x
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters()]
+
+
+def lean(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
+    """conv(before(x)), by Lean where gradients are wanted; a compiler does the like by itself, and knows no more than plain modules."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(conv) is not nn.Conv3d:
+        return conv(prepared(before, x))
+    return Lean.apply(conv, before, x, conv.weight, conv.bias, *parameters_of(before))
+
+
 class ResBlock3d(nn.Module):
     """Pre-activation residual block (arXiv:1603.05027): twice (norm, SiLU, 3x3x3 convolution), plus the input.
 
@@ -204,23 +256,27 @@ class ResBlock3d(nn.Module):
         self.skip = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.act(self.norm1(x)))
-        return self.skip(x) + self.conv2(self.act(self.norm2(h)))
+        h = lean(self.conv1, x, self.norm1, self.act)
+        return self.skip(x) + lean(self.conv2, h, self.norm2, self.act)
 
 
 class Upsample3d(nn.Sequential):
-    """Interpolation by an integer factor per axis, then a 3x3x3 convolution: (B, C, D, H, W) -> (B, C, D*s0, H*s1, W*s2).
+    """Interpolation by an integer factor per axis, then a 3x3x3 convolution: (B, C_in, D, H, W) -> (B, C_out, D*s0, H*s1, W*s2).
 
     mode: nearest | trilinear | transposed: one transposed convolution instead, its kernel the stride | transposed3: of kernel 3.
     """
-    def __init__(self, channels: int, stride: tuple[int, int, int], mode: str = "nearest"):
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int, int], mode: str = "nearest"):
         if mode == "transposed":
-            layers = OrderedDict(conv=nn.ConvTranspose3d(channels, channels, stride, stride))
+            layers = OrderedDict(conv=nn.ConvTranspose3d(in_channels, out_channels, stride, stride))
         elif mode == "transposed3":
-            layers = OrderedDict(conv=nn.ConvTranspose3d(channels, channels, 3, stride, 1, tuple(s - 1 for s in stride)))
+            layers = OrderedDict(conv=nn.ConvTranspose3d(in_channels, out_channels, 3, stride, 1, tuple(s - 1 for s in stride)))
         else:
-            layers = OrderedDict(up=nn.Upsample(scale_factor=tuple(stride), mode=mode), conv=nn.Conv3d(channels, channels, 3, padding=1))
+            layers = OrderedDict(up=nn.Upsample(scale_factor=tuple(stride), mode=mode),
+                                 conv=nn.Conv3d(in_channels, out_channels, 3, padding=1))
         super().__init__(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lean(self.conv, x, *list(self)[:-1])
 
 
 def make_down(in_channels: int, out_channels: int, stride: tuple[int, int, int], padding: str = "both") -> nn.Module:
@@ -258,6 +314,9 @@ class Head(nn.Sequential):
         super().__init__(OrderedDict(norm=make_norm(norm, in_channels, norm_groups, norm_eps), act=nn.SiLU() if act else nn.Identity(),
                                      conv=nn.Conv3d(in_channels, out_channels, 3, padding=1)))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return lean(self.conv, x, self.norm, self.act)
+
 
 def build_encoder(cfg: VAEConfig) -> nn.Sequential:
     """Layers in the order in which they run: (B, C, D, H, W) -> (B, 2Z, d, h, w), mean and log-variance; (B, Z, d, h, w) for codes."""
@@ -282,10 +341,12 @@ def build_decoder(cfg: VAEConfig) -> nn.Sequential:
         layers["post_quant_conv"] = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
     layers["conv_in"] = nn.Conv3d(cfg.z_channels, widths[-1], 3, padding=1)
     add_middle(layers, cfg, cfg.decoder_middle)
+    before = widths[-1]
     for level in reversed(range(len(widths))):
-        add_level(layers, cfg, level, widths[min(level + 1, len(widths) - 1)], cfg.blocks[level] + cfg.decoder_extra_blocks)
+        add_level(layers, cfg, level, before, cfg.blocks[level] + cfg.decoder_extra_blocks)
         if level > 0:
-            layers[f"level{level}_up"] = Upsample3d(widths[level], (cfg.up_strides or cfg.strides)[level - 1], cfg.upsample)
+            before = widths[level - 1] if cfg.up_narrows else widths[level]
+            layers[f"level{level}_up"] = Upsample3d(widths[level], before, (cfg.up_strides or cfg.strides)[level - 1], cfg.upsample)
     layers["head"] = Head(widths[0], cfg.in_channels, *cfg.normed, cfg.head_act)
     return nn.Sequential(layers)
 
@@ -826,6 +887,9 @@ def run_tiled(layers: Sequence[nn.Module], step: tuple[int, int, int], x: Tensor
 
 # Which stretches, which tiles: a cost model made of the same spans.
 
+KEEP_THEIR_INPUT = nn.Conv3d, Upsample3d, Head                   # and nothing else for backward: there is nothing to checkpoint
+
+
 class Segment(NamedTuple):
     """layers[start:stop] of the encoder or decoder."""
     start: int
@@ -925,14 +989,15 @@ def tiling(piece: Piece, step: tuple[int, int, int] | None) -> Tiling:
         taps = 0.0
         if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d)):
             width, taps = op.out_channels, op.weight.numel() / op.out_channels
-            done = work                                          # before the last convolution, when the loop is over
         passes = 1 + sum(i < norm for norm in norms)
         voxels, largest = prod(sum(axis[i]) for axis in lengths), prod(max(axis[i]) for axis in lengths)  # tiles are products of spans
         work += passes * voxels * width * (taps + MOVE_COST)
         alive.append(0 if isinstance(op, Fork) else width * largest)
-    if step is None:                                             # of forward, again, backward twice as long, torch's checkpoint
-        work -= (work - done) / 4                                # leaves out again what nothing is kept of: from the last convolution on
-    return Tiling(work, sum(alive) + 2 * max(alive), step)
+    if step is not None:
+        return Tiling(work, sum(alive) + 2 * max(alive), step)
+    block = any(isinstance(op, Join) for op in piece.ops)        # forward, again, backward twice as long; others have no again
+    kept = [a for op, a in zip(piece.ops, alive) if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d))]
+    return Tiling(work if block else 0.75 * work, sum(kept[:-1]) + 3 * max(alive), step)
 
 
 def cheapest(costs: Sequence[Tiling], limit: float) -> Tiling:
@@ -1092,8 +1157,8 @@ class VAE3D(nn.Module):
     def memory(self, mode: str, tile: Sequence[int] | str | None = None, stretch: str = "auto", budget: float | None = None) -> VAE3D:
         """Set the memory dial and return self; may be called again at any time. It changes peak memory and time, never the result.
 
-        none: plain autograd keeps every activation. checkpoint: the input of each layer (block, up/down convolution, head) is kept
-        and its inside is computed again in backward (arXiv:1604.06174). tile: stretches of layers run tile by tile, exactly, and keep
+        none: autograd keeps the input of every convolution's norm and SiLU. checkpoint: the input of each layer (block, up/down
+        convolution, head) is kept and its inside is computed again in backward (arXiv:1604.06174). tile: stretches of layers run tile by tile, exactly, and keep
         their input alone; the layers outside of them are checkpointed.
 
         tile: (D, H, W) in voxels of the input, at most; rounded down to the stretch's stride; an axis longer than the volume's is not
@@ -1201,7 +1266,7 @@ class VAE3D(nn.Module):
                 self.progress(start + share * (stop - start), len(layers), "decoder" if layers is self.decoder else "encoder")
             if step is not None:
                 x = run_tiled(layers[start:stop], step, x, self.progress and tick)
-            elif self.memory_mode != "none" and torch.is_grad_enabled():
+            elif self.memory_mode != "none" and torch.is_grad_enabled() and not isinstance(layers[start], KEEP_THEIR_INPUT):
                 x = checkpoint(layers[start], x, use_reentrant=False, preserve_rng_state=False)  # no layer draws random numbers
             else:
                 x = layers[start](x)

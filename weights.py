@@ -404,6 +404,7 @@ def export(vae: VAE3D | VAEConfig, state_dict: Mapping[str, Tensor] | None = Non
         (any(s != (2, 2, 2) for s in (*cfg.strides, *cfg.up_strides)), f"vae.strides are {cfg.strides}, not 2,2,2 each"),
         (cfg.down_padding != "end", f"vae.down_padding is {cfg.down_padding}, not end"),
         (cfg.upsample not in upsamples, f"vae.upsample is {cfg.upsample}, not {' or '.join(upsamples)}"),
+        (cfg.up_narrows, "vae.up_narrows is set"),
         (cfg.head_act, "vae.head_act is on"),
         (cfg.decoder_extra_blocks != 0, f"vae.decoder_extra_blocks is {cfg.decoder_extra_blocks}, not 0"),
         (cfg.attention, "vae.attention is on; MONAI has attention after every block of a level (vae.attention_levels) or none there"),

@@ -230,7 +230,7 @@ def test_errors_say_what_to_do(call, message):
     dict(norm="group", norm_eps=0.1), dict(blocks_per_level=(1, 2, 1)), dict(decoder_extra_blocks=2),
     dict(attention_levels=(False, True, False)), dict(encoder_middle="none"), dict(decoder_middle="attention"), dict(down_padding="end"),
     dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(head_act=False),
-    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
+    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(up_narrows=True), dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
@@ -277,16 +277,47 @@ def test_saved_bytes_fall_along_the_dial():
     vae, x = build(torch.float32, base_channels=8), torch.randn(1, 1, 16, 16, 16)
     none, checkpointed, top, both = (saved_bytes(lambda s=s: vae.memory(*s)(x)) for s in (
         ("none",), ("checkpoint",), ("tile", (8, 8, 8), "1"), ("tile", (8, 8, 8), "2+1")))
-    assert checkpointed < 0.5 * none and top < 0.5 * checkpointed and both < 0.5 * top, (none, checkpointed, top, both)
+    assert checkpointed < 0.8 * none and top < 0.5 * checkpointed and both < 0.5 * top, (none, checkpointed, top, both)
 
 
-def test_every_layer_is_checkpointed(monkeypatch):
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("norm, upsample", [("none", "nearest"), ("group", "trilinear"), ("layer", "nearest")])
+def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain_autograd(norm, upsample, amp, monkeypatch):
+    vae, found = build(torch.float32, norm=norm, norm_groups=2, upsample=upsample, up_narrows=True), []
+    vae.encoder.level0_block0.norm1.requires_grad_(False)
+    vae.decoder.head.conv.weight.requires_grad_(False)
+    for function in (vae3d.lean, lambda conv, x, *before: conv(vae3d.prepared(before, x))):
+        monkeypatch.setattr(vae3d, "lean", function)
+        x = torch.randn(1, 1, 5, 8, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+        def forward(x=x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                return vae(x, torch.Generator().manual_seed(1))
+        out, wanted = forward(), [x, *(p for p in vae.parameters() if p.requires_grad)]
+        found.append(([out.recon, *torch.autograd.grad(out.recon.float().square().mean() + out.mu.mean() + out.logvar.mean(), wanted)],
+                      saved_bytes(forward)))
+    (ours, kept), (plain, kept_by_autograd) = found
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain)), max(float((a - b).abs().max()) for a, b in zip(ours, plain))
+    assert kept < 0.7 * kept_by_autograd, (kept, kept_by_autograd)
+
+
+def test_up_convolutions_that_narrow():
+    wide, narrow = build(torch.float32, base_channels=8), build(torch.float32, base_channels=8, up_narrows=True)
+    assert narrow.decoder.level1_up.conv.out_channels == 8 and wide.decoder.level1_up.conv.out_channels == 16
+    assert narrow(torch.randn(1, 1, 4, 8, 8)).recon.shape == (1, 1, 4, 8, 8)
+    build(torch.float32, num_res_blocks=0, decoder_extra_blocks=0, up_narrows=True)  # no block is needed to change the width
+
+
+def test_every_layer_is_checkpointed_that_keeps_more_than_its_input(monkeypatch):
     seen = []
     monkeypatch.setattr(vae3d, "checkpoint", lambda layer, x, **kwargs: seen.append(layer) or layer(x))
-    vae = build(torch.float32, attention=True).memory("checkpoint")
-    vae(torch.randn(1, 1, 4, 8, 8))
-    assert seen == [*vae.encoder, *vae.decoder]
-    assert {type(layer).__name__ for layer in seen} == {"Conv3d", "ResBlock3d", "Attention3d", "Upsample3d", "Head"}
+    vae, x = build(torch.float32, attention=True, down_padding="end").memory("checkpoint"), torch.randn(1, 1, 8, 8, 8)
+    vae(x)
+    for layer in (*vae.encoder, *vae.decoder):
+        if layer not in seen:
+            y = torch.randn(1, vae3d.channels_in(layer), 8, 8, 8, requires_grad=True)
+            assert saved_bytes(lambda layer=layer, y=y: layer(y)) <= y.untyped_storage().nbytes(), layer
+    assert {type(layer).__name__ for layer in seen} == {"ResBlock3d", "Attention3d", "Sequential"}
 
 
 # ------------------------------------------------------------------------------------------------ tile: equality
@@ -580,10 +611,10 @@ def test_live_bytes_fall_with_the_tile_and_hardly_grow_with_the_volume():
     large, short, long = (64, 32, 32), (64, 16, 16), (128, 16, 16)   # short and long: interior tiles in both
     none, checkpointed, two, four = (peak(vae, s, large) for s in (
         ("none",), ("checkpoint",), ("tile", (32, 32, 32), "2"), ("tile", (16, 16, 16), "2")))
-    assert checkpointed < 0.8 * none and two < 0.8 * checkpointed and four < 0.6 * two, (none, checkpointed, two, four)
+    assert checkpointed < 0.95 * none and two < 0.9 * checkpointed and four < 0.6 * two, (none, checkpointed, two, four)
     grown, plain = ((peak(vae, s, long) - peak(vae, s, short)) / (prod3(long) - prod3(short))
                     for s in (("tile", (16, 16, 16), "2"), ("none",)))
-    assert grown <= 20 < 300 < plain, (grown, plain)             # float32: x, recon and its gradient 12, latent and its gradients the rest
+    assert grown <= 20 < 200 < plain, (grown, plain)             # float32: x, recon and its gradient 12, latent and its gradients the rest
     untiled, tiled = (peak(vae, s, large, training=False) for s in (("none",), ("tile", (16, 16, 16), "2")))
     assert tiled < 0.7 * untiled, (untiled, tiled)
 
