@@ -1169,6 +1169,10 @@ def test_amp_without_native_bf16_says_so(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert train.pick_precision(True, torch.device("cpu")) == (None, "float32: --amp is off, this CPU has no native bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(train, "cpu_bf16_is_right", lambda: False)
+    assert train.pick_precision(True, torch.device("cpu")) == (
+        None, "float32: --amp is off, bf16 convolutions give wrong gradients on this CPU")
+    monkeypatch.setattr(train, "cpu_bf16_is_right", lambda: True)
     assert train.pick_precision(True, torch.device("cpu"))[0] is torch.bfloat16
     assert train.pick_precision(True, torch.device("cuda"))[0] is torch.bfloat16
 
