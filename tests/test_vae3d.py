@@ -647,7 +647,7 @@ def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
         monkeypatch.setattr(Stretch, "tiles", lambda self, x, end=None, whole=Stretch.tiles: list(whole(self, x, end))[1:])
     else:
         whole_statistics = vae3d.volume_statistics
-        monkeypatch.setattr(vae3d, "volume_statistics", lambda parts, groups: whole_statistics(iter(list(parts)[:1]), groups))
+        monkeypatch.setattr(vae3d, "volume_statistics", lambda parts, *rest: whole_statistics(iter(list(parts)[:1]), *rest))
     vae = build(norm="group" if broken == "statistics" else "none")
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same(vae, torch.randn(1, 1, 8, 16, 8, dtype=torch.float64), ("tile", (4, 8, 8), "1"))
