@@ -18,14 +18,14 @@ SMALL = dict(num_res_blocks=0)
 
 # name -> (fields of the network, size of the volume, tile, stretch, what else: see `circumstances`)
 CASES = {
-    "none, odd size": (dict(), (7, 13, 10), (4, 4, 4), "2", ""),
-    "group, two stretches": (dict(norm="group"), (8, 12, 9), (4, 8, 4), "2+1", ""),
+    "none, odd size": (SMALL, (7, 13, 10), (4, 4, 4), "2", ""),
+    "group, two stretches": (dict(norm="group", **SMALL), (8, 12, 9), (4, 8, 4), "2+1", ""),
     "group, each level apart": (dict(norm="group", **SMALL), (5, 9, 12), (2, 4, 8), "1+1+1", ""),
     "layer, attention": (dict(norm="layer", attention=True), (6, 12, 8), (4, 4, 4), "2+1", ""),
     "one tile, idle ranks": (dict(norm="group", **SMALL), (4, 8, 8), (64, 64, 64), "2", ""),
     "two tiles": (dict(norm="group", **SMALL), (8, 8, 8), (4, 64, 64), "2", ""),
     "strides, 3 channels, batch 2": (dict(strides=((3, 1, 2), (2, 2, 1)), in_channels=3, **SMALL), (7, 5, 9), (3, 4, 4), "2", "batch"),
-    "networks of others": (dict(norm="group", **OLD), (9, 8, 11), (4, 4, 8), "1+1", ""),
+    "networks of others": (dict(norm="group", **OLD, **SMALL), (9, 8, 11), (4, 4, 8), "1+1", ""),
     "vq": (dict(bottleneck="vq", num_codes=16), (6, 8, 12), (4, 4, 4), "2", ""),
     "vq by gradient, group": (dict(bottleneck="vq", num_codes=16, codebook_update="gradient", norm="group", **SMALL), (6, 8, 12), (4, 4, 4),
                               "2", ""),
@@ -68,8 +68,7 @@ def circumstances(case: str, setting: tuple) -> dict:
                 out = SimpleNamespace(**checkpoint(lambda x: vae.eval()(x)._asdict(), x, use_reentrant=False))
             else:
                 out = vae(x, torch.Generator().manual_seed(1))
-            found = {name: t.detach() for name, t in vars(out).items()} if how == "checkpoint" else \
-                {name: t.detach() for name, t in out._asdict().items()}
+            found = {name: t.detach() for name, t in (vars(out) if how == "checkpoint" else out._asdict()).items()}
             if out.recon.requires_grad:
                 total = objective(out) if hasattr(out, "mu") else (out.recon.square() * 1.5).mean() + out.vq_loss
                 total.backward(retain_graph=how == "twice")
@@ -143,22 +142,23 @@ def planning(group) -> dict:
 
 
 def of_rank(rank: int, folder: str) -> None:
-    """One of three processes: all cases on ranks 0 and 1, and on the three."""
+    """One of three processes: all cases on ranks 0 and 1, the networks and sizes on all three as well."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     groups, found = {2: dist.new_group([0, 1]), 3: dist.group.WORLD}, {}
     for ranks, group in groups.items():
         if rank >= ranks:
             continue
-        for case, (_, _, tile, stretch, _) in CASES.items():
-            found[case, ranks] = circumstances(case, ("tile", tile, stretch, None, group))
+        for case, (_, _, tile, stretch, how) in CASES.items():
+            if ranks == 2 or not how:
+                found[case, ranks] = circumstances(case, ("tile", tile, stretch, None, group))
         found["failures", ranks] = failures(group)
     found["planning"] = planning(dist.group.WORLD)
     vae = build(torch.float32, base_channels=8, **SMALL)
-    found["peaks"] = [peak(vae, ("tile", (16, 16, 16), "2", None, g), (64, 32, 32)) for g in (None, dist.group.WORLD)]
+    found["peaks"] = [peak(vae, ("tile", (8, 8, 8), "2", None, g), (32, 16, 16)) for g in (None, dist.group.WORLD)]
     vae.progress, shares = lambda *told: shares.append(told[0]), []
     with torch.no_grad():
-        vae(torch.zeros(1, 1, 64, 32, 32))
+        vae(torch.zeros(1, 1, 32, 16, 16))
     found["progress"] = shares
     alone = copy.deepcopy(vae)
     found["copy"] = alone.group is None and vae.group is not None and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
@@ -187,7 +187,7 @@ def test_shared_tiles_equal_one_process_and_one_another(case, ranks):
     low = case in ("float16", "autocast")                        # 16 bits: against the tiles of one process, which round alike
     want = circumstances(case, ("tile", tile, stretch) if low else ("none",))["found"]
     tiles = circumstances(case, ("tile", tile, stretch))["tiles"]
-    for many in (2, 3):
+    for many in (2, 3)[:1 if CASES[case][4] else 2]:
         each = [ranks[rank][case, many] for rank in range(many)]
         for other in each[1:]:
             assert other["found"].keys() == want.keys()
