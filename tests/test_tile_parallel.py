@@ -1,6 +1,7 @@
 """vae3d.py: the tiles of one volume shared among the ranks of a process group equal one process's, and each rank runs its own only."""
 import contextlib
 import copy
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_vae3d import build, objective, peak, relative
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import train
@@ -144,8 +146,9 @@ def planning(group) -> dict:
 def of_rank(rank: int, folder: str) -> None:
     """One of three processes: all cases on ranks 0 and 1, the networks and sizes on all three as well."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    groups, found = {2: dist.new_group([0, 1]), 3: dist.group.WORLD}, {}
+    patience = timedelta(seconds=120)                            # a rank that waits in vain fails the test
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, timeout=patience)
+    groups, found = {2: dist.new_group([0, 1], timeout=patience), 3: dist.group.WORLD}, {}
     for ranks, group in groups.items():
         if rank >= ranks:
             continue
@@ -160,6 +163,10 @@ def of_rank(rank: int, folder: str) -> None:
     with torch.no_grad():
         vae(torch.zeros(1, 1, 32, 16, 16))
     found["progress"] = shares
+    if rank == 0:                                                # memory prediction: one rank may do it alone
+        with FakeTensorMode():
+            fake = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4, norm="group")).memory("tile", (4, 4, 4), "2", None, dist.group.WORLD)
+            fake(torch.empty(1, 1, 8, 8, 8)).recon.mean().backward()
     alone = copy.deepcopy(vae)
     found["copy"] = alone.group is None and vae.group is not None and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
     dial = train.set_dial(vae, train.MemoryConfig(mode="tile", tile_parallel=True)).group, train.set_dial(vae, train.MemoryConfig()).group
