@@ -544,6 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not named & {"--config", "--batch", "--train.batch"}:
             flags = [*flags, "--batch", "1"]
         cfg = train.load_config(flags)
+        cfg.memory.tile_parallel = False                         # a rank's peak is that of one process, and other modes are tried
         if cfg.train.device not in ("auto", "cpu") and not cfg.train.device.startswith("cuda"):
             raise ValueError(f"--device must be cuda or cpu, got {cfg.train.device}: nothing is known about its allocator")
         device = "cuda" if cfg.train.device == "auto" else cfg.train.device

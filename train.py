@@ -141,6 +141,7 @@ class MemoryConfig:
     """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
     mode: str = "none"                                           # none | checkpoint | tile
     tile: tuple[int, int, int] | None = None                     # tile: D,H,W in voxels of the input; auto: chosen by a cost model
+    tile_parallel: bool = False                                  # tile: the ranks share the tiles of the same volumes, instead of the batch
     stretch: str = "auto"                                        # tile: levels a stretch from the finest down, such as 2+1; auto: chosen
     budget: float | None = None                                  # tile: GiB that a step may take; none: what the card has free
     recover: bool = True                                         # out of memory: turn the dial one step and repeat the optimizer step
@@ -149,6 +150,9 @@ class MemoryConfig:
 
     def __post_init__(self):
         one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
+        if self.tile_parallel and self.mode != "tile":           # recovery leads to tile and never away from it
+            raise ValueError(f"memory.tile_parallel shares tiles among ranks, but memory.mode is {self.mode}, which has none; "
+                             f"add --memory.mode tile")
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"memory.budget is a number of GiB above 0, got {self.budget}")
         if self.max_split_size_mb and self.max_split_size_mb <= 20:
@@ -455,8 +459,10 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
 
 @functools.cache
 def cpu_bf16_is_right() -> bool:
-    """False where oneDNN's bf16 weight gradient of a 3x3x3 convolution is not the true one: with torch 2.13 it holds memory that nobody wrote
-    wherever the depth is 2, found on a CPU with avx512_bf16."""
+    """False where oneDNN's bf16 weight gradient of a 3x3x3 convolution is not the true one.
+
+    With torch 2.13 on a CPU with avx512_bf16 it holds memory that nobody wrote wherever the depth is 2.
+    """
     with _disable_current_modes():                               # memtest.py may be simulating a step
         for channels in (16, 32, 64):
             generator = torch.Generator().manual_seed(channels)
@@ -579,9 +585,15 @@ def disc_rate(cfg: TrainConfig) -> float:
 
 
 def set_dial(model: torch.nn.Module, memory: MemoryConfig) -> Any:
-    """Raises ValueError for a mode that the network does not have."""
+    """Raises ValueError for a mode that the network does not have.
+
+    memory.tile_parallel: every rank takes the same micro-batches with the same noise (the global batch is batch x accum), and backward()
+    leaves the whole gradients on each, so a step reduces neither gradients nor terms over the ranks.
+    """
     if isinstance(model, VAE3D):
-        return model.memory(memory.mode, memory.tile, memory.stretch, memory.budget)
+        dist = torch.distributed
+        group = dist.group.WORLD if memory.tile_parallel and dist.is_available() and dist.is_initialized() else None
+        return model.memory(memory.mode, memory.tile, memory.stretch, memory.budget, group)
     if isinstance(model, UNet):
         return model.memory(memory.mode)
     if memory.mode != "none":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -232,7 +233,7 @@ def prepared(before: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def slow_on_cpu(x: Tensor) -> bool:
-    """PyTorch leaves one small float32 sample to an im2col kernel (use_mkldnn in its Convolution.cpp); oneDNN's takes a fifth of its time."""
+    """PyTorch leaves one small float32 sample to an im2col kernel (use_mkldnn in Convolution.cpp); oneDNN's takes a fifth of its time."""
     return (type(x) is Tensor and x.device.type == "cpu" and x.dtype is torch.float32 and len(x) == 1 and prod(x.shape[1:4]) <= 20480
             and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
 
@@ -424,6 +425,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.learned, self.decay, self.cosine, self.restart = update == "gradient", decay, cosine, restart
         self.lambda_vq, self.lambda_commitment = lambda_vq, lambda_commitment
+        self.gather = True                                       # `update` sums over all processes; not where they share tiles
         codebook = torch.empty(num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes)      # (K, Z)
         codebook = F.normalize(codebook, dim=1) if cosine else codebook
         if self.learned:
@@ -470,6 +472,8 @@ class VectorQuantizer(nn.Module):
     def update(self, generator: torch.Generator | None = None) -> None:
         """Move the codebook by what was collected since the last call, summed over all processes, and start dead codes anew.
 
+        Where processes share the tiles of the same volumes (`VAE3D.memory`), each has collected everything, and nothing is summed.
+
         A code is dead where its average count is below `restart` of the mean one; it moves to a latent drawn in proportion to its squared
         distance from its code (the seeding of k-means++, Arthur and Vassilvitskii 2007), with twice the count of death. `generator` must be
         the same in all processes.
@@ -477,7 +481,8 @@ class VectorQuantizer(nn.Module):
         nothing = torch.zeros_like(self.code_count), torch.zeros_like(self.code_sum), self.code_sum[:0]
         counts, sums, latents = zip(*self.collected or [nothing])                                # a process without samples takes part too
         self.collected = []
-        count, total, latents = gathered(sum(counts), sum(sums), torch.cat(latents))
+        found = sum(counts), sum(sums), torch.cat(latents)
+        count, total, latents = gathered(*found) if self.gather else found
         if not len(latents):
             return
         self.code_count.lerp_(count.to(self.code_count.dtype), 1 - self.decay)
@@ -603,6 +608,7 @@ class FiniteScalarQuantizer(nn.Module):
 # keeps its input alone, and computes each tile again in backward. A tile reads exactly its receptive field, zeros stand
 # where the volume ends and nowhere else, so each voxel comes out as the untiled layers make it. Like checkpointing
 # (arXiv:1604.06174) in time, but in space too; the halo is the receptive-field arithmetic of distill.pub/2019/computing-receptive-fields.
+# The ranks of a process group may share the tiles: whatever a pass over the tiles adds up, or writes, is then summed over them.
 
 class Fork(NamedTuple):
     """Remember the tensor here for the Join that closes the residual branch."""
@@ -728,14 +734,35 @@ class Stretch(NamedTuple):
     ops: tuple[Op, ...]
     step: tuple[int, int, int]
     tick: Callable[[float], None] | None = None
+    group: torch.distributed.ProcessGroup | None = None          # ranks that share the tiles; None: this process has them all
 
     def tiles(self, x: Tensor, end: int | None = None) -> Iterator[tuple[Span, Span, Span]]:
-        """The tiles through ops[:end]. On fake tensors (memory prediction) one of each kind: its repeats cost the same."""
+        """This rank's tiles through ops[:end]. On fake tensors (memory prediction) one of each kind: its repeats cost the same.
+
+        The largest are dealt out first, so that no rank has more than another by more than the largest tile.
+        """
         end = len(self.ops) if end is None else end
         axes = [spans(self.ops, axis, x.shape[2 + axis], self.step[axis], end) for axis in range(3)]
         if isinstance(x, torch._subclasses.FakeTensor):
             axes = [list({(s.source[1] - s.source[0], s.cuts): s for s in axis}.values()) for axis in axes]
-        return product(*axes)
+        if self.group is None:
+            return product(*axes)
+        by_size = sorted(product(*axes), key=lambda tile: -prod(s.source[1] - s.source[0] for s in tile))
+        return iter(by_size[self.group.rank()::self.group.size()])
+
+    def size(self, x: Tensor, end: int | None = None) -> list[int]:
+        """(D, H, W) of what ops[:end] give for x."""
+        size = list(x.shape[2:])
+        for op in self.ops[:end]:
+            size = [out_size(op, axis, n) for axis, n in enumerate(size)]
+        return size
+
+    def blank(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros for the stretch's output, in channels_last_3d where x or a weight is, as convolutions give it; the same on every rank."""
+        convs, last = [op for op in self.ops if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d))], torch.channels_last_3d
+        found = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, *(op.weight for op in convs)))
+        shape = x.shape[0], convs[-1].out_channels if convs else x.shape[1], *self.size(x)
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=last if found else torch.contiguous_format).zero_()
 
     def norms(self) -> list[int]:
         return [i for i, op in enumerate(self.ops) if isinstance(op, GroupNorm)]
@@ -785,15 +812,60 @@ def run_tile(stretch: Stretch, tile: tuple[Span, Span, Span], x: Tensor, weights
     return x
 
 
-def volume_statistics(parts: Iterator[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, groups) of a volume that comes in tiles (B, C, d, h, w), merged stably (Chan et al. 1979), float32 or wider."""
-    count = mean = spread = 0                                    # of each channel: (B, C); spread: sum of squared deviations
-    for part in parts:
-        n = part[0, 0].numel()
-        var, centre = torch.var_mean(part.to(torch.promote_types(part.dtype, torch.float32)), (2, 3, 4), correction=0)
-        apart = centre - mean
-        spread = spread + var * n + apart.square() * (count * n / (count + n))
-        mean, count = mean + apart * (n / (count + n)), count + n
+@contextmanager
+def together(group: torch.distributed.ProcessGroup | None, like: Tensor) -> Iterator[None]:
+    """For what the ranks of a group do apart, before they meet in a collective: if it fails on one rank, it raises on all of them.
+
+    The others would wait for ever. They raise torch.OutOfMemoryError where memory was short, so that all can turn the dial together, else
+    RuntimeError. Costs one all_reduce of 4 bytes, on the device of `like`. May be nested: a failure is told once.
+    """
+    if group is None:
+        yield
+        return
+    dist, told = torch.distributed, like.new_zeros((), dtype=torch.int32)                        # later there may be no room for it
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "told", False):
+            short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+            error.told = True
+            dist.all_reduce(told.fill_((1 if short else 2) * group.size() + group.rank()), dist.ReduceOp.MAX, group)
+        raise
+    dist.all_reduce(told, dist.ReduceOp.MAX, group)
+    kind, rank = divmod(int(told), group.size())
+    if kind:
+        error = (torch.OutOfMemoryError(f"out of memory on rank {rank} of those that share the tiles") if kind == 1 else
+                 RuntimeError(f"rank {rank} of those that share the tiles failed; its own message says why"))
+        error.told = True
+        raise error
+
+
+def add_up(t: Tensor, group: torch.distributed.ProcessGroup | None) -> None:
+    """t becomes the sum over the ranks, the same bits on each (torch promises that of all_reduce). Dense, its layout the same on all."""
+    if group is not None:
+        torch.distributed.all_reduce(t.as_strided((t.numel(),), (1,)), group=group)
+
+
+def volume_statistics(parts: Iterator[Tensor], groups: int, group: torch.distributed.ProcessGroup | None = None,
+                      zero: Tensor | int = 0, voxels: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, groups) of a volume that comes in tiles (B, C, d, h, w), merged stably (Chan et al. 1979), float32 or wider.
+
+    With a group, `parts` are this rank's, perhaps none; zero: (B, C) in the result's type; voxels: of the whole volume, a channel.
+    """
+    count, mean, spread = 0, zero, zero                          # of each channel: (B, C); spread: sum of squared deviations
+    with together(group, zero):
+        for part in parts:
+            n = part[0, 0].numel()
+            var, centre = torch.var_mean(part.to(torch.promote_types(part.dtype, torch.float32)), (2, 3, 4), correction=0)
+            apart = centre - mean
+            spread = spread + var * n + apart.square() * (count * n / (count + n))
+            mean, count = mean + apart * (n / (count + n)), count + n
+    if group is not None:                                        # the mean first, then the deviations from it
+        whole = mean * (count / voxels)
+        add_up(whole, group)
+        spread = spread + (mean - whole).square() * count
+        add_up(spread, group)
+        mean, count = whole, voxels
     mean, var = mean.unflatten(1, (groups, -1)), (spread / count).unflatten(1, (groups, -1))
     return mean.mean(2), var.mean(2) + mean.var(2, correction=0)
 
@@ -819,11 +891,14 @@ class Tiled(torch.autograd.Function):
     the last norm first, a pass over the operations before it carries that gradient to the input, to the parameters and to
     earlier statistics: d mean / d x = 1 / n, d var / d x = 2 (x - mean) / n. Parameters are inputs of this function, so their
     gradients take autograd's ordinary way (DDP's hooks, accumulation). Inside, autocast is off and its casts are explicit, once a pass.
+
+    With a group each rank runs its own tiles and ends with what one process alone has, the same bits on all ranks: the output and the
+    gradients of input, parameters and statistics are sums over the ranks. Every rank must make the same calls with the same values.
     """
     @staticmethod
     def forward(ctx, stretch: Stretch, x: Tensor, *parameters: Tensor) -> Tensor:
-        device, cast, dtype = x.device.type, torch.is_autocast_enabled(x.device.type), activation_dtype(x)
-        kept, out = [], None
+        device, cast, dtype, group = x.device.type, torch.is_autocast_enabled(x.device.type), activation_dtype(x), stretch.group
+        kept = []
         weights = {p: value.to(dtype) if cast else value for p, value in zip(stretch.parameters(), parameters)}
         stats = {}
         with torch.autocast(device, enabled=False):
@@ -832,18 +907,17 @@ class Tiled(torch.autograd.Function):
 
             for i in stretch.norms():
                 parts = (run_tile(stretch, tile, read(tile), weights, stats) for tile in stretch.tiles(x, i))
-                stats[i] = volume_statistics(parts, stretch.ops[i].num_groups)
+                zero = x.new_zeros(x.shape[0], stretch.ops[i].num_channels, dtype=torch.promote_types(dtype, torch.float32))
+                stats[i] = volume_statistics(parts, stretch.ops[i].num_groups, group, zero, prod(stretch.size(x, i)))
                 kept += stats[i]
             tiles = list(stretch.tiles(x))
-            for number, tile in enumerate(tiles, 1):
-                y = run_tile(stretch, tile, read(tile), weights, stats)
-                if out is None:
-                    size = [out_size_through(stretch.ops, axis, x.shape[2 + axis]) for axis in range(3)]
-                    layout = torch.channels_last_3d if y.stride(1) == 1 else torch.contiguous_format
-                    out = torch.empty((*y.shape[:2], *size), dtype=y.dtype, device=y.device, memory_format=layout)
-                window(out, [s.target for s in tile]).copy_(y)
-                if stretch.tick is not None:
-                    stretch.tick(number / len(tiles))
+            with together(group, x):
+                out = stretch.blank(x, dtype)
+                for number, tile in enumerate(tiles, 1):
+                    window(out, [s.target for s in tile]).copy_(run_tile(stretch, tile, read(tile), weights, stats))
+                    if stretch.tick is not None:
+                        stretch.tick(number / len(tiles))
+            add_up(out, group)                                   # zeros but for this rank's tiles, so nothing is rounded
         ctx.stretch, ctx.cast, ctx.dtype = stretch, cast, dtype
         ctx.save_for_backward(x, *kept, *parameters)
         return out
@@ -851,16 +925,17 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        stretch, norms = ctx.stretch, ctx.stretch.norms()
-        x, *rest = ctx.saved_tensors
-        kept, values, needed = rest[:2 * len(norms)], rest[2 * len(norms):], ctx.needs_input_grad[2:]
-        stats = {i: [t.detach().requires_grad_() for t in kept[2 * k:2 * k + 2]] for k, i in enumerate(norms)}
-        weights = {p: (v.detach().to(ctx.dtype) if ctx.cast else v.detach()).requires_grad_(n)
-                   for p, v, n in zip(stretch.parameters(), values, needed)}
-        inputs = [w for w in weights.values() if w.requires_grad] + [s for pair in stats.values() for s in pair]
-        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in inputs]
-        wider = torch.promote_types(x.dtype, torch.float32) if norms else x.dtype  # a norm's gradients nearly cancel: added up unrounded
-        grad_x = torch.zeros_like(x, dtype=wider) if ctx.needs_input_grad[1] else None
+        stretch, norms, group = ctx.stretch, ctx.stretch.norms(), ctx.stretch.group
+        with together(group, grad_out):
+            x, *rest = ctx.saved_tensors
+            kept, values, needed = rest[:2 * len(norms)], rest[2 * len(norms):], ctx.needs_input_grad[2:]
+            stats = {i: [t.detach().requires_grad_() for t in kept[2 * k:2 * k + 2]] for k, i in enumerate(norms)}
+            weights = {p: (v.detach().to(ctx.dtype) if ctx.cast else v.detach()).requires_grad_(n)
+                       for p, v, n in zip(stretch.parameters(), values, needed)}
+            inputs = [w for w in weights.values() if w.requires_grad] + [s for pair in stats.values() for s in pair]
+            sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in inputs]
+            wider = torch.promote_types(x.dtype, torch.float32) if norms else x.dtype  # a norm's gradients nearly cancel: summed unrounded
+            grad_x = torch.zeros_like(x, dtype=wider) if ctx.needs_input_grad[1] else None
 
         def one_pass(end, grad_of):
             """Recompute ops[:end] a tile at a time; add what `grad_of` its output gives to `sums` and `grad_x`."""
@@ -879,26 +954,27 @@ class Tiled(torch.autograd.Function):
                         window(grad_x, source).add_(grads[-1])   # halos overlap: add
 
         with torch.autocast(x.device.type, enabled=False):
-            one_pass(len(stretch.ops), lambda y, target: window(grad_out, target))
+            with together(group, grad_out):
+                one_pass(len(stretch.ops), lambda y, target: window(grad_out, target))
             for k, i in reversed(list(enumerate(norms))):
                 at = len(sums) + 2 * (k - len(norms))            # the last sums are the gradients of mean and variance
-                voxels = prod(out_size_through(stretch.ops[:i], axis, x.shape[2 + axis]) for axis in range(3))
-                mean = stats[i][0].detach()
-                one_pass(i, partial(statistics_gradient, mean=mean, grad_mean=sums[at], grad_var=sums[at + 1], voxels=voxels))
+                grads = sums[at:at + 2]
+                for each in grads:                               # whole: every pass that adds to them is over
+                    add_up(each, group)
+                mean, voxels = stats[i][0].detach(), prod(stretch.size(x, i))
+                with together(group, grad_out):
+                    one_pass(i, partial(statistics_gradient, mean=mean, grad_mean=grads[0], grad_var=grads[1], voxels=voxels))
+        for each in sums[:len(sums) - 2 * len(norms)] + ([] if grad_x is None else [grad_x]):
+            add_up(each, group)
         found = iter(sums)
         grad_x = None if grad_x is None else grad_x.to(x.dtype)
         return None, grad_x, *(next(found).to(v.dtype) if n else None for v, n in zip(values, needed))
 
 
-def out_size_through(ops: Sequence[Op], axis: int, n: int) -> int:
-    for op in ops:
-        n = out_size(op, axis, n)
-    return n
-
-
-def run_tiled(layers: Sequence[nn.Module], step: tuple[int, int, int], x: Tensor, tick: Callable[[float], None] | None = None) -> Tensor:
-    """nn.Sequential(*layers)(x) in tiles of `step` units, without keeping what is between."""
-    stretch = Stretch(tuple(unroll(nn.Sequential(*layers))), step, tick)
+def run_tiled(layers: Sequence[nn.Module], step: tuple[int, int, int], x: Tensor, tick: Callable[[float], None] | None = None,
+              group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """nn.Sequential(*layers)(x) in tiles of `step` units, without keeping what is between; shared among the ranks of a group."""
+    stretch = Stretch(tuple(unroll(nn.Sequential(*layers))), step, tick, group)
     return Tiled.apply(stretch, x, *stretch.parameters())
 
 
@@ -993,8 +1069,8 @@ def units(piece: Piece) -> list[int]:
     return [-(-n // rates(piece.ops, axis)[0]) for axis, n in enumerate(piece.size)]
 
 
-def tiling(piece: Piece, step: tuple[int, int, int] | None) -> Tiling:
-    """Cost of a piece in tiles of `step` units, or whole, as checkpointing runs it, where step is None."""
+def tiling(piece: Piece, step: tuple[int, int, int] | None, ranks: int = 1) -> Tiling:
+    """Cost of a piece in tiles of `step` units, shared by so many ranks, or whole, as checkpointing runs it, where step is None."""
     if piece.ops is None:                                        # attention: its convolutions, q k^T and the product with v, flash
         voxels = prod(piece.size)
         return Tiling(piece.held[0] * (4 * piece.held[0] // voxels + 2 * voxels), 10 * piece.held[0], None)
@@ -1011,7 +1087,8 @@ def tiling(piece: Piece, step: tuple[int, int, int] | None) -> Tiling:
         work += passes * voxels * width * (taps + MOVE_COST)
         alive.append(0 if isinstance(op, Fork) else width * largest)
     if step is not None:
-        return Tiling(work, sum(alive) + 2 * max(alive), step)
+        tiles = prod(map(len, found))
+        return Tiling(work * -(-tiles // ranks) / tiles, sum(alive) + 2 * max(alive), step)  # of the rank that has most
     block = any(isinstance(op, Join) for op in piece.ops)        # forward, again, backward twice as long; others have no again
     kept = [a for op, a in zip(piece.ops, alive) if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d))]
     return Tiling(work if block else 0.75 * work, sum(kept[:-1]) + 3 * max(alive), step)
@@ -1054,7 +1131,7 @@ def tile_ladder(fine: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def make_plans(sides: Sequence[nn.Sequential], sizes: Sequence[tuple[int, int, int]], batch_bytes: int, weights: int,
-               tile: Sequence[int] | None, stretches: Sequence[str]) -> list[TilePlan]:
+               tile: Sequence[int] | None, stretches: Sequence[str], ranks: int = 1) -> list[TilePlan]:
     """Every setting of the dial worth having, by rising work and falling peak.
 
     sides, sizes: encoder and decoder, (D, H, W) of their inputs. batch_bytes: of one activation over the batch. weights: their number.
@@ -1066,7 +1143,7 @@ def make_plans(sides: Sequence[nn.Sequential], sizes: Sequence[tuple[int, int, i
     def cost(piece: Piece, step: tuple[int, int, int] | None) -> Tiling:
         key = piece.size, piece.held, piece.ops, step
         if key not in tables:
-            tables[key] = tiling(piece, step)
+            tables[key] = tiling(piece, step, ranks)
         return tables[key]
 
     base = sum(cost(piece, None).work for side, size in zip(sides, sizes) for piece in pieces(side, size, ()))
@@ -1171,12 +1248,13 @@ class VAE3D(nn.Module):
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls(dataclasses.replace(PRESETS[name], **changes))
 
-    def memory(self, mode: str, tile: Sequence[int] | str | None = None, stretch: str = "auto", budget: float | None = None) -> VAE3D:
+    def memory(self, mode: str, tile: Sequence[int] | str | None = None, stretch: str = "auto", budget: float | None = None,
+               group: torch.distributed.ProcessGroup | None = None) -> VAE3D:
         """Set the memory dial and return self; may be called again at any time. It changes peak memory and time, never the result.
 
-        none: autograd keeps the input of every convolution's norm and SiLU. checkpoint: the input of each layer (block, up/down
-        convolution, head) is kept and its inside is computed again in backward (arXiv:1604.06174). tile: stretches of layers run tile by tile, exactly, and keep
-        their input alone; the layers outside of them are checkpointed.
+        none: what precedes a convolution (norm, SiLU, upsampling) is computed again in backward, everything else is kept. checkpoint:
+        of each layer (block, up/down convolution, head) the input alone is kept (arXiv:1604.06174). tile: stretches of layers run tile by
+        tile, exactly, and keep their input alone; the layers outside of them are checkpointed.
 
         tile: (D, H, W) in voxels of the input, at most; rounded down to the stretch's stride; an axis longer than the volume's is not
         cut (slabs). "auto" or None: chosen. Stretches of lower levels find their own tile within the same memory.
@@ -1187,7 +1265,16 @@ class VAE3D(nn.Module):
         recomputation whose predicted peak fits, or the one of least memory where none does. Without a budget: with a tile given, the
         least memory; on CUDA 90 % of what is free at the first volume of a size; elsewhere the least memory whose step takes at most
         1.4 times as long as a checkpointed one.
-        Raises ValueError for an unknown mode, a tile that is not three positive integers, or a stretch that is not such a sum.
+        group: mode tile: the ranks of this torch.distributed process group share the tiles of the same volume, in forward, backward and
+        inference; None: this process alone. Layers outside of stretches run on every rank alike, and a rank beyond the number of tiles
+        idles, so what is left to "auto" counts the ranks. Every rank must have the same weights and dial and make the same calls in the
+        same order with the same values: input, `generator` (None: each rank draws other noise), requires_grad, backward; a rank that does
+        not leaves the others waiting. Each then ends with the same output and the same whole gradients, bit for bit where kernels are
+        deterministic: a step must not sum or average them over the ranks again. Latents are collected alike too, so quantizer.update()
+        sums nothing. Where the tiles of one rank fail, all raise, for want of memory torch.OutOfMemoryError (see `together`). A copy of
+        the network runs alone until its own memory() is called.
+        Raises ValueError for an unknown mode, a tile that is not three positive integers, a stretch that is not such a sum, or a group that
+        this process does not belong to.
         """
         if mode not in MEMORY_MODES:
             raise ValueError(f"memory mode must be one of {', '.join(MEMORY_MODES)}, got {mode!r}")
@@ -1196,9 +1283,17 @@ class VAE3D(nn.Module):
             raise ValueError(f"memory tile must be three positive integers D,H,W in voxels of the input, or auto; got {tile}")
         if stretch != "auto" and not all(part.isdecimal() and int(part) > 0 for part in str(stretch).split("+")):
             raise ValueError(f"memory stretch must be auto or levels a stretch such as 1, 2 or 2+1; got {stretch!r}")
+        if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", ())):
+            raise ValueError(f"memory group must be a process group of torch.distributed that this process belongs to, got {group!r}")
         self.memory_mode, self.tile, self.stretch, self.budget = mode, tile, str(stretch), budget
+        self.group = group if group is not None and group.size() > 1 else None
+        if isinstance(self.quantizer, VectorQuantizer):
+            self.quantizer.gather = self.group is None
         self._plans: dict = {}                                   # (size, batch, dtype, device) -> TilePlan
         return self
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"group": None}                   # for copy and pickle, which know no process groups
 
     def tile_plans(self, size: Sequence[int], batch: int = 1, dtype: torch.dtype = torch.float32) -> list[TilePlan]:
         """Settings of the tile mode for inputs (batch, C, *size), by rising work and falling predicted peak; what was set stays.
@@ -1208,7 +1303,7 @@ class VAE3D(nn.Module):
         size = tuple(-(-n // s) * s for n, s in zip(size, self.cfg.total_stride))
         stretches = compositions(max(levels(self.encoder)) + 1) if self.stretch == "auto" else [self.stretch]
         return make_plans((self.encoder, self.decoder), (size, self.latent_size(size)), batch * dtype.itemsize,
-                          sum(p.numel() for p in self.parameters()), self.tile, stretches)
+                          sum(p.numel() for p in self.parameters()), self.tile, stretches, self.group.size() if self.group else 1)
 
     def tile_plan(self, size: Sequence[int], batch: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> TilePlan:
         """The setting that the tile mode uses for such an input; kept until memory() is called again."""
@@ -1218,10 +1313,15 @@ class VAE3D(nn.Module):
             if budget is None and self.tile is None and torch.device(device).type == "cuda" and torch.cuda.is_available():
                 free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 budget = 0.9 * free / 2 ** 30
+                if self.group is not None:                       # the ranks need the same tiles
+                    least = torch.tensor(budget, device=device)
+                    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, self.group)
+                    budget = float(least)
             if budget is not None:                               # plans rise in work and fall in memory
                 fit = [plan for plan in plans if plan.peak_bytes <= budget * 2 ** 30][:1]
             else:
-                fit = [plan for plan in plans if plan.work <= WORK_BOUND or self.tile][-1:]
+                bound = WORK_BOUND * min(1.0, plans[0].work)     # below 1 where ranks share the work
+                fit = [plan for plan in plans if plan.work <= bound or self.tile][-1:]
             self._plans[key] = (fit or plans[-1:])[0]
         return self._plans[key]
 
@@ -1274,15 +1374,17 @@ class VAE3D(nn.Module):
         """x through `layers` as the dial says; size: (D, H, W) of the volume that x is or stands for."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(layers[0].weight.dtype)                     # 16-bit weights take float32 volumes and latents
-        segments = [(i, i + 1, None) for i in range(len(layers))]
+        segments, group = [(i, i + 1, None) for i in range(len(layers))], self.group
         if self.memory_mode == "tile":
-            device = torch.device("cpu") if isinstance(x, torch._subclasses.FakeTensor) else x.device
+            device = x.device
+            if isinstance(x, torch._subclasses.FakeTensor):      # memory prediction: other ranks may not take part
+                device, group = torch.device("cpu"), None
             segments = self.tile_plan(size, x.shape[0], activation_dtype(x), device).segments[layers is self.decoder]
         for start, stop, step in segments:
             def tick(share: float, start=start, stop=stop) -> None:
                 self.progress(start + share * (stop - start), len(layers), "decoder" if layers is self.decoder else "encoder")
             if step is not None:
-                x = run_tiled(layers[start:stop], step, x, self.progress and tick)
+                x = run_tiled(layers[start:stop], step, x, self.progress and tick, group)
             elif self.memory_mode != "none" and torch.is_grad_enabled() and not isinstance(layers[start], KEEP_THEIR_INPUT):
                 x = checkpoint(layers[start], x, use_reentrant=False, preserve_rng_state=False)  # no layer draws random numbers
             else:

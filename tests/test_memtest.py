@@ -261,7 +261,8 @@ def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_a_png(quick, t
 
 def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
-    flags = ["--preset", "high_res", "--resolution", "64,128,128", "--batch", "2", "--vae.norm", "group"]
+    flags = ["--preset", "high_res", "--resolution", "64,128,128", "--batch", "2", "--vae.norm", "group",
+             "--memory.mode", "tile", "--memory.tile_parallel", "true"]                           # one rank's memory; other modes are tried
     assert memtest.main([*flags, "--budget", "1", "--yaml", str(path)]) == 0
     cfg = train.load_config(["--config", str(path)])
     assert (cfg.preset, cfg.data.patch, cfg.train.batch, cfg.vae.norm, cfg.train.amp) == ("high_res", (64, 128, 128), 2, "group", True)

@@ -230,7 +230,8 @@ def test_errors_say_what_to_do(call, message):
     dict(norm="group", norm_eps=0.1), dict(blocks_per_level=(1, 2, 1)), dict(decoder_extra_blocks=2),
     dict(attention_levels=(False, True, False)), dict(encoder_middle="none"), dict(decoder_middle="attention"), dict(down_padding="end"),
     dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(head_act=False),
-    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(up_narrows=True), dict(quant_conv="split"), dict(quant_conv="joint"), dict(post_quant_conv=True)], ids=str)
+    dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(up_narrows=True), dict(quant_conv="split"), dict(quant_conv="joint"),
+    dict(post_quant_conv=True)], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
@@ -678,7 +679,7 @@ def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
         monkeypatch.setattr(Stretch, "tiles", lambda self, x, end=None, whole=Stretch.tiles: list(whole(self, x, end))[1:])
     else:
         whole_statistics = vae3d.volume_statistics
-        monkeypatch.setattr(vae3d, "volume_statistics", lambda parts, groups: whole_statistics(iter(list(parts)[:1]), groups))
+        monkeypatch.setattr(vae3d, "volume_statistics", lambda parts, *rest: whole_statistics(iter(list(parts)[:1]), *rest))
     vae = build(norm="group" if broken == "statistics" else "none")
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same(vae, torch.randn(1, 1, 8, 16, 8, dtype=torch.float64), ("tile", (4, 8, 8), "1"))
