@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
 import inspect
@@ -357,6 +358,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@functools.cache                                                 # inspect parses the whole module for each class: 0.4 s in all
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment beside it in the source."""
     try:
