@@ -91,6 +91,8 @@ class DataConfig:
     modality: str = "auto"                   # auto (by the values) | ct | mr | voxel (or radar) | picture; a datalist's `class` wins
     window: str = "none"                     # CT: none (hu_range) | lung | bone | soft_tissue | brain
     hu_range: tuple[float, float] = (-1000.0, 1000.0)  # CT without window: HU mapped to -1 and 1; air to dense bone
+    percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all
+    percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
     voxel_scale: tuple[float, ...] | None = None  # voxel: magnitude mapped to 1, one per channel; None: each volume's largest
     spacing: str = "original"                # original | random (zoom of every crop) | mm as D,H,W such as 3,1,1
     zoom: tuple[float, float] = (0.8, 1.25)  # spacing random: smallest and largest magnification, drawn log-uniformly
@@ -118,7 +120,8 @@ class DataConfig:
         if not isinstance(self.spacing, str):  # a YAML list or a tuple
             self.spacing = ",".join(f"{value:g}" for value in self.spacing)
         for name, allowed in (("synthetic", ("ct", "radar")), ("modality", ("auto", *MODALITIES)), ("window", ("none", *WINDOWS)),
-                              ("four_d", ("volumes", "channels")), ("nan", ("error", "zero"))):
+                              ("four_d", ("volumes", "channels")), ("nan", ("error", "zero")),
+                              ("percentiles_of", ("foreground", "all"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
         for name in ("patch", "resize", "synthetic_size"):
@@ -148,6 +151,8 @@ class DataConfig:
             raise ValueError(f"data.jitter is {self.jitter}; use a factor in [0, 1), such as 0.1")
         if len(self.hu_range) != 2 or not -math.inf < self.hu_range[0] < self.hu_range[1] < math.inf:
             raise ValueError(f"data.hu_range is {self.hu_range}; give two HU values, the lower first")
+        if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"data.percentiles is {self.percentiles}; give two numbers from 0 to 100, the lower first")
         if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] < math.inf:
             raise ValueError(f"data.zoom is {self.zoom}; give two factors above 0, the smaller first")
         if self.voxel_scale is not None and not all(0 < scale < math.inf for scale in self.voxel_scale):
@@ -665,10 +670,11 @@ def guess_modality(array: np.ndarray) -> str:
 
 
 def normalise(array: np.ndarray, modality: str = "auto", hu_range: tuple[float, float] = (-1000.0, 1000.0),
-              voxel_scale: tuple[float, ...] | None = None, picture_max: float = 255.0) -> tuple[np.ndarray, Intensity]:
+              voxel_scale: tuple[float, ...] | None = None, picture_max: float = 255.0,
+              percentiles: tuple[float, float] = (0.5, 99.5), percentiles_of: str = "foreground") -> tuple[np.ndarray, Intensity]:
     """(C, D, H, W) as stored -> (C, D, H, W) float32 in about [-1, 1], and the map that `denormalise` undoes.
 
-    ct: hu_range to [-1, 1], clipped. mr: 0.5-99.5 percentile of the voxels above 0, clipped at -1 but not above. voxel: divided by
+    ct: hu_range to [-1, 1], clipped. mr: `percentiles` of the voxels above 0 (or of all), clipped at -1 but not above. voxel: divided by
     voxel_scale, or by the largest magnitude of the channel, so that 0 stays 0. picture: 0 to picture_max, clipped.
     Raises DataError for a volume that is constant (unless it is a voxel grid, which may be empty) or whose values float32 cannot scale.
     """
@@ -680,7 +686,7 @@ def normalise(array: np.ndarray, modality: str = "auto", hu_range: tuple[float, 
     elif modality == "picture":
         limits = [(0.0, float(picture_max))] * len(array)
     elif modality == "mr":
-        limits = [_percentiles(channel) for channel in array]
+        limits = [_percentiles(channel, percentiles, percentiles_of) for channel in array]
     else:
         scales = voxel_scale or [float(np.abs(channel).max()) or 1.0 for channel in array]
         if len(scales) != len(array):
@@ -698,13 +704,13 @@ def normalise(array: np.ndarray, modality: str = "auto", hu_range: tuple[float, 
     return out, Intensity(modality, tuple(low for low, _ in limits), tuple(high for _, high in limits))
 
 
-def _percentiles(channel: np.ndarray) -> tuple[float, float]:
-    """0.5 and 99.5 percentile of the foreground: the voxels above 0, or above the least where none is."""
+def _percentiles(channel: np.ndarray, wanted: tuple[float, float], of: str) -> tuple[float, float]:
+    """Two percentiles of all voxels, or of the foreground: those above 0, or above the least where none is."""
     least = float(channel.min())
-    foreground = channel[channel > 0] if channel.max() > 0 else channel[channel > least]
+    foreground = channel if of == "all" else channel[channel > 0] if channel.max() > 0 else channel[channel > least]
     if not foreground.size:
         return least, least + 1.0  # one empty channel of several
-    low, high = (float(value) for value in np.percentile(foreground, (0.5, 99.5)))
+    low, high = (float(value) for value in np.percentile(foreground, wanted))
     return (low, high) if high > low else (least, high) if high > least else (least, least + 1.0)
 
 
@@ -951,7 +957,7 @@ def _check_labels(entry: Entry, classes: int | None, cfg: DataConfig) -> None:
 
 def _finish(volume: Volume, modality: str, cfg: DataConfig, picture_max: float = 255.0) -> tuple[np.ndarray, Intensity, np.ndarray]:
     """Normalise, then resample to cfg.resize or cfg.spacing: clipped first, so that padding and metal do not bleed into tissue."""
-    array, intensity = normalise(volume.array, modality, cfg.hu_limits(), cfg.voxel_scale, picture_max)
+    array, intensity = normalise(volume.array, modality, cfg.hu_limits(), cfg.voxel_scale, picture_max, cfg.percentiles, cfg.percentiles_of)
     mm, size, affine = cfg.spacing_mm(), cfg.resize, volume.affine
     if size is None and mm is not None:
         size = tuple(max(1, round(n * old / new)) for n, old, new in zip(array.shape[1:], volume.spacing, mm))
@@ -1011,6 +1017,8 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
                 cfg.channel_axis, cfg.select_channel)
     key = [CACHE_VERSION, stamp[0], settings]  # what is off is not in it, so that a cache from before it came in still serves
     key += [["scale", cfg.scale]] * (cfg.scale != 1) + [["labels", stamp[1:]]] * cfg.labels
+    percentiles = cfg.percentiles, cfg.percentiles_of
+    key += [["percentiles", percentiles]] * (percentiles != (DataConfig.percentiles, DataConfig.percentiles_of))
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     record = folder / f"{_stem(item.path)[:40]}-{key}.json"
     entries = _from_cache(record, item)

@@ -668,7 +668,8 @@ def print_plan(train, cfg, argv: Sequence[str], budget: float, device: str, yaml
 
 def settings_yaml(train, cfg) -> str:
     """What differs from the preset's defaults, as YAML that train.py --config takes (values are written as JSON, which YAML includes)."""
-    ours, defaults = train.config_dict(cfg), train.config_dict(train.load_config(["--preset", cfg.preset]))
+    preset = ["--preset", cfg.preset] if cfg.preset in train.TASKS["vae"] else []                # not that of a foreign train.init
+    ours, defaults = train.config_dict(cfg), train.config_dict(train.load_config(preset))
     lines = [f"preset: {cfg.preset}"]
     for section, fields in ours.items():
         changed = {k: v for k, v in fields.items() if v != defaults[section][k] or (section, k) in SAID} if isinstance(fields, dict) else {}

@@ -57,6 +57,7 @@ from vae3d import VAE3D
 BUDGET = 4.0                                                     # GiB for which tiles are chosen; fixed, so that every run chooses alike
 LATENT = "_latent.npz"                                           # ending of what `encode` writes
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d")  # of section `data`, where a file asks for them
+DATA_FLAGS += ("window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")  # what a foreign checkpoint does not know
 
 
 # ------------------------------------------------------------------------------------------------------------------ the checkpoint
@@ -66,35 +67,43 @@ class Checkpoint(NamedTuple):
     path: Path
     cfg: TrainConfig
     model: VAE3D | UNet                                          # eval mode, on its device
-    facts: dict                                                  # step, latent, data ...: the file without its weights
+    facts: dict                                                  # step (None: made elsewhere), latent, data: the file without its weights
     amp_dtype: torch.dtype | None                                # of autocast; None: float32
     precision: str                                               # the same in words
     fingerprint: str                                             # of the weights
 
 
-def load_network(path: str | Path, tasks: Sequence[str] = ("vae", "seg"), device: str = "auto", amp: bool = False) -> Checkpoint:
-    """The network of a run folder (best.pt, else last.pt) or checkpoint file. Raises ValueError, one line, for anything else."""
+def load_network(path: str | Path, tasks: Sequence[str] = ("vae", "seg"), device: str = "auto", amp: bool = False,
+                 hints: str | None = None) -> Checkpoint:
+    """The network of a run folder (best.pt, else last.pt), a checkpoint file or a foreign autoencoder, for which `hints` are
+    (train.load_foreign). Raises ValueError, one line, for anything else."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
         if not found:
             raise ValueError(f"{path}: holds neither best.pt nor last.pt; name a run folder of train.py or a checkpoint")
         path = found[0]
-    content = train.load_checkpoint(path, "vae3d.weights", "vae3d.train")
-    try:
-        weights = content["ema"][0] if content.get("ema") else content["model"]
-        task = content["config"]["task"]
-        cfg = train.config_from(content["config"], TrainConfig(), str(path))
-        facts = {name: content.get(name) or {} for name in ("latent", "data")} | {"step": int(content["step"])}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: a damaged checkpoint ({type(error).__name__}: {train.one_line(error)}); train it again") from None
-    if task not in tasks:
-        raise ValueError(f"{path}: a network for --task {task}; this command needs one for {' or '.join(tasks)}")
+    foreign = train.load_foreign(path, hints, "--hints") if "vae" in tasks else None
+    if foreign:
+        weights, facts = foreign.weights, {"latent": {}, "data": {}, "step": None}
+        cfg = TrainConfig("vae", foreign.layout, vae=foreign.vae)
+    else:
+        content = train.load_checkpoint(path, "vae3d.weights", "vae3d.train")
+        try:
+            weights = content["ema"][0] if content.get("ema") else content["model"]
+            cfg = train.config_from(content["config"], TrainConfig(content["config"]["task"]), str(path))
+            facts = {name: content.get(name) or {} for name in ("latent", "data")} | {"step": int(content["step"])}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: a damaged checkpoint ({type(error).__name__}: {train.one_line(error)}); train it again") from None
+        if hints is not None:
+            raise ValueError(f"{path}: a checkpoint of train.py, which says all that --hints could; leave the flag out")
+    if cfg.task not in tasks:
+        raise ValueError(f"{path}: a network for --task {cfg.task}; this command needs one for {' or '.join(tasks)}")
     where = train.pick_device(device)
     model = train.build_network(cfg)
     train.check_keys(model.state_dict(), weights, str(path))
     model.load_state_dict(weights)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(cfg.vae).encode() if foreign else b"")                          # hints change results too
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     model = train.on_device(model, where).eval().requires_grad_(False)
@@ -236,6 +245,9 @@ class Case(NamedTuple):
 def read_case(item: data.Item, checkpoint: Checkpoint, cfg: data.DataConfig) -> Case:
     """Raises DataError, one line that names the file, for one that cannot be read or does not fit the network."""
     loaded = data.load(item, cfg)
+    if loaded.guessed and cfg.modality == "auto":
+        clear_line()
+        print(f"{data._show(item.path)}: taken for {loaded.volumes[0][1].modality} by its values; --data.modality says otherwise")
     wanted = checkpoint.model.cfg.in_channels
     if (found := len(loaded.volumes[0][0])) != wanted:
         raise DataError(f"{item.path}: {found} channel{'s' * (found > 1)}, the checkpoint takes {wanted}; use --data.select_channel or "
@@ -627,7 +639,7 @@ def open_unet(checkpoint: Checkpoint, options: argparse.Namespace, labels: bool 
 
 
 def open_vae(options: argparse.Namespace) -> tuple[Checkpoint, data.DataConfig]:
-    checkpoint = load_network(options.checkpoint, ("vae",), options.device, options.amp)
+    checkpoint = load_network(options.checkpoint, ("vae",), options.device, options.amp, options.hints)
     set_tiles(checkpoint.model, options.tile, options.memory)
     print(describe(checkpoint), flush=True)
     return checkpoint, data_config(checkpoint, **data_changes(options))
@@ -636,8 +648,10 @@ def open_vae(options: argparse.Namespace) -> tuple[Checkpoint, data.DataConfig]:
 def describe(checkpoint: Checkpoint) -> str:
     cfg, model = checkpoint.cfg, checkpoint.model
     kind = f"autoencoder ({cfg.vae.bottleneck})" if cfg.task == "vae" else f"U-Net of {max(2, cfg.unet.out_channels)} classes"
-    return (f"{checkpoint.path}: {kind} {cfg.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, step "
-            f"{checkpoint.facts['step']}; {next(model.parameters()).device}, {checkpoint.precision.removesuffix(' with a GradScaler')}")
+    low, high = cfg.vae.intensity_range
+    known = f"step {checkpoint.facts['step']}" if checkpoint.facts["step"] is not None else f"for intensities of {low:g} to {high:g}"
+    return (f"{checkpoint.path}: {kind} {cfg.preset}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{known}; {next(model.parameters()).device}, {checkpoint.precision.removesuffix(' with a GradScaler')}")
 
 
 def reconstruct(options: argparse.Namespace) -> int:
@@ -660,7 +674,8 @@ def encode(options: argparse.Namespace) -> int:
     if options.sample and checkpoint.model.quantizer is not None:
         raise ValueError(f"--sample: vae.bottleneck is {checkpoint.cfg.vae.bottleneck}, whose codes have no noise; leave the flag out")
     if not checkpoint.facts["latent"] and checkpoint.model.quantizer is None:
-        print(f"{checkpoint.path}: its run has not finished, so the latent's scale factor is not known (nan)")
+        why = "its run has not finished" if checkpoint.facts["step"] is not None else "not from train.py"
+        print(f"{checkpoint.path}: {why}, so the latent's scale factor is not known (nan)")
 
     def work(job: Job) -> str:
         case = read_case(job.item, checkpoint, cfg)
@@ -769,7 +784,7 @@ def slices(volumes: Tensor | Sequence[Tensor], weight: np.ndarray, spacing: Sequ
 # -------------------------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(options: argparse.Namespace) -> int:
-    checkpoint = load_network(options.checkpoint, ("vae", "seg"), options.device, options.amp)
+    checkpoint = load_network(options.checkpoint, ("vae", "seg"), options.device, options.amp, options.hints)
     is_seg = checkpoint.cfg.task == "seg"
     if is_seg:
         cfg, _ = open_unet(checkpoint, options, labels=True)
@@ -1092,7 +1107,11 @@ def build_parser() -> train.Parser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
                                   formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120))
         add = sub.add_argument
-        add("--checkpoint", required=True, metavar="FILE_OR_RUN", help="best.pt, last.pt or a run folder")
+        add("--checkpoint", required=True, metavar="FILE_OR_RUN", help="best.pt, last.pt or a run folder" + (
+            "; or an autoencoder's state dict of MONAI, MAISI ... (weights.py)" if name != "segment" else ""))
+        if name != "segment":
+            add("--hints", metavar="HINTS", help="what such a file cannot say: norm_num_groups=32,intensity_range=0,1 and / or the JSON or "
+                "YAML file of its constructor's arguments")
         if name == "evaluate":
             add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
             add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",

@@ -27,6 +27,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 import resource
 import shlex
 import signal
@@ -54,6 +55,8 @@ from data import DataConfig, DataError
 from losses import LossConfig
 from unet import UNet, UNetConfig
 from vae3d import VAE3D, VAEConfig
+from weights import BLOCKS, LAYOUTS, HintError, is_foreign
+from weights import convert as convert_foreign
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # for last.pt
@@ -97,7 +100,9 @@ class OptimConfig:
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
     out: str | None = None                                       # run folder; none: runs/PRESET, or the next free runs/PRESET-N
-    init: str | None = None                                      # run folder or checkpoint whose weights it starts from
+    init: str | None = None                                      # run folder, checkpoint or foreign autoencoder (weights.py) to start from
+    init_hints: str | None = None                                # what a foreign file cannot say, weights.py's hints: norm_num_groups=8,...
+                                                                 # and / or the JSON or YAML file of its constructor's arguments
     stage: int = 0                                               # 1: the codebook alone (needs init); 2: all, on from stage 1; 0: all
     seed: int = 0                                                # weights, split, crops, noise
     device: str = "auto"                                         # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps | cpu
@@ -276,7 +281,8 @@ def closest(word: str, words, prefix: str) -> str:
 
 
 def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainConfig:
-    """Defaults, preset, YAML file, flags: later beats earlier. `base` (a checkpoint's config) takes the place of the first two.
+    """Defaults, preset, YAML file, flags: later beats earlier. `base` (a checkpoint's config) takes the place of the first two; where
+    train.init is a foreign file, what it says of section `vae` that of the preset.
 
     Raises ValueError with one line: which flag or key, what was found, what to do.
     """
@@ -292,10 +298,15 @@ def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainCo
         one_of("task", task, tuple(TASKS))
         presets = TASKS[task] or {TrainConfig.preset: None}
         preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
+        if foreign := foreign_init(flags, from_file, task):
+            preset, presets = foreign.layout, {foreign.layout: foreign.vae}
+            from_file.pop("preset", None)                        # the file's network stands in its place
+        elif task == "vae" and "preset" not in flags and preset in LAYOUTS:  # config.yaml of such a run, all in it
+            presets = {preset: VAEConfig()}
         one_of("preset", preset, tuple(presets))
         base = {"vae": lambda: TrainConfig(task, preset, vae=presets[preset]), "features": lambda: TrainConfig(task, preset),
                 "seg": lambda: TrainConfig(task, preset, unet=presets[preset], data=DataConfig(foreground=0.33))}[task]()  # as nnU-Net's
-    elif "train.init" in options:
+    elif "train.init" in options or "train.init_hints" in options:
         raise ValueError("--init and --resume exclude one another: a resumed run goes on with its own weights")
     for name in ("task", "preset"):
         wanted = flags.get(name, from_file.get(name, getattr(base, name)))
@@ -307,6 +318,108 @@ def load_config(argv: Sequence[str], base: TrainConfig | None = None) -> TrainCo
     if cfg.train.stage == 1 and (cfg.loss.adv_weight or cfg.loss.perceptual_weight):
         raise ValueError("train.stage 1 trains the codebook alone; set loss.adv_weight and loss.perceptual_weight to 0")
     return cfg
+
+
+def foreign_init(flags: dict, from_file: dict, task: str) -> Foreign | None:
+    """The network of train.init where another library made it. ValueError where flags deny it."""
+    section = from_file.get("train") if isinstance(from_file.get("train"), dict) else {}
+    given = {name: {**section, **flags.get("train", {})}.get(name) for name in ("init", "init_hints")}
+    init, hints = (convert(value, str | None, f"train.{name}") for name, value in given.items())
+    foreign = load_foreign(init, hints, "--train.init_hints") if init is not None else None
+    if foreign is None:
+        if "init_hints" in flags.get("train", {}):
+            raise ValueError("--train.init_hints are about a foreign file, and " + (
+                f"--init {init} is none: its checkpoint says it all; leave them out" if init else "there is no --init"))
+    elif task != "vae":
+        raise ValueError(f"--init {init}: is an autoencoder (layout {foreign.layout}), for --task vae, not {task}")
+    elif "preset" in flags:
+        raise ValueError(f"--init {init}: says itself what the network is; leave --preset out (single fields: --vae.FIELD)")
+    return foreign
+
+
+class Foreign(NamedTuple):
+    """An autoencoder of another library, converted."""
+    layout: str                                                  # of weights.LAYOUTS
+    vae: VAEConfig
+    weights: dict[str, Tensor]
+
+
+def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | None:
+    """What weights.py makes of a file; None for a folder, an absent file and what is not foreign. flag: with which the hints were given.
+
+    intensity_range is what the layout's own scripts use unless a hint says otherwise: [0, 1] for MONAI's, else [-1, 1]. ValueError in one
+    line.
+    """
+    content = read_checkpoint(path) if Path(path).is_file() else None
+    layout = is_foreign(content)
+    if layout is None:
+        return None
+    named, several = read_hints(hints, flag)
+    named.setdefault("intensity_range", (0.0, 1.0) if layout in BLOCKS else VAEConfig.intensity_range)
+    errors = []
+    for arguments in several:                                    # a MAISI config describes two autoencoders: the one that fits
+        try:
+            return Foreign(layout, *convert_foreign(content, **{**arguments, **named}))
+        except HintError as error:
+            errors.append(f"{path}: {error} ({flag} NAME=VALUE,NAME=VALUE,... or the original's CONFIG.json)")
+        except (ValueError, TypeError) as error:                 # TypeError: of strides that are no lists, and the like
+            errors.append(f"{path}: {one_line(error)}" + f" (given {flag} {hints})" * isinstance(error, TypeError))
+    raise ValueError(errors[0])
+
+
+def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """"FILE,NAME=VALUE,NAME=VALUE" -> the named values, read as YAML; and the arguments of each autoencoder in FILE, [{}] without one."""
+    named, several = {}, [{}]
+    for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
+        name, is_named, value = part.partition("=")
+        if Path(part).is_file():
+            several = autoencoder_arguments(part)
+        elif not is_named:
+            raise ValueError(f"{flag}: {part} is neither NAME=VALUE nor a file")
+        else:
+            try:
+                named[name.strip()] = with_numbers(yaml.safe_load(value if "[" in value or "," not in value else f"[{value.strip('() ')}]"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{flag}: {part} cannot be read: {one_line(error)}") from None
+    for arguments in several:
+        for name, value in arguments.items():
+            if isinstance(value, str) and value[:1] in ("@", "$") and name not in named:
+                raise ValueError(f"{flag}: the file says {name}: {value!r}, which is not evaluated here; add {name}=VALUE")
+    return named, several
+
+
+def with_numbers(value: Any) -> Any:
+    """YAML reads 1e-6 as a text."""
+    if isinstance(value, list):
+        return [with_numbers(part) for part in value]
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
+    """Constructor arguments of each autoencoder in a JSON or YAML file such as a MONAI bundle's, "@name" put in. ValueError without any."""
+    try:                                                         # JSON may be indented by tabs, YAML not
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
+
+    def entries(value: Any) -> Iterator[dict]:
+        if isinstance(value, dict) and value.keys() & {"latent_channels", "latent_dim"} and value.keys() & {
+                "channels", "num_channels", "block_out_channels", "base_channels"}:
+            yield value
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from entries(part)
+
+    def resolved(value: Any) -> Any:
+        found = content
+        for name in re.split("[#:]+", value[1:]) if isinstance(value, str) and value.startswith("@") else ():
+            found = found.get(name) if isinstance(found, dict) else None
+        return with_numbers(value if found is content or found is None else found)
+    found = [{name: resolved(value) for name, value in entry.items() if not name.startswith("_")} for entry in entries(content)]
+    if not found:
+        raise ValueError(f"{path}: describes no autoencoder; looked for latent_channels beside channels or num_channels")
+    return found
 
 
 def read_yaml(path: str) -> dict:
@@ -363,6 +476,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@functools.cache                                                 # inspect parses the whole module for each class: 0.4 s in all
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment beside it in the source."""
     try:
@@ -1111,6 +1225,21 @@ def full_weights(state: State) -> dict[str, Tensor]:
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
     path = Path(path)
+    content = read_checkpoint(path)
+    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    if found in kinds and content.get("version") != VERSIONS[found]:
+        raise ValueError(f"{path}: is a {found} checkpoint of version {content.get('version')}, this code reads {VERSIONS[found]}; "
+                         f"use the code that wrote it")
+    if found not in kinds and (layout := is_foreign(content)):
+        raise ValueError(f"{path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes it, and so does "
+                         f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
+    if found not in kinds:
+        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
+    return content
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """A file of torch.save as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1119,29 +1248,25 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
         raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
-    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-    if found in kinds and content.get("version") != VERSIONS[found]:
-        raise ValueError(f"{path}: is a {found} checkpoint of version {content.get('version')}, this code reads {VERSIONS[found]}; "
-                         f"use the code that wrote it")
-    if found not in kinds:
-        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
     return content
 
 
 VERSIONS = {"vae3d.train": 2, "vae3d.weights": 1, "vae3d.features": 1}
-TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt", "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
+TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
+         "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
          "vae3d.features": "train.py --task features writes one as best.pt"}
 
 
-def start_from(state: State, path: Path) -> tuple[list[str], bool]:
-    """Put the weights of a run folder or checkpoint of ours into a new state, as far as they fit.
+def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list[str], bool]:
+    """Put the weights of a run folder, a checkpoint of ours or a foreign file into a new state, as far as they fit.
 
     Returns what to say about it, a line each, and whether a codebook was among them. The averages start from the same weights. Between a
     Gaussian head (mean and log-variance) and one for codes the mean is what they share. Raises ValueError when no weight fits (biases fit
     by chance), or, frozen where they are not trained, when some of them do not.
     """
     path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
-    content = load_checkpoint(path, "vae3d.weights", "vae3d.train", "vae3d.features")
+    foreign = load_foreign(path, hints, "--train.init_hints")
+    content = {"model": foreign.weights} if foreign else load_checkpoint(path, "vae3d.weights", "vae3d.train", "vae3d.features")
     theirs = content["ema"][0] if content.get("ema") else content["model"]
     ours = full_weights(state)
     fits, reshaped = {}, []
@@ -1154,7 +1279,7 @@ def start_from(state: State, path: Path) -> tuple[list[str], bool]:
             continue
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
         shared = min(len(new), len(old)) if new.dim() and old.dim() else 0
-        heads = name.startswith("encoder.head.conv.") and gaussian[0] != gaussian[1]
+        heads = name.startswith(("encoder.head.conv.", "encoder.quant_conv.")) and gaussian[0] != gaussian[1]
         if heads and new.shape[1:] == old.shape[1:] and max(len(new), len(old)) == 2 * shared:
             fits[name] = torch.cat([old[:shared].to(new), new[shared:]])
             change += " (the mean's part taken)"
@@ -1175,6 +1300,9 @@ def start_from(state: State, path: Path) -> tuple[list[str], bool]:
         for (name, _), master in zip(state.model.named_parameters(), state.masters):
             master.data.copy_((ours | fits)[name])
     lines = [f"init: {len(fits)} of {len(ours)} weights from {path}"]
+    if foreign:
+        low, high = state.model.cfg.intensity_range
+        lines.append(f"init: a {foreign.layout} network; it is given {low:g} to {high:g} for the data's -1 to 1 (vae.intensity_range)")
     lines += [f"init: {len(names)} {what}: {'; '.join(names)}" for what, names in
               (("missing there, left as new", missing), ("unexpected, not used", unexpected), ("of another shape", reshaped)) if names]
     return lines, "quantizer.codebook" in fits
@@ -1512,7 +1640,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         state.finished = False
     started_from, has_codebook = [], checkpoint is not None
     if cfg.train.init is not None and checkpoint is None:
-        started_from, has_codebook = start_from(state, Path(cfg.train.init))
+        started_from, has_codebook = start_from(state, Path(cfg.train.init), cfg.train.init_hints)
         if cfg.train.stage == 2 and not has_codebook:
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook of vae.num_codes="
                              f"{cfg.vae.num_codes}; run --train.stage 1 first")
@@ -1826,7 +1954,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(text)
         simulated = dry and cfg.train.device.startswith("cuda")  # a card that is not here can be predicted for
         device = torch.device(cfg.train.device) if simulated else pick_device(cfg.train.device)
+        channels = cfg.vae.in_channels
         dataset = open_data(cfg, say)
+        if checkpoint is None and cfg.preset in LAYOUTS and channels != dataset.channels:
+            raise ValueError(f"--init: channels of the {cfg.preset} network: {channels}, of the data: {dataset.channels}; use "
+                             f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
         if "fit" in options:
             cfg.memory = fit(cfg, device, options["fit"], say)
         if dry:

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from math import gcd, prod
+from math import gcd, inf, prod
 from typing import NamedTuple
 
 import torch
@@ -81,9 +81,10 @@ class VAEConfig:
     head_act: bool = True                                        # SiLU before the last convolution of encoder and decoder; MONAI: none
     quant_conv: str = "none"                                     # 1x1x1 behind the encoder: none | split (Z in, MONAI) | joint (2Z in)
     post_quant_conv: bool = False                                # 1x1x1 convolution before the decoder
+    intensity_range: tuple[float, float] = (-1.0, 1.0)           # what stands for -1 and 1 inside; MONAI: 0,1. Volumes stay in [-1, 1]
 
     def __post_init__(self):
-        for name in ("channel_mult", "fsq_levels", "blocks_per_level", "attention_levels"):
+        for name in ("channel_mult", "fsq_levels", "blocks_per_level", "attention_levels", "intensity_range"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("strides", "up_strides"):
             object.__setattr__(self, name, tuple(tuple(s) for s in getattr(self, name)))
@@ -117,6 +118,8 @@ class VAEConfig:
         for name in ("blocks_per_level", "attention_levels"):
             if len(getattr(self, name)) not in (0, len(self.channel_mult)):
                 raise ValueError(f"vae.{name} needs one entry for each of {len(self.channel_mult)} levels, got {getattr(self, name)}")
+        if len(self.intensity_range) != 2 or not -inf < self.intensity_range[0] < self.intensity_range[1] < inf:
+            raise ValueError(f"vae.intensity_range needs two numbers, the lower first, such as 0,1; got {self.intensity_range}")
         if not self.norm_eps > 0 or min(self.blocks_per_level, default=0) < 0:
             raise ValueError(f"vae.norm_eps must be above 0, vae.blocks_per_level 0 or more; got {self.norm_eps}, {self.blocks_per_level}")
         if not self.up_narrows and any(above != here and n + self.decoder_extra_blocks == 0
@@ -138,6 +141,12 @@ class VAEConfig:
     def normed(self) -> tuple[str, int, float]:
         """The norm of every layer, as make_norm takes it."""
         return self.norm, self.norm_groups, self.norm_eps
+
+    @property
+    def intensity_map(self) -> tuple[float, float]:
+        """Scale and shift from [-1, 1] to intensity_range."""
+        low, high = self.intensity_range
+        return (high - low) / 2, (high + low) / 2
 
     @property
     def total_stride(self) -> tuple[int, int, int]:
@@ -1343,12 +1352,18 @@ class VAE3D(nn.Module):
             raise ValueError(f"VAE3D: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
                              f"make vae.in_channels the number of channels of the data")
         x = pad_to_multiple(x, self.cfg.total_stride)
+        if self.cfg.intensity_map != (1, 0):                     # not folded into the weights: zero padding is 0 of the inner range
+            scale, shift = self.cfg.intensity_map
+            x = x.mul(scale).add_(shift)
         z = self._run(self.encoder, x, x.shape[2:])
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """z (B, Z, d, h, w) -> (B, C, D, H, W). `size` crops to the (D, H, W) of the volume that was encoded."""
         recon = self._run(self.decoder, z, [n * s for n, s in zip(z.shape[2:], self.cfg.total_stride)])
+        if self.cfg.intensity_map != (1, 0):
+            scale, shift = self.cfg.intensity_map
+            recon = recon.sub_(shift).div_(scale)                # in place: no second volume; no convolution keeps its output
         return recon if size is None else recon[..., :size[0], :size[1], :size[2]]
 
     def decode_indices(self, index: Tensor, size: Sequence[int] | None = None) -> Tensor:

@@ -20,7 +20,9 @@ What names and shapes cannot say are hints, under the original constructor's nam
 layouts (radar and diffusers: 32 unless given); `norm_eps` (1e-6; radar 1e-5), `use_convtranspose` (False; maisi and monai-generative),
 `downsample_strides`, `upsample_scales` and `num_heads` (radar) are the original's defaults unless given. All other arguments of the
 constructor may be passed too, a whole config as it stands: they are compared with what the weights say, and those that change no result
-(num_splits, use_checkpoint ...) are left aside.
+(num_splits, use_checkpoint ...) are left aside. Two hints are of no constructor: `intensity_range`, the values that the original took
+for the darkest and the brightest, such as (0, 1); VAE3D then takes and gives [-1, 1] all the same; left out, intensities go in as they
+are. And `entry`, which of several networks in the file is meant.
 
 Two inputs differ by design: an odd size, which MONAI's strided convolution cuts and VAE3D pads, and radar latents, which are taken before
 the original's quant_conv here, since that convolution stands behind the sampling there; it is folded into post_quant_conv, exactly.
@@ -32,6 +34,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from math import gcd, lcm
 from typing import Any, NamedTuple
 
@@ -48,6 +51,10 @@ PROJECTIONS = ((("attn.to_q", "attn.to_k", "attn.to_v"), "attn.out_proj"), (("at
                (("q.conv", "k.conv", "v.conv"), "proj_out.conv"), (("qkv",), "proj"))  # names an attention's projections go by
 NO_EFFECT = ("spatial_dims", "dropout", "kl_weight", "use_checkpoint", "use_checkpointing", "use_flash_attention", "num_splits",
              "dim_split", "norm_float16", "print_info", "save_mem")  # constructor arguments that change no weight and at most rounding
+
+
+class HintError(ValueError):
+    """A hint that is missing, unknown or denied by the weights."""
 
 
 class Style(NamedTuple):
@@ -101,10 +108,15 @@ def convert(state_dict: Mapping[str, Any], **hints) -> tuple[VAEConfig, dict[str
     reshaped key; a network that VAE3D is not. Nothing is converted then.
     """
     found = candidates(state_dict)
-    if len(found) != 1:
+    if not found:
         some = ", ".join(map(str, list(state_dict)[:3])) or "none at all"
-        raise ValueError(f"weights: the file holds several networks, {', '.join(found)}; pass one of these entries" if found else
-                         f"weights: names of no known layout ({', '.join(LAYOUTS)}), such as {some}")
+        raise ValueError(f"weights: names of no known layout ({', '.join(LAYOUTS)}), such as {some}")
+    entry = hints.pop("entry", None)
+    if entry in found:
+        found = {entry: found[entry]}
+    elif len(found) > 1 or entry is not None:
+        raise HintError(f"weights: the file holds {'several networks' if len(found) > 1 else 'the network'}, {', '.join(found) or 'itself'}"
+                        f"; pass one as a hint: entry=..." + f", not {entry}" * (entry is not None))
     state, = found.values()
     layout, flat = layout_of(state), [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() == 4]
     if flat and not any(isinstance(value, Tensor) and value.dim() == 5 for value in state.values()):
@@ -113,22 +125,28 @@ def convert(state_dict: Mapping[str, Any], **hints) -> tuple[VAEConfig, dict[str
     qkv, proj = PROJECTIONS[score.index(max(score))]
     norm_out = "conv_norm_out" if any(".conv_norm_out." in str(key) for key in state) else "norm_out"
     style = Style(layout, qkv, proj if any(f".{proj}." in str(key) for key in state) else None, norm_out)
+    intensity_range = hints.pop("intensity_range", VAEConfig.intensity_range)
+    if not (isinstance(intensity_range, (tuple, list)) and [type(value) in (int, float) for value in intensity_range] == [True, True]):
+        raise HintError(f"weights: hint intensity_range={intensity_range!r} is not two numbers, such as 0,1")
     cfg = (infer_blocks if layout in BLOCKS else infer_down_up)(state, layout, hints)
     check_hints(hints, arguments(cfg, style), layout)
-    return cfg, translate(cfg, style, state)
+    return replace(cfg, intensity_range=intensity_range), translate(cfg, style, state)
 
 
 def hint(hints: dict[str, Any], name: str, default: Any = None) -> Any:
     if name not in hints and default is None:
-        raise ValueError(f"weights: neither names nor shapes say {name}; pass it as a hint: convert(state_dict, {name}=...)")
-    return hints.get(name, default)
+        raise HintError(f"weights: neither names nor shapes say {name}; pass it as a hint: {name}=...")
+    found, kind = hints.get(name, default), (int, float) if isinstance(default, float) else int
+    if isinstance(default, (int, float)) and not (isinstance(found, kind) and found > 0):
+        raise HintError(f"weights: hint {name}={found!r} is no {'whole ' * (kind is int)}number above 0")
+    return found
 
 
 def groups_of(hints: dict[str, Any], widths: list[int], default: int | None, at_most: bool = False) -> int:
     """norm_num_groups; at_most: min(norm_num_groups, width) of each width."""
     groups = hint(hints, "norm_num_groups", default)
     if not isinstance(groups, int) or groups < 1 or any(w % (min(groups, w) if at_most else groups) for w in widths):
-        raise ValueError(f"weights: norm_num_groups={groups} does not divide all of the channels {tuple(widths)}")
+        raise HintError(f"weights: norm_num_groups={groups} does not divide all of the channels {tuple(widths)}")
     return groups
 
 
@@ -223,7 +241,7 @@ def infer_down_up(state: Mapping[str, Any], layout: str, hints: dict[str, Any]) 
     if radar:
         attention, heads = any_key(r".*\.qkv\."), hint(hints, "num_heads", 4)
         if attention and widths[-1] % heads:
-            raise ValueError(f"weights: num_heads={heads} does not divide the {widths[-1]} channels of the attention")
+            raise HintError(f"weights: num_heads={heads} does not divide the {widths[-1]} channels of the attention")
         default = [(1, 2, 2), (2, 2, 2)] + [(1, 2, 2)] * len(counts)
         down, up = (tuple(map(tuple, hint(hints, name, default)))[:len(counts) - 1] for name in ("downsample_strides", "upsample_scales"))
         fields.update(attention=attention, head_channels=max(1, widths[-1] // heads), strides=down, upsample="trilinear",
@@ -267,10 +285,10 @@ def check_hints(hints: dict[str, Any], known: dict[str, Any], layout: str) -> No
             if isinstance(found, tuple):
                 given = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(found)
             if given != found:
-                raise ValueError(f"weights: hint {name}={given}, but the weights say {found}")
+                raise HintError(f"weights: hint {name}={given}, but the weights say {found}")
         elif name not in NO_EFFECT + read:
-            close = difflib.get_close_matches(name, [*known, *read, *NO_EFFECT], 1)
-            raise ValueError(f"weights: unknown hint {name}" + (f"; did you mean {close[0]}?" if close else f" for layout {layout}"))
+            close = difflib.get_close_matches(name, [*known, *read, *NO_EFFECT, "intensity_range", "entry"], 1)
+            raise HintError(f"weights: unknown hint {name}" + (f"; did you mean {close[0]}?" if close else f" for layout {layout}"))
 
 
 # ------------------------------------------------------------------------------------------------ one table of names, both ways
@@ -385,7 +403,8 @@ def export(vae: VAE3D | VAEConfig, state_dict: Mapping[str, Tensor] | None = Non
            layout: str = "monai") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Our weights -> state dict of MONAI's AutoencoderKL (or of AutoencoderKlMaisi: layout "maisi") and the arguments that build it.
 
-    state_dict: ours; left out, that of the model. ValueError that lists why, where MONAI has no such network.
+    state_dict: ours; left out, that of the model. ValueError that lists why, where MONAI has no such network. MONAI's network takes and
+    gives intensities as cfg.intensity_range has them.
     """
     cfg = vae if isinstance(vae, VAEConfig) else vae.cfg
     if layout not in ("monai", "maisi"):

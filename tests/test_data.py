@@ -253,6 +253,31 @@ def test_ct_windows():
     assert DataConfig(hu_range=(-100, 300)).hu_limits() == (-100, 300)
 
 
+def test_mr_percentiles_are_chosen(folder_of_one_mr, tmp_path):
+    """As MAISI's scripts: least value and 99.5 percentile of all voxels to both ends, nothing clipped; the cache tells the two apart."""
+    path, array = folder_of_one_mr
+    low, high = array.min(), np.percentile(array, 99.5)
+    maisi = dict(percentiles=(0.0, 99.5), percentiles_of="all")
+    out, intensity = data.normalise(array[None], "mr", **maisi)
+    np.testing.assert_allclose((out[0] + 1) / 2, (array - low) / (high - low), atol=1e-6)
+    np.testing.assert_allclose(data.denormalise(out, intensity)[0], array, rtol=1e-5, atol=1e-3)
+    cfg = dict(path=str(path), modality="mr", val_fraction=0.0, patch=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
+    highs = [data.open_data(DataConfig(**cfg, **more), 0, print).train[0].intensity.high[0] for more in ({}, maisi, {})]
+    assert highs[1] == pytest.approx(high) and highs[0] == highs[2] == pytest.approx(np.percentile(array[array > 0], 99.5)) != highs[1]
+    for bad in ((99.5, 0.5), (0.0, 101.0)):
+        with pytest.raises(ValueError, match="data.percentiles is .* from 0 to 100"):
+            DataConfig(percentiles=bad)
+
+
+@pytest.fixture
+def folder_of_one_mr(tmp_path):
+    rng = np.random.default_rng(0)
+    array = np.where(rng.random((6, 8, 10)) < 0.4, 0, rng.gamma(2, 100, (6, 8, 10))).astype(np.float32)
+    (tmp_path / "mr").mkdir()
+    nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), np.eye(4)), tmp_path / "mr" / "a.nii.gz")
+    return tmp_path / "mr", array
+
+
 def test_mr_percentiles_of_the_foreground():
     rng = np.random.default_rng(0)
     array = np.where(rng.random((2, 10, 20, 30)) < 0.4, 0, rng.gamma(2, 100, (2, 10, 20, 30))).astype(np.float32)

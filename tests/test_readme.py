@@ -1,5 +1,6 @@
 """Every command in the README runs, with steps and sizes cut; every file that it links exists; the Python example works."""
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -9,9 +10,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 import memtest
 import train
+import weights
+from vae3d import VAE3D, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -34,6 +38,11 @@ def folder(tmp_path_factory):
             values = (rng.random((24, 24, 8)) * high).astype(np.int16)
             nib.save(nib.Nifti1Image(values, np.eye(4)), path / "PAIRS" / kind / f"scan{n}.nii.gz")
     (path / "config").symlink_to(ROOT / "config")
+    maisi = VAEConfig(base_channels=32, channel_mult=(1, 2), strides=((2, 2, 2),), norm="group", decoder_extra_blocks=0, head_act=False,
+                      encoder_middle="none", decoder_middle="none", down_padding="end", upsample="trilinear", quant_conv="split")
+    state, arguments = weights.export(VAE3D(maisi), layout="maisi")
+    torch.save(state, path / "autoencoder.pt")
+    (path / "config_maisi.json").write_text(json.dumps({"autoencoder_def": arguments}))
     with contextlib.suppress(ImportError):
         from PIL import Image
         for kind, high in (("imgs", 255), ("masks", 2)):
@@ -59,7 +68,8 @@ def test_command_runs(command, folder, monkeypatch):
     if "PICTURES" in flags:
         pytest.importorskip("PIL")
     if script == "train.py":
-        assert train.main([*flags, *([] if "--resume" in flags else SMALL)]) == 0
+        small = SMALL[2:] if "autoencoder.pt" in flags else SMALL    # whose widths are its own
+        assert train.main([*flags, *([] if "--resume" in flags else small)]) == 0
     elif script == "memtest.py":
         cut = ["--budget", "0.01"] if "--budget" in flags else []
         assert memtest.main([*flags, *cut, "--vae.base_channels", "4", "--resolution", "16,32,32"]) == 0
@@ -69,11 +79,19 @@ def test_command_runs(command, folder, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_python_example_runs():
+def test_python_examples_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    if not Path("runs/tuned").exists():                          # this test alone
+        tune = next(shlex.split(command)[2:] for command in COMMANDS if "runs/tuned" in command)
+        assert train.main([*tune, *SMALL[2:]]) == 0
+    names = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
-        names = {}
         exec(block, names)                                       # noqa: S102
-        assert names["recon"].shape == (1, 1, 30, 64, 50) and names["index"].shape == (1, 15, 16, 13)
+    assert names["recon"].shape == (1, 1, 30, 64, 50) and names["index"].shape == (1, 15, 16, 13)
+    theirs = torch.load("autoencoder.pt", weights_only=True)
+    assert names["arguments"]["num_channels"] == (32, 64) and {k: v.shape for k, v in names["state"].items()} == {
+        k: v.shape for k, v in theirs.items()}
 
 
 def test_links_lead_somewhere():

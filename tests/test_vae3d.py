@@ -204,6 +204,7 @@ def test_noise_is_the_same_in_every_mode_and_eval_draws_none():
     (lambda: VAEConfig(norm="batch"), "vae.norm must be one of none, group, layer"),
     (lambda: VAEConfig(bottleneck="vqvae"), "vae.bottleneck must be one of kl, vq, fsq"),
     (lambda: VAEConfig(bottleneck="fsq", fsq_levels=(8, 5)), "one number of 2 or more for each of vae.z_channels=4"),
+    (lambda: VAEConfig(intensity_range=(1, 0)), "vae.intensity_range needs two numbers, the lower first, such as 0,1"),
     (lambda: VAEConfig(norm_eps=0.0), "vae.norm_eps must be above 0"),
     (lambda: VAEConfig(blocks_per_level=(1, 1)), "vae.blocks_per_level needs one entry for each of 3 levels"),
     (lambda: VAEConfig(attention_levels=(True,)), "vae.attention_levels needs one entry for each of 3 levels"),
@@ -231,7 +232,7 @@ def test_errors_say_what_to_do(call, message):
     dict(attention_levels=(False, True, False)), dict(encoder_middle="none"), dict(decoder_middle="attention"), dict(down_padding="end"),
     dict(upsample="trilinear"), dict(upsample="transposed"), dict(upsample="transposed3"), dict(head_act=False),
     dict(up_strides=((2, 2, 2), (1, 2, 2))), dict(up_narrows=True), dict(quant_conv="split"), dict(quant_conv="joint"),
-    dict(post_quant_conv=True)], ids=str)
+    dict(post_quant_conv=True), dict(intensity_range=(0.0, 1.0))], ids=str)
 def test_every_config_field_changes_something(change):
     reference = {key: value for key, value in (("norm", "group"), ("attention", True)) if key in change and len(change) > 1}
 
@@ -247,6 +248,26 @@ def test_every_config_field_changes_something(change):
 def test_fields_are_all_tested():
     marks = test_every_config_field_changes_something.pytestmark[0].args[1]
     assert {f.name for f in dataclasses.fields(VAEConfig)} == {key for change in (*marks, *CODEBOOK_FIELDS) for key in change}
+
+
+@pytest.mark.parametrize("mode", vae3d.MEMORY_MODES)
+def test_intensity_range_is_a_map_before_and_after_the_same_network(mode):
+    """The definition: [0, 3] inside, by hand; latent, reconstruction, decoded latent and gradients; zeros are padded inside."""
+    vae = build(torch.float64, intensity_range=(0.0, 3.0)).memory(mode, (4, 8, 4) if mode == "tile" else None)
+    plain = build(torch.float64)
+    plain.load_state_dict(vae.state_dict())
+    x = torch.rand(1, 1, 5, 9, 8, dtype=torch.float64) * 2 - 1
+    z = torch.randn(1, vae.cfg.z_channels, 3, 3, 2, dtype=torch.float64)
+    for network in (vae, plain):
+        network.eval()
+    out, want = vae(x), plain((x + 1) * 1.5)
+    assert torch.allclose(out.mu, want.mu, atol=1e-12), (out.mu - want.mu).abs().max()
+    assert torch.allclose(out.recon, want.recon / 1.5 - 1, atol=1e-12), (out.recon - want.recon / 1.5 + 1).abs().max()
+    assert torch.allclose(vae.decode(z), plain.decode(z) / 1.5 - 1, atol=1e-12)
+    out.recon.square().mean().backward()
+    (want.recon / 1.5 - 1).square().mean().backward()
+    for (name, a), b in zip(vae.named_parameters(), plain.parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-12), (name, (a.grad - b.grad).abs().max())
 
 
 def test_works_copied_alone(tmp_path):
