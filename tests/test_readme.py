@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import memtest
+import predict
 import train
 import weights
 from vae3d import VAE3D, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs/COMING_FROM.md").read_text()              # options of other projects beside ours
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
 SMALL = ["--vae.base_channels", "4", "--patch", "8,24,24", "--accum", "1", "--steps", "1", "--device", "cpu",
          "--data.synthetic_size", "8,24,24", "--data.synthetic_count", "3", "--train.val_crops", "1"]
@@ -97,3 +99,21 @@ def test_python_examples_run(folder, monkeypatch):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_our_names_for_options_of_elsewhere_are_flags(monkeypatch):
+    """In our columns train.py takes `--flag value`; the flags of `predict.py COMMAND --flag` and `memtest.py --flag` exist."""
+    rows = re.findall(r"^\| .*\|.*\|$", TEXT.partition("## Coming from elsewhere")[2].partition("## ")[0] + GUIDE, re.M)
+    spans = {span for row in rows for cell in row.split("|")[2:] for span in re.findall(r"`([^`]+)`", cell) if "--" in span}
+    spans |= set(re.findall(r"^python train\.py (.*)$", GUIDE, re.M))
+    assert len(spans) > 120
+    parser = train.build_parser()
+    monkeypatch.setattr(train, "build_parser", lambda: parser)   # built once: 0.1 s each
+    others = predict.build_parser()._subparsers._group_actions[0].choices | {"memtest.py": memtest.build_parser(train.Parser)}
+    for span in sorted(spans):
+        first, *words = shlex.split(span.removeprefix("predict.py "))
+        known = others.get(first, parser)._option_string_actions
+        unknown = [word for word in (first, *words) if word.startswith("--") and word.partition("=")[0] not in known]
+        assert not unknown, f"`{span}`: {unknown}"
+        if first.startswith("--") and first != "--resume":
+            train.load_config([first, *words])                   # ValueError for a value that cannot be meant
