@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import json
 import logging
 import math
@@ -61,6 +62,8 @@ IMAGE_FOLDERS, LABEL_FOLDERS = ("images", "imgs", "imagestr"), ("labels", "masks
 LABEL_SUFFIX = re.compile("_(label|mask|seg)$")  # X_label goes with X_image or X, in lower case
 POINTS = 4096        # places kept to put a foreground crop at: of each volume, or of each class of it
 CONTRAST = 0.05      # normalised; an image voxel further than this from the background is foreground
+MAX_DATALIST = 2**28  # bytes; some million files
+MAX_HEADER = 2**24   # bytes: extensions in front of the voxels, and what may follow them in a compressed file
 MAX_CLASSES = 1024   # of a label map: class ids lie below
 GUESSED_CHANNELS = 8  # an outer axis of a 4-D array is taken for channels up to this length (the networks are tested with 1-8)
 WINDOWS = {name: (level - width / 2, level + width / 2) for name, width, level in
@@ -338,13 +341,20 @@ def _suffix(name: str | os.PathLike) -> tuple[str, str]:
 
 
 def _read_datalist(path: Path, labels: bool) -> dict[str, list[Item]]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(found := dict(pairs)) != len(pairs):              # json keeps the last one and says nothing
+            raise ValueError(f"{len(pairs) - len(found)} keys of {_brief(sorted(found)[:8])} stand there twice")
+        return found
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := os.path.getsize(path)) > MAX_DATALIST:
+            raise ValueError(f"{size} bytes; a datalist has {MAX_DATALIST} at most")
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{_show(path)}: not a readable JSON file ({_one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise DataError(f"{_show(path)}: a datalist needs a list `training` of {{image, label?, class?}}, found "
-                        f"{sorted(content)[:8] if isinstance(content, dict) else type(content).__name__}")
+                        f"{_brief(sorted(content)[:8]) if isinstance(content, dict) else type(content).__name__}")
     lists = {}
     for name, keys in (("training", ("training",)), ("validation", ("validation",)), ("testing", ("testing", "test"))):
         entries = next((content[key] for key in keys if key in content), None) or []
@@ -356,13 +366,20 @@ def _read_datalist(path: Path, labels: bool) -> dict[str, list[Item]]:
 
 def _datalist_item(path: Path, name: str, number: int, entry: object, labels: bool) -> Item:
     image, kind = (entry.get("image"), entry.get("class")) if isinstance(entry, dict) else (entry, None)
-    if not isinstance(image, str) or not image or "\0" in image:
-        raise DataError(f"{_show(path)}: {name}[{number}] is {_one_line(repr(entry), 80)}; make it {{\"image\": path}} or a path")
+    if not _is_name(image):
+        raise DataError(f"{_show(path)}: {name}[{number}] is {_brief(entry)}; make it {{\"image\": path}} or a path")
+    if kind is not None and not isinstance(kind, (str, int)):
+        raise DataError(f"{_show(path)}: {name}[{number}] has the class {_brief(kind)}; make it a text such as ct")
     file, label = path.parent / os.path.expanduser(image), entry.get("label") if labels and isinstance(entry, dict) else None
-    if label is not None and (not isinstance(label, str) or not label or "\0" in label):
-        raise DataError(f"{_show(path)}: {name}[{number}] has the label {_one_line(repr(label), 80)}; make it a path")
+    if label is not None and not _is_name(label):
+        raise DataError(f"{_show(path)}: {name}[{number}] has the label {_brief(label)}; make it a path")
     label = path.parent / os.path.expanduser(label) if label else _own_label(file) if labels else None
     return Item(file, None if kind is None else str(kind), label, NO_LABEL if labels and label is None else None)
+
+
+def _is_name(value: object) -> bool:
+    """A text that may be a path: JSON can hold halves of characters, which no file system takes."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
 
 
 def _stem(path: Path) -> str:
@@ -379,6 +396,14 @@ def _show(path: str | os.PathLike) -> str:
 def _one_line(message: object, limit: int = 200) -> str:
     text = _show(" ".join(str(message).split()))
     return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def _brief(value: object, limit: int = 80) -> str:
+    """A value as one short line, also one that is nested too deep, or too long a number, to be written out."""
+    try:
+        return _one_line(repr(value), limit)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
 
 
 # -------------------------------------------------------------------------------------------------------- reading one volume
@@ -448,14 +473,15 @@ def _quiet() -> Iterator[None]:
 
 def _check_size(shape: tuple[int, ...], itemsize: int, max_gib: float, available: int | None = None) -> None:
     """Refuse a declared shape before it costs memory. available: the most voxel bytes that the file can hold, where known."""
-    count = math.prod(shape)
+    count, named = math.prod(shape), _brief(shape)
     if min(shape, default=1) < 1:
-        raise DataError(f"declares shape {shape}, which holds no voxels")
+        raise DataError(f"declares shape {named}, which holds no voxels")
     if count * max(4, itemsize) > max_gib * 2**30:
-        raise DataError(f"declares shape {shape}, {count * max(4, itemsize) / 2**30:.3g} GiB, more than data.max_gib={max_gib:g}; "
+        gib = count * max(4, itemsize) / 2**30 if count < 2**64 else math.inf
+        raise DataError(f"declares shape {named}, {gib:.3g} GiB, more than data.max_gib={max_gib:g}; "
                         "raise that if the file is what it says")
     if available is not None and count * itemsize > available:
-        raise DataError(f"declares {count * itemsize} bytes of voxels (shape {shape}) but can hold no more than {available}; "
+        raise DataError(f"declares {count * itemsize} bytes of voxels (shape {named}) but can hold no more than {max(0, available)}; "
                         "it is truncated or its header is damaged")
 
 
@@ -468,7 +494,10 @@ def _check_dtype(dtype: np.dtype) -> None:
 
 def _read_image(path: Path, volume: int | None, max_gib: float) -> Source:
     """Everything that nibabel takes for a spatial image."""
-    image = nib.load(path)
+    for half, *_ in _stamp(path):
+        _check_is_file(Path(half))
+        _check_extensions(half)
+    image = nib.load(path, mmap=False)  # a file that shrinks while it is mapped would kill the process
     if not isinstance(image, nib.spatialimages.SpatialImage):
         raise DataError(f"{type(image).__name__} is no spatial image (no voxel grid in mm)")
     shape, dtype = tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype())
@@ -482,7 +511,10 @@ def _read_image(path: Path, volume: int | None, max_gib: float) -> Source:
     size = os.path.getsize(stored) if stored else None
     packed = _suffix(stored)[1] or (".gz" if str(stored).lower().endswith(".mgz") else "")
     available = None if size is None or packed in (".bz2", ".zst") else size * 1032 if packed == ".gz" else size  # deflate's best: 1032
-    _check_size(shape, dtype.itemsize, max_gib, available)
+    offset = max(0, int(getattr(image.dataobj, "offset", 0)))
+    if offset > max_gib * 2**30:
+        raise DataError(f"its voxels begin at byte {offset}; repair the header")
+    _check_size(shape, dtype.itemsize, max_gib, available if available is None else available - offset)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
         raise DataError(f"its affine {affine[:3].round(3).tolist()} is singular or not finite; repair the header")
@@ -490,13 +522,50 @@ def _read_image(path: Path, volume: int | None, max_gib: float) -> Source:
     series = shape[3] if kept == 4 else 1
     if volume is not None and not 0 <= volume < series:
         raise DataError(f"has {series} volumes, number {volume} was asked for; count from 0")
-    stored_axes = image.dataobj[..., volume] if kept == 4 and volume is not None else np.asarray(image.dataobj)
+    with contextlib.ExitStack() as stack:
+        if packed and hasattr(image.dataobj, "file_like"):
+            stream = image.dataobj.file_like = stack.enter_context(nib.openers.ImageOpener(stored))
+        stored_axes = image.dataobj[..., volume] if kept == 4 and volume is not None else np.asarray(image.dataobj)
+        if packed and hasattr(image.dataobj, "file_like"):
+            _read_to_end(stream)
     array = stored_axes.reshape(*shape[:3], *(1,) * (3 - len(shape)), -1)           # (X, Y, Z, T), axes as stored
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, array.shape[:3])
     array = nib.apply_orientation(array, to_ras).transpose(3, 2, 1, 0)              # (T, D, H, W)
     return Source(Volume(np.ascontiguousarray(array, dtype=np.float32), _spacing(affine), affine), kept == 4, str(dtype),
                   "".join(nib.aff2axcodes(image.affine)))
+
+
+def _check_extensions(path: str) -> None:
+    """Refuse what stands between a NIfTI header and its voxels and is not as long as it says: nibabel reads that whole, so that a small
+    .gz could fill the memory."""
+    with nib.openers.ImageOpener(path) as stream:
+        head = stream.read(544)
+        kind, start = (nib.Nifti2Header, 544) if nib.Nifti2Header.may_contain_header(head) else (nib.Nifti1Header, 352)
+        if not kind.may_contain_header(head) or not any(head[start - 4:start - 3]):
+            return
+        content = head + stream.read(MAX_HEADER)
+    if len(content) < MAX_HEADER:
+        return
+    header = kind(head[:start - 4], check=False)
+    end = float(header["vox_offset"]) if _suffix(path)[0] == ".nii" else math.inf  # of a pair they reach to the header's end
+    order = "little" if header.endianness == "<" else "big"
+    while start + 16 <= end <= MAX_HEADER:
+        size = int.from_bytes(content[start:start + 4], order)
+        if not 8 <= size <= end - start:
+            break
+        start += size
+    if not start <= end < start + 16:
+        raise DataError(f"its header extensions do not end where its voxels begin, or exceed {MAX_HEADER} bytes; repair the header")
+
+
+def _read_to_end(stream) -> None:
+    """What follows the voxels in a compressed file: its checksum is looked at only there. Raises what the decoder raises."""
+    left = MAX_HEADER
+    while part := stream.read(2**20):
+        left -= len(part)
+        if left < 0:
+            raise DataError(f"goes on for more than {MAX_HEADER} bytes after its voxels; its header is damaged, or it is a bomb")
 
 
 def _read_picture(path: Path, max_gib: float, label: bool) -> Source:
@@ -551,8 +620,12 @@ def _read_array(path: Path, channel_axis: int | None, max_gib: float, label: boo
     else:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise DataError("two of its arrays have one name; save it anew")
 
             def member(key: str, dense: bool) -> np.ndarray:
+                if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise DataError("is compressed in a way that numpy does not write; save it with numpy.savez_compressed")
                 with archive.open(members[key]) as stream:
                     return _read_npy(stream, members[key].file_size, max_gib, channel_axis, dense)
             keys = [key for key in (LABEL_KEYS if label else ()) + DENSE_KEYS if key in members] or list(members)[:len(members) == 1]
@@ -572,15 +645,18 @@ def _read_array(path: Path, channel_axis: int | None, max_gib: float, label: boo
 def _read_npy(stream, available: int, max_gib: float, channel_axis: int | None, dense: bool = True) -> np.ndarray:
     """One array in numpy's format, its header checked before its data is allocated; a dense volume comes as (C, D, H, W)."""
     version = np.lib.format.read_magic(stream)
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if header is None:
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
         raise DataError(f".npy format version {version}; save the array with a plain number type")
-    shape, fortran, dtype = header(stream)
+    length = stream.read(2 * version[0])
+    if int.from_bytes(length, "little") > 10_000:                # numpy's own limit, which it looks at when it has read them all
+        raise DataError(f"declares a header of {int.from_bytes(length, 'little')} bytes; repair the file")
+    shape, fortran, dtype = reader(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
     if dense:
         _check_dtype(dtype)
         if len(shape) not in (3, 4):
             what = "a table (points?); turn it into a voxel grid first" if len(shape) == 2 else "volumes have 3 axes, or 4 with channels"
-            raise DataError(f"{len(shape)}-dimensional array, shape {shape}: {what}")
+            raise DataError(f"{len(shape)}-dimensional array, shape {_brief(shape)}: {what}")
         axis = _channel_axis(shape, channel_axis) if len(shape) == 4 else None
     if dtype.kind in "OcV":
         _check_dtype(dtype)
@@ -588,6 +664,8 @@ def _read_npy(stream, available: int, max_gib: float, channel_axis: int | None, 
     data = stream.read(math.prod(shape) * dtype.itemsize)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise DataError(f"ends after {len(data)} bytes of an array of shape {shape}; it is truncated")
+    if stream.read(1):                                           # at the end of a member zipfile compares its checksum
+        raise DataError("goes on after its array; store one array in a file")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     if dense:
         array = (array[None] if axis is None else np.moveaxis(array, axis, 0)).transpose(0, 3, 2, 1)  # (C, D, H, W)
@@ -598,10 +676,10 @@ def _channel_axis(shape: tuple[int, ...], channel_axis: int | None) -> int:
     if channel_axis is None:
         channel_axis = 0 if shape[0] < shape[-1] else -1
         if shape[channel_axis] > GUESSED_CHANNELS:
-            raise DataError(f"4-dimensional array, shape {shape}: neither the last nor the first axis is as short as "
+            raise DataError(f"4-dimensional array, shape {_brief(shape)}: neither the last nor the first axis is as short as "
                             f"{GUESSED_CHANNELS} channels (a time series?); set data.channel_axis")
     if not -4 <= channel_axis < 4:
-        raise DataError(f"4-dimensional array, shape {shape}, has no axis data.channel_axis={channel_axis}; use -4 to 3")
+        raise DataError(f"4-dimensional array, shape {_brief(shape)}, has no axis data.channel_axis={channel_axis}; use -4 to 3")
     return channel_axis
 
 
@@ -775,12 +853,12 @@ class Entry:
 
     def read(self, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region (slices of D, H, W), of which alone is read."""
-        array = _open_array(self.store) if isinstance(self.store, str) else self.store
+        array = _mapped(self.store, self.shape) if isinstance(self.store, str) else self.store
         return np.array(array if region is None else array[(slice(None), *region)])
 
     def read_label(self, region: tuple[slice, slice, slice] | None = None) -> np.ndarray:
         """Class numbers (D, H, W) int64, whole or of a region; `ignore_label` where the file says so."""
-        array = _open_array(self.label) if isinstance(self.label, str) else self.label
+        array = _mapped(self.label, self.shape[1:]) if isinstance(self.label, str) else self.label
         array = array if region is None else array[region]
         if self.label_values is None:
             return array.astype(np.int64)
@@ -859,6 +937,18 @@ def _with_points(entry: Entry) -> Entry:
 @functools.lru_cache(maxsize=256)  # each map holds a file descriptor, of which a process usually has 1024
 def _open_array(file: str) -> np.ndarray:
     return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _mapped(file: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A file of the cache. Raises StoreError where it went away or was cut: touching a map beyond its file's end kills the process."""
+    try:
+        array = _open_array(file)
+        if array.base.size() >= len(array.base) and array.shape == (shape or array.shape):
+            return array
+        what = "it was cut or overwritten"
+    except (OSError, ValueError, EOFError) as error:
+        what = getattr(error, "strerror", None) or _one_line(error)
+    raise StoreError(f"{_show(file)}: the cache changed under the run ({what}); let no other program touch it; the next start rebuilds it")
 
 
 class Loaded(NamedTuple):
@@ -1049,6 +1139,10 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
 
 class CacheError(DataError):
     """The cache cannot be written: no fault of the volume at hand, and the end of the run."""
+
+
+class StoreError(DataError):
+    """Voxels in the cache that were there at the start and are there no more: the end of the run."""
 
 
 def _cache_error(folder: Path, error: OSError) -> CacheError:
@@ -1336,7 +1430,7 @@ class WholeVolumes:
 
 def _point(entry: Entry, draw: Sequence[float]) -> tuple[int, ...] | None:
     """A foreground voxel D, H, W chosen by two numbers in [0, 1): class, then place; None where the volume has none."""
-    points = _open_array(entry.points) if isinstance(entry.points, str) else entry.points
+    points = _mapped(entry.points) if isinstance(entry.points, str) else entry.points
     return tuple(points[int(draw[0] * points.shape[0]), int(draw[1] * points.shape[1])].tolist()) if len(points) else None
 
 

@@ -35,6 +35,8 @@ import sys
 import time
 import types
 import typing
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +61,7 @@ from weights import BLOCKS, LAYOUTS, HintError, is_foreign
 from weights import convert as convert_foreign
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
+MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
 COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # for last.pt
 TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -206,7 +209,7 @@ def metric_of(cfg: TrainConfig) -> str:
 
 def one_of(name: str, value, choices: Sequence) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {brief(value)}")
 
 
 def at_least(section: str, config, **bounds: float) -> None:
@@ -218,6 +221,8 @@ def at_least(section: str, config, **bounds: float) -> None:
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{name} must be free of NUL, got {brief(value)}")
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto", "")):
             return None
@@ -235,7 +240,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             value = [value]
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {value!r}")
+            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {brief(value)}")
         return tuple(convert(part, args[0], name) for part in value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
     if hint is bool:
@@ -250,27 +255,28 @@ def convert(value: Any, hint: Any, name: str) -> Any:
             pass
         if hint is float and str(value).lower() == "nan":
             raise ValueError(f"{name} must be a number, got nan")
-    raise ValueError(f"{name} must be {kind}, got {value!r}")
+    raise ValueError(f"{name} must be {kind}, got {brief(value)}")
 
 
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
     """`base` with {section: {field: value}} put over it. Raises ValueError for an unknown key, naming the closest one."""
     result = {}
     for key, value in values.items():
-        current = getattr(base, key, None)
+        current = getattr(base, key) if key in [f.name for f in SECTIONS] else None
         if key in ("task", "preset"):                            # load_config has looked at them
             result[key] = value
             continue
         if not dataclasses.is_dataclass(current):
-            raise ValueError(f"{source}: unknown key {key}{closest(str(key), [f.name for f in dataclasses.fields(base)], '')}")
+            known = [f.name for f in dataclasses.fields(base)]
+            raise ValueError(f"{source}: unknown key {data._one_line(key)}{closest(str(key), known, '')}")
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {value!r}")
+            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {brief(value)}")
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
-                raise ValueError(f"{source}: unknown key {key}.{name}{closest(str(name), hints, key + '.')}")
+                raise ValueError(f"{source}: unknown key {key}.{data._one_line(name)}{closest(str(name), hints, key + '.')}")
         result[key] = dataclasses.replace(current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()})
     return dataclasses.replace(base, **result)
 
@@ -420,20 +426,46 @@ def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(f"{path}: describes no autoencoder; looked for latent_channels beside channels or num_channels")
     return found
+class ConfigLoader(yaml.SafeLoader):
+    """SafeLoader that refuses what it would take in silence: a key twice, and aliases that multiply (a billion values in 500 bytes)."""
+    def compose_node(self, parent, index):
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        if alias is not None and not isinstance(self.anchors.get(alias.anchor, parent), yaml.ScalarNode):
+            raise yaml.YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is no single value; write it out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            raise yaml.YAMLError(f"the key {brief(max(names, key=names.count))} stands twice in one section")
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str) -> dict:
+    """Raises ValueError in one line."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("not a regular file")
+        if (size := os.path.getsize(path)) > MAX_CONFIG:
+            raise ValueError(f"{size} bytes, a config has {MAX_CONFIG} at most")
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), ConfigLoader)
+    except Exception as error:  # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, by the tag
         raise ValueError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got {type(values).__name__}")
     return values or {}
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: object) -> str:
+    """Of what a DataLoader's worker raised, the last line of its traceback, which is the message."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return data._one_line(text, 1000) or type(error).__name__
+
+
+def brief(value: object) -> str:
+    return data._brief(value, 200)
 
 
 class Parser(argparse.ArgumentParser):
@@ -476,7 +508,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@functools.cache                                                 # inspect parses the whole module for each class: 0.4 s in all
+@functools.cache                                                 # inspect parses the whole file each time: 0.1 s a section
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment beside it in the source."""
     try:
@@ -1227,26 +1259,38 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     path = Path(path)
     content = read_checkpoint(path)
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-    if found in kinds and content.get("version") != VERSIONS[found]:
-        raise ValueError(f"{path}: is a {found} checkpoint of version {content.get('version')}, this code reads {VERSIONS[found]}; "
+    found = found if isinstance(found, str) else brief(found)
+    if found in kinds and (type(content.get("version")) is not int or content["version"] != VERSIONS[found]):
+        raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this code reads {VERSIONS[found]}; "
                          f"use the code that wrote it")
     if found not in kinds and (layout := is_foreign(content)):
         raise ValueError(f"{path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes it, and so does "
                          f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
     if found not in kinds:
         raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
+    if lacking := [name for name in ("config", "model") if not isinstance(content.get(name), dict)]:
+        raise ValueError(f"{path}: holds no {' and no '.join(lacking)}; use the file as train.py wrote it")
     return content
 
 
 def read_checkpoint(path: str | Path) -> Any:
     """A file of torch.save as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
+    path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(info.compress_type or info.file_size != info.compress_size for info in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                      # a crafted file would print them
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle may raise anything at all
         raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     return content
 
@@ -1966,8 +2010,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(predicted_peak(cfg, device))
             return EXIT_DONE
         return train(cfg, dataset, out, checkpoint)
-    except (RunStopped, OSError) as error:
+    except (RunStopped, data.StoreError, OSError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        print(f"train.py: {one_line(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", file=sys.stderr)
         return EXIT_ERROR
     except (ValueError, DataError) as error:
         print(f"train.py: {one_line(error)}", file=sys.stderr)
