@@ -426,6 +426,8 @@ def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(f"{path}: describes no autoencoder; looked for latent_channels beside channels or num_channels")
     return found
+
+
 class ConfigLoader(yaml.SafeLoader):
     """SafeLoader that refuses what it would take in silence: a key twice, and aliases that multiply (a billion values in 500 bytes)."""
     def compose_node(self, parent, index):

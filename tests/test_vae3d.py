@@ -305,6 +305,7 @@ def test_saved_bytes_fall_along_the_dial():
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("norm, upsample", [("none", "nearest"), ("group", "trilinear"), ("layer", "nearest")])
 def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain_autograd(norm, upsample, amp, monkeypatch):
+    monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: False)
     vae, found = build(torch.float32, norm=norm, norm_groups=2, upsample=upsample, up_narrows=True), []
     vae.encoder.level0_block0.norm1.requires_grad_(False)
     vae.decoder.head.conv.weight.requires_grad_(False)
@@ -321,6 +322,27 @@ def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain
     (ours, kept), (plain, kept_by_autograd) = found
     assert all(torch.equal(a, b) for a, b in zip(ours, plain)), max(float((a - b).abs().max()) for a, b in zip(ours, plain))
     assert kept < 0.7 * kept_by_autograd, (kept, kept_by_autograd)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("training", [True, False], ids=["step", "no gradient"])
+def test_one_small_float32_crop_on_a_cpu_takes_onednn(training, monkeypatch):
+    vae, x, real = build(torch.float32, base_channels=8), torch.randn(1, 1, 5, 8, 6), vae3d.slow_on_cpu
+
+    def run(layout, kernel):
+        answers = []
+        monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: answers.append(kernel(x)) or answers[-1])
+        with torch.set_grad_enabled(training):
+            out = vae.to(memory_format=layout)(x.contiguous(memory_format=layout), torch.Generator().manual_seed(1))
+        grads = torch.autograd.grad(out.recon.square().mean() + out.mu.mean(), list(vae.parameters())) if training else ()
+        return [out.recon, *grads], set(answers)
+    plain, answers = run(torch.contiguous_format, lambda x: False)
+    assert answers == {False}
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        found, answers = run(layout, real)
+        assert answers == {True}
+        for a, b in zip(found, plain):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), float((a - b).abs().max())
 
 
 def test_up_convolutions_that_narrow():
