@@ -1093,8 +1093,9 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
             if os.path.exists(file)]
 
 
-def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
-    """Entries of one file, from the cache or after building it. Two processes may build the same one: the content is the same."""
+def _cached(item: Item, cfg: DataConfig, folder: Path, wait: bool = True) -> list[Entry]:
+    """Entries of one file, from the cache or after building it. Where several processes want it, one builds and the others wait, or get
+    none without `wait`."""
     _check_pair(item, cfg)
     files, stamp = [item.path, *([item.label] if cfg.labels else [])], []
     for file in files:
@@ -1112,9 +1113,15 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     record = folder / f"{_stem(item.path)[:40]}-{key}.json"
     entries = _from_cache(record, item)
-    if entries is not None:
-        return entries
-    loaded = load(item, cfg)
+    if entries is None:
+        with _one_at_a_time(record, wait) as mine:
+            entries = (_from_cache(record, item) or _build(item, cfg, record, files, stamp)) if mine else []
+    return entries
+
+
+def _build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamp: Sequence) -> list[Entry]:
+    """Read the volumes of one file and write them to the cache, unless it changed since it had `stamp`."""
+    folder, loaded = record.parent, load(item, cfg)
     if [_stamp(file) for file in files] != stamp:
         raise DataError(f"{_show(item.path)}: changed while it was being read; start again when it is complete")
     volumes = []
@@ -1135,6 +1142,27 @@ def _cached(item: Item, cfg: DataConfig, folder: Path) -> list[Entry]:
     if entries is None:
         raise CacheError(f"{_show(record)}: the cache vanished while it was written; let no other program clean {_show(folder)}")
     return entries
+
+
+@contextlib.contextmanager
+def _one_at_a_time(record: Path, wait: bool) -> Iterator[bool]:
+    """Hold a lock that dies with its process; False where another has it and this one does not `wait`.
+
+    Where there are no locks (system, disk) two may build the same content, and the last one's stays.
+    """
+    path = record.with_name(f".{record.stem}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+            file = stack.enter_context(open(path, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(path.unlink, missing_ok=True)
+        except BlockingIOError:
+            yield False
+            return
+        except (OSError, ImportError):
+            pass
+        yield True
 
 
 class CacheError(DataError):
@@ -1202,8 +1230,9 @@ class Data:
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored. Keep it to read more data alike
 
 
-def open_data(cfg: DataConfig, seed: int, say: Callable[[str], object] = print) -> Data:
+def open_data(cfg: DataConfig, seed: int, say: Callable[[str], object] = print, processes: int = 1) -> Data:
     """Find the volumes, build or reuse their cache, split them by file, seeded. `say` gets what a user should know, a line each.
+    processes: how many do the same at this moment; they share the building.
 
     Raises DataError when nothing usable is left, when the cache cannot be written, or, with cfg.strict, for the first refused file.
     """
@@ -1213,7 +1242,7 @@ def open_data(cfg: DataConfig, seed: int, say: Callable[[str], object] = print) 
         say(f"data: {len(training)} synthetic {cfg.synthetic} volumes of {_sizes(training[0][0].shape[1:])} voxels, seed {seed}; "
             "--data names real ones")
     else:
-        training, held_out = _open_files(cfg, say)
+        training, held_out = _open_files(cfg, say, processes)
     if cfg.labels:
         training, held_out, classes, label_values = _settle_classes(training, held_out, cfg, say)
     if not held_out and len(training) > 1:
@@ -1287,13 +1316,16 @@ def _settle_classes(training: list[list[Entry]], held_out: list[list[Entry]], cf
     return training, held_out, classes, values
 
 
-def _open_files(cfg: DataConfig, say: Callable[[str], object]) -> tuple[list[list[Entry]], list[list[Entry]]]:
+def _open_files(cfg: DataConfig, say: Callable[[str], object], processes: int) -> tuple[list[list[Entry]], list[list[Entry]]]:
     """Groups of entries, a group per file: training and held-out ones (the latter empty without a `validation` list)."""
     lists = list_items(cfg.path, cfg.labels, say)
     items = [(name, item) for name in ("training", "validation") for item in lists[name]]
     if not items:
         raise DataError(f"{_show(cfg.path)}: no volumes found; looked for {FORMATS}")
     folder, groups, refused, channels, start = cache_folder(cfg), {"training": [], "validation": []}, 0, None, time.monotonic()
+    for _, item in items if processes > 1 else ():               # leave out those that another one is at; refusals are told below
+        with contextlib.suppress(DataError):
+            _cached(item, cfg, folder, wait=False)
     for number, (name, item) in enumerate(items):
         if time.monotonic() - start > 20:
             say(f"data: {number} of {len(items)} files read; their cache in {_show(folder)} makes the next start quick")
@@ -1423,9 +1455,13 @@ class WholeVolumes:
     def __init__(self, data: Data):
         self.entries = data.val
 
-    def __iter__(self) -> Iterator[Crop]:
-        return (Crop(torch.from_numpy(entry.read()), entry, entry.affine,
-                     None if entry.label is None else torch.from_numpy(entry.read_label())) for entry in self.entries)
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> Crop:
+        entry = self.entries[number]
+        return Crop(torch.from_numpy(entry.read()), entry, entry.affine,
+                    None if entry.label is None else torch.from_numpy(entry.read_label()))
 
 
 def _point(entry: Entry, draw: Sequence[float]) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@
     python train.py --resume runs/ct                                    # goes on bit for bit
     python train.py --task seg --data FOLDER                            # a U-Net on image/label pairs
     python train.py --task features --data FOLDER                       # a feature network for loss.perceptual_features
+    torchrun --nproc_per_node 4 train.py --data FOLDER                  # on 4 GPUs: the batch of a step is batch x accum x 4
 
 It reads top to bottom: configuration, state, step, validation, run folder, loop, command line.
 Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2. Memory is in GiB.
@@ -37,7 +38,7 @@ import types
 import typing
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import data
 import losses
 import memtest
+import parallel
 import unet
 import vae3d
 from data import DataConfig, DataError
@@ -62,7 +64,8 @@ from weights import convert as convert_foreign
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
-COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale")  # for last.pt
+COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale",
+            "global_batch")                                      # for last.pt
 TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
@@ -112,7 +115,7 @@ class RunConfig:
     amp: bool = False                                            # bf16 where the device has it, else fp16 with a GradScaler
     precision: str = "float32"                                   # of the weights: float32 | master16 (fp16, float32 masters, loss scale)
     batch: int = 2                                               # crops a micro-batch; small crops on a CPU: 1 is 7 times slower a voxel
-    accum: int = 1                                               # micro-batches an optimizer step
+    accum: int = 1                                               # micro-batches an optimizer step of a rank
     steps: int | None = None                                     # optimizer steps; with epochs too, whichever ends first
     epochs: int | None = None                                    # passes of data.crops_per_volume crops of every volume
     val_every: int = 50                                          # steps between validations; there is one at step 0 and at the end too
@@ -176,9 +179,10 @@ class LogConfig:
     tensorboard: bool = False                                    # write OUT/tensorboard (pip install tensorboard)
     wandb: bool = False                                          # log to Weights & Biases (pip install wandb)
     wandb_project: str = "vae3d"                                 # its project
+    ddp_check: int = 100                                         # steps between comparisons of all weights across the ranks; 0: never
 
     def __post_init__(self):
-        at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0)
+        at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
 
 
 @dataclass
@@ -560,6 +564,7 @@ class State:
     usage: Tensor | None = None                                  # (K,) int64: choices of each code in this epoch
     norms: list[float] = field(default_factory=list)             # the last finite gradient norms before clipping
     log_scale: float = 16.0                                      # master16: the loss is multiplied by 2 to this power
+    global_batch: int = 0                                        # crops an optimizer step, over all ranks
     updating: bool = False                                       # between the first and the last write of an update
 
     @property
@@ -574,7 +579,7 @@ class State:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ValueError when the device does not exist here."""
+    """Raises ValueError when the device does not exist here. Under torchrun each rank of a machine has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -583,6 +588,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"train.device must be auto, cuda, cuda:N, mps or cpu, got {name!r}") from None
     found = {"cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
              "mps": torch.backends.mps.is_available(), "cpu": True}.get(device.type, False)
+    if device.type == "cuda" and device.index is None and parallel.world() > 1:
+        device = torch.device("cuda", parallel.local_rank())
+        found = found and device.index < torch.cuda.device_count()
     if not found:
         raise ValueError(f"train.device={name}: torch {torch.__version__} sees no such device here; use --device cpu, or install a torch "
                          f"build for the card")
@@ -659,7 +667,8 @@ def new_state(cfg: TrainConfig, device: torch.device, features: dict | None = No
     state = State(model, torch.compile(model) if cfg.train.compile else model, optimizer,
                   torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, emas, masters,
                   build_perceptual(cfg, device, features), disc, disc_optimizer,
-                  losses.LeCam().to(device) if cfg.loss.lecam_weight else None)
+                  losses.LeCam().to(device) if cfg.loss.lecam_weight else None,
+                  global_batch=cfg.train.batch * cfg.train.accum * parallel.world())
     for each in (optimizer, disc_optimizer):
         if each is not None:
             allocate_moments(each)
@@ -728,6 +737,21 @@ def quantizer_of(model: torch.nn.Module) -> torch.nn.Module | None:
     return getattr(model, "quantizer", None)
 
 
+def running_statistics(model: torch.nn.Module) -> list[Tensor]:
+    """What a forward pass moves: all buffers but the codebook's."""
+    return [b for name, b in model.named_buffers() if not name.startswith("quantizer.")]
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All that must be the same on every rank, by name."""
+    modules = {"model": state.model, "disc": state.disc, "lecam": state.lecam, "features": state.perceptual}
+    modules |= {f"ema {k}": ema for k, ema in enumerate(state.emas)}
+    named = {f"master {k}": master for k, master in enumerate(state.masters or ())}
+    for part, module in modules.items():
+        named |= {f"{part} {name}": tensor for name, tensor in (module.state_dict() if module is not None else {}).items()}
+    return named
+
+
 def disc_rate(cfg: TrainConfig) -> float:
     return cfg.optim.lr if cfg.loss.disc_lr is None else cfg.loss.disc_lr
 
@@ -756,6 +780,7 @@ class MicroBatch(NamedTuple):
     seeds: list[int]                                             # one per sample, of its random numbers
     volumes: list[int]                                           # where the crops come from
     label: Tensor | None = None                                  # (b, D, H, W) int64, for segmentation
+    window: int | None = None                                    # crops in the whole window; none: those of the micro-batches at hand
 
 
 class StepResult(NamedTuple):
@@ -781,7 +806,7 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
 @contextlib.contextmanager
 def statistics_put_back(model: torch.nn.Module) -> Iterator[list[bool]]:
     """Restore the network's buffers (not the codebook's) after an exception, or where the list that is given says so."""
-    buffers = [b for name, b in model.named_buffers() if not name.startswith("quantizer.")]
+    buffers = running_statistics(model)
     before, failed = [b.clone() for b in buffers], [True]
     try:
         yield failed
@@ -797,14 +822,14 @@ def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]
     gan = state.disc is not None and state.step >= cfg.loss.disc_start
     optimizers = [state.optimizer, *([state.disc_optimizer] if gan else [])]
     sums: dict[str, Tensor] = {}
-    usage = 0
+    usage = 0 if state.usage is None else torch.zeros_like(state.usage)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     state.model.zero_grad(set_to_none=True)                      # 16-bit weights are not the optimizer's own
     if quantizer is not None:
         quantizer.collected = []                                 # what a step that ran out of memory had collected
     for micro in micro_batches:
-        share = len(micro.image) / total
+        share = len(micro.image) / (micro.window or total)
         generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]  # made here: a repeated step draws the same noise
         out, terms, crops = objective(cfg, state, state.forward, micro, generators, state.step)
         if gan:
@@ -821,6 +846,7 @@ def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]
         for name, term in terms.items():                         # stays on the device: no sync per micro-batch
             sums[name] = sums.get(name, 0) + term.detach() * share
         del out, terms, crops                                    # the next forward must not find this graph alive
+    sums = reduced(state, [state.model, *([state.disc] if gan else [])], sums, usage)
     norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
     finite = norm + sums["loss"]                                 # both: |NaN| has a zero gradient, so the norm alone misses it
     if gan:
@@ -834,6 +860,7 @@ def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]
         if state.masters is not None:
             with torch.no_grad():
                 torch._foreach_copy_([p.detach() for p in state.model.parameters()], state.masters)
+        parallel.average(running_statistics(state.model) + (running_statistics(state.disc) if gan else []))
         if quantizer is not None:
             quantizer.update(torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step)))
             state.usage += usage
@@ -849,6 +876,23 @@ def try_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]
         state.scaler.update()
     state.updating = False
     return StepResult(sums, norm, updated)
+
+
+def reduced(state: State, models: Sequence[torch.nn.Module], sums: dict[str, Tensor], usage: Tensor | int) -> dict[str, Tensor]:
+    """Gradients and codebook usage (in place) and terms, added up over the ranks, once all of them have theirs.
+
+    Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only what a forward pass moves:
+    the running statistics of batch norm, the vectors of spectral norm.
+    """
+    if parallel.world() == 1:
+        return sums
+    gradients = parallel.Gradients([p for model in models for p in model.parameters()])
+    parallel.agreed()
+    state.updating = True                                        # a rank that runs out of memory now cannot have the others repeat
+    gradients.add_up()
+    if state.usage is not None:
+        parallel.add_up(usage)
+    return parallel.summed(sums, next(state.model.parameters()).device)
 
 
 def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
@@ -991,6 +1035,7 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
     """work(), and after an out-of-memory the same again one step further down the dial; optimizer, batch and resolution stay.
 
     shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when there is no step left.
+    The ranks turn the dial together, so each must call this alike, and `work` must end with parallel.agreed, or have it inside.
     """
     while True:
         scaler = state.scaler.state_dict()
@@ -1002,8 +1047,9 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
             if state.updating:
                 raise RunStopped(f"out of memory while the weights were being updated, at {dial_text(cfg.memory)}; go on from last.pt, "
                                  f"with the next --memory.mode") from None
+            where = parallel.ran_out(error)
         # outside of the except clause: its traceback would keep the failed step's tensors alive
-        softer = next_dial(cfg.memory, state, shape)
+        softer = parallel.from_rank(where, lambda: next_dial(cfg.memory, state, shape))  # by that rank's free memory
         if softer is None:
             raise RunStopped(f"out of memory at {dial_text(cfg.memory)}, the last step of the dial; use a smaller --patch or --batch "
                              f"(more --accum keeps the effective batch)")
@@ -1120,26 +1166,29 @@ def steps_per_epoch(epoch_length: int, global_batch: int) -> int:
     return -(-epoch_length // global_batch)
 
 
-def micro_windows(cfg: TrainConfig, epoch_length: int, steps: range) -> Iterator[list[int]]:
-    """Crop numbers of each micro-batch of the steps, in order."""
-    for step in steps:
-        window = window_of(step, epoch_length, cfg.train.batch * cfg.train.accum)
-        yield from (list(window[i:i + cfg.train.batch]) for i in range(0, len(window), cfg.train.batch))
+def micro_windows(window: range, batch: int) -> list[range]:
+    """This rank's share of the micro-batches that a window is cut into. It may be none of a short one."""
+    return [window[batch * i:batch * (i + 1)] for i in parallel.shared(-(-len(window) // batch))]
 
 
-def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, its micro-batches on the device) for each step. Crops and noise are functions of (seed, step, place in the window) alone."""
+def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device,
+                 global_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed, step, place in the window)."""
+    def shares() -> Iterator[tuple[range, list[range]]]:
+        windows = (window_of(step, len(crops), global_batch) for step in steps)
+        return ((window, micro_windows(window, cfg.train.batch)) for window in windows)
     loader = torch.utils.data.DataLoader(
-        crops, batch_sampler=list(micro_windows(cfg, len(crops), steps)), num_workers=cfg.data.workers,
-        pin_memory=cfg.data.pin_memory and device.type == "cuda")
+        crops, batch_sampler=[list(part) for _, parts in shares() for part in parts], num_workers=cfg.data.workers,
+        pin_memory=cfg.data.pin_memory and device.type == "cuda",
+        worker_init_fn=(lambda _: os.setpgid(0, 0)) if parallel.world() > 1 else None)  # torchrun's signals reach a rank's whole group
     batches = iter(loader)
-    for step in steps:
-        window, micro_batches, place = window_of(step, len(crops), cfg.train.batch * cfg.train.accum), [], 0
-        while place < len(window):
+    for step, (window, parts) in zip(steps, shares()):
+        micro_batches = []
+        for part in parts:
             image, *label, volumes = next(batches)
-            seeds = [seed_of(cfg.train.seed, "noise", step, place + i) for i in range(len(image))]
-            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist(), *(x.to(device) for x in label)))
-            place += len(image)
+            seeds = [seed_of(cfg.train.seed, "noise", step, number - window.start) for number in part]
+            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist(), *(x.to(device) for x in label),
+                                            window=len(window)))
         yield step, micro_batches
 
 
@@ -1394,14 +1443,14 @@ TERMS_SHOWN = ("loss", *losses.RECONSTRUCTION, "kl", "vq", "structure", "percept
 
 
 class Log:
-    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases."""
+    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases; on other ranks than the first, nothing."""
     def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list):
         self.cfg, self.path, self.total, self.start, self.started = cfg, out / "log.jsonl", total, start, time.monotonic()
         self.live, self.sinks = sys.stdout.isatty(), sinks
-        if self.path.exists():                                   # rows after the checkpoint belong to steps that are taken again
+        if self.path.exists() and parallel.first():              # rows after the checkpoint belong to steps that are taken again
             rows = [line for line in self.path.read_text().splitlines() if is_before(line, start)]
             write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path if parallel.first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
@@ -1446,8 +1495,10 @@ def shown(value: float | None) -> str:
 
 
 def open_sinks(cfg: TrainConfig, out: Path) -> list:
-    """TensorBoard and W&B when asked for. Raises ValueError with the pip command when one is not installed."""
+    """TensorBoard and W&B when asked for, on the first rank. Raises ValueError with the pip command when one is not installed."""
     sinks = []
+    if not parallel.first():
+        return sinks
     if cfg.log.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -1595,7 +1646,7 @@ class Run:
     device: torch.device
     dataset: data.Data
     crops: data.Crops
-    held_out: Iterable[data.Crop]
+    held_out: Sequence[data.Crop]
     out: Path
     log: Log
     total: int                                                   # optimizer steps
@@ -1605,7 +1656,7 @@ class Run:
 def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
     """The data of the run; the fields of cfg that follow from them are set. Raises DataError, or ValueError where weights do not fit."""
     cfg.data = dataclasses.replace(cfg.data, labels=cfg.task == "seg")
-    dataset = data.open_data(cfg.data, cfg.train.seed, say)
+    dataset = data.open_data(cfg.data, cfg.train.seed, say, parallel.world())
     cfg.vae = dataclasses.replace(cfg.vae, in_channels=dataset.channels)
     if cfg.task == "seg":
         binary = cfg.unet.out_channels == 1 and dataset.classes == 2
@@ -1673,11 +1724,12 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
     device = pick_device(cfg.train.device)
     crops = data.Crops(dataset, cfg.train.seed)
-    per_epoch = steps_per_epoch(len(crops), cfg.train.batch * cfg.train.accum)
-    total = total_steps(cfg, per_epoch)
     state = new_state(cfg, device, checkpoint and checkpoint.get("features"))
     if checkpoint is not None:
         restore(state, checkpoint, out / "last.pt")
+    per_epoch = steps_per_epoch(len(crops), state.global_batch)
+    total = total_steps(cfg, per_epoch)
+    if checkpoint is not None:
         if state.finished and state.step >= total or stopped_early(cfg, state):
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
@@ -1686,14 +1738,16 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         state.finished = False
     started_from, has_codebook = [], checkpoint is not None
     if cfg.train.init is not None and checkpoint is None:
-        started_from, has_codebook = start_from(state, Path(cfg.train.init), cfg.train.init_hints)
+        started_from, has_codebook = parallel.from_rank(0, lambda: start_from(state, Path(cfg.train.init), cfg.train.init_hints))
         if cfg.train.stage == 2 and not has_codebook:
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook of vae.num_codes="
                              f"{cfg.vae.num_codes}; run --train.stage 1 first")
-    turn_dial(cfg, state, settled(cfg.memory, state, (cfg.train.batch, dataset.channels, *dataset.patch)))
+    shape = (cfg.train.batch, dataset.channels, *dataset.patch)
+    turn_dial(cfg, state, parallel.from_rank(0, lambda: settled(cfg.memory, state, shape)))
     sinks = open_sinks(cfg, out)
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:                                       # of a run that was killed before it had a state
+    if parallel.first():
+        out.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and parallel.first():                  # of a run that was killed before it had a state
         (out / "log.jsonl").unlink(missing_ok=True)
     log = Log(cfg, out, total, state.step, sinks)
     held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
@@ -1708,34 +1762,48 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         log.say(text)
     for text in memtest.environment_warnings() if device.type == "cuda" else []:
         log.say(f"warning: {text}")
-    log.say(f"{total} steps of {cfg.train.batch * cfg.train.accum} crops, {per_epoch} an epoch; run folder {out}")
+    log.say(f"{total} steps of {state.global_batch} crops{f' on {parallel.world()} ranks' * (parallel.world() > 1)}, {per_epoch} an epoch; "
+            f"run folder {out}")
     with caught_signals() as received:
+        if not has_codebook:
+            start_codebook(run)
+        parallel.take_from_first(tensors_of(state))
         if checkpoint is None:
-            if not has_codebook:
-                start_codebook(run)
             validation(run, epoch=0)
-            save_last(run)
-        for step, micro_batches in step_batches(cfg, crops, range(state.step, total), device):
+            if parallel.first():
+                save_last(run)
+        for step, micro_batches in step_batches(cfg, crops, range(state.step, total), device, state.global_batch):
             train_and_log(run, step, micro_batches)
+            if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
+                compare_ranks(state)
             if state.step % cfg.train.val_every == 0 or state.step == total:
                 validation(run, step // per_epoch)
             state.finished = state.step == total or stopped_early(cfg, state)
-            if state.finished:
+            if state.finished and parallel.first():
                 finish(run)
             if state.finished or cfg.log.sample_every and state.step % cfg.log.sample_every == 0:
                 save_samples(run)
-            if state.finished or received or state.step % cfg.train.save_every == 0:
+            stopped_by = int(parallel.largest(received[0] if received else 0))  # one rank's signal ends all of them after the same step
+            if parallel.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
                 save_last(run)
-            if state.finished or received:
+            if state.finished or stopped_by:
                 break
+        parallel.barrier()                                       # torchrun ends the others as soon as one has left: not before it is saved
     log.close()
     if state.finished:
         print(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
               f"pictures in {out / 'samples'}")
         return EXIT_DONE
-    print(f"stopped by {signal.Signals(received[0]).name} at step {state.step}, state saved; go on with: "
-          f"python train.py --resume {shlex.quote(str(out))}")
-    return SIGNALS[received[0]]
+    print(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: {resume_command(out)}")
+    return SIGNALS[stopped_by]
+
+
+def compare_ranks(state: State) -> None:
+    """Raises RunStopped where weights, averages or codebooks have drifted apart: from there on each rank would train another network."""
+    found = parallel.difference(tensors_of(state))
+    if found is not None:
+        raise RunStopped(f"step {state.step}: {found} (log.ddp_check); go on from last.pt, on machines with the same GPUs and the "
+                         f"same torch")
 
 
 def total_steps(cfg: TrainConfig, per_epoch: int) -> int:
@@ -1749,7 +1817,8 @@ def stopped_early(cfg: TrainConfig, state: State) -> bool:
 
 
 def save_config(run: Run) -> None:
-    write_atomic(run.out / "config.yaml", lambda file: file.write(to_yaml(run.cfg).encode()))
+    if parallel.first():
+        write_atomic(run.out / "config.yaml", lambda file: file.write(to_yaml(run.cfg).encode()))
 
 
 def recovered(run: Run, shape: Sequence[int], work: Callable[[], Any]) -> Any:
@@ -1769,18 +1838,20 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
         group["lr"] = rate
     for group in state.disc_optimizer.param_groups if state.disc_optimizer is not None else ():
         group["lr"] = rate * disc_rate(cfg) / cfg.optim.lr if cfg.optim.lr else 0.0
-    result = recovered(run, micro_batches[0].image.shape, lambda: train_step(cfg, state, micro_batches))
+    crops = len(window_of(step, len(run.crops), state.global_batch))
+    shape = (min(crops, cfg.train.batch), run.dataset.channels, *run.dataset.patch)
+    result = recovered(run, shape, lambda: train_step(cfg, state, micro_batches))
     terms = {name: float(term) for name, term in result.terms.items()}
     seconds = time.monotonic() - started
     state.step = step + 1
-    voxels = sum(m.image[:, 0].numel() for m in micro_batches)
+    voxels = crops * math.prod(run.dataset.patch)
     row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate, "grad_norm": float(result.norm),
            "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
-           "peak_gib": round(peak_gib(run.device), 4), **gpu_use(run.device)}
+           "peak_gib": round(parallel.largest(peak_gib(run.device)), 4), **gpu_use(run.device)}
     if result.updated:
         state.bad_steps = 0
     else:
-        files = sorted({str(run.dataset.train[v].path) for m in micro_batches for v in m.volumes})
+        files = sorted({str(run.dataset.train[v].path) for v in parallel.gathered([v for m in micro_batches for v in m.volumes])})
         row |= {"skipped": True, "files": files}
         scale = 2.0 ** state.log_scale if state.masters is not None else state.scaler.get_scale() if state.scaler.is_enabled() else 0.0
         overflow = scale > 1 and math.isfinite(terms["loss"])    # the scale falls, the run goes on; below 1 it is no overflow
@@ -1794,9 +1865,10 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     if log.sinks and cfg.log.histogram_every and state.step % cfg.log.histogram_every == 0:
         log_histograms(log, state)
     if state.bad_steps >= cfg.train.nan_limit:
-        path = run.out / f"nan_step_{state.step:06d}.pt"
-        save_checkpoint(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
-                               "model": full_weights(state), "images": [m.image.cpu() for m in micro_batches]})
+        path, images = run.out / f"nan_step_{state.step:06d}.pt", parallel.gathered([m.image.cpu() for m in micro_batches])
+        if parallel.first():
+            save_checkpoint(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
+                                   "model": full_weights(state), "images": images})
         raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
                          f"try a lower --optim.lr, or look at the files that log.jsonl names")
 
@@ -1817,8 +1889,9 @@ def start_codebook(run: Run) -> None:
     rows = []
     for index in range(min(len(run.crops), cfg.train.latent_crops)):
         x = to_device(run.crops[index][0][None], run.device)
-        rows.append(recovered(run, x.shape, lambda x=x: forward(run.state, vae.latent, x)).movedim(1, -1).flatten(0, 3))
-    per_step = len(rows[0]) * cfg.train.batch * cfg.train.accum
+        z = recovered(run, x.shape, lambda x=x: parallel.agreed(forward(run.state, vae.latent, x)))
+        rows.append(z.movedim(1, -1).flatten(0, 3))
+    per_step = len(rows[0]) * run.state.global_batch
     vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook")),
                       per_step=per_step)
     for ema in run.state.emas:
@@ -1834,12 +1907,18 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
     """
     cfg, model, rows, voxels = run.cfg, run.state.shipped.eval(), [], 0
     counts, labelled = 0, torch.zeros(run.dataset.classes, dtype=torch.bool)
-    for number, crop in enumerate(run.held_out):
+    mine = parallel.shared(len(run.held_out))
+    for turn in range(-(-len(run.held_out) // parallel.world())):
+        if turn >= len(mine):                                    # the others are at their last one
+            recovered(run, (1, run.dataset.channels, *run.dataset.patch), parallel.agreed)
+            continue
+        number = mine[turn]
+        crop = run.held_out[number]
         x = to_device(crop.image[None], run.device)
         micro = MicroBatch(x, [], [], None if crop.label is None else crop.label[None].to(run.device))
         def work(micro=micro, number=number):
             generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "validation", number))
-            return objective(cfg, run.state, model, micro, [generator], None)[:2]
+            return parallel.agreed(objective(cfg, run.state, model, micro, [generator], None)[:2])
         out, terms = recovered(run, x.shape, work)
         if cfg.task == "vae":
             terms |= {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x),
@@ -1854,9 +1933,11 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         rows.append({name: float(term) for name, term in terms.items()})
         voxels += x[0, 0].numel()
     run.state.shipped.train()
+    rows, voxels = parallel.gathered(rows), sum(parallel.gathered([voxels]))
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     if cfg.task == "seg":
-        scores, labelled[0] = losses.dice(*counts), False
+        labelled = torch.stack(parallel.gathered([labelled])).any(0)
+        scores, labelled[0] = losses.dice(*sum(parallel.gathered([counts]))), False
         metrics["dice"] = float(scores[labelled].mean())         # nan where the held-out labels hold no class
         metrics |= {f"dice_{k}": float(scores[k]) for k in labelled.nonzero()[:, 0].tolist()}
     return metrics, voxels
@@ -1873,8 +1954,9 @@ def validation(run: Run, epoch: int) -> None:
     metrics, voxels = validate(run)
     seconds = time.monotonic() - started
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
-                 "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds), "peak_gib": round(peak_gib(run.device), 4)})
-    if update_best(run.cfg, state, metrics):
+                 "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
+                 "peak_gib": round(parallel.largest(peak_gib(run.device)), 4)})
+    if update_best(run.cfg, state, metrics) and parallel.first():
         save_checkpoint(run.out / "best.pt", weights_to_ship(run, state.shipped) | {"metrics": metrics})
 
 
@@ -1938,7 +2020,8 @@ def save_samples(run: Run) -> None:
     if cfg.task == "features":                                   # nothing to look at
         return
     model, folder = run.state.shipped.eval(), run.out / "samples"
-    folder.mkdir(exist_ok=True)
+    if parallel.first():
+        folder.mkdir(exist_ok=True)
     for crop in run.held_out:
         name = crop.entry.name
         if name in done or len(done) == cfg.log.samples:
@@ -1947,7 +2030,9 @@ def save_samples(run: Run) -> None:
         x = to_device(crop.image[None], run.device)
         flat = crop.entry.intensity.modality == "picture"
         network = segmented if cfg.task == "seg" else lambda cfg, *inputs: forward(*inputs)
-        out = recovered(run, x.shape, lambda x=x, network=network: network(cfg, run.state, model, x))
+        out = recovered(run, x.shape, lambda x=x, network=network: parallel.agreed(network(cfg, run.state, model, x)))
+        if not parallel.first():
+            continue
         if cfg.task == "seg":
             found, kind = predicted_classes(out.logits).cpu().to(torch.int16), "pred"
             label = torch.where(crop.label == cfg.data.ignore_label, 0, crop.label) if cfg.data.ignore_label is not None else crop.label
@@ -1983,46 +2068,91 @@ def caught_signals() -> Iterator[list[int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with parallel.started(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))):
+        return command(argv)
+
+
+def command(argv: Sequence[str]) -> int:
+    """main() on one rank. The first one reads and chooses; what it found goes to the others, which need the data and no more."""
+    out = None
     try:
-        options = vars(build_parser().parse_args(argv))
-        checkpoint, base, out = None, None, None
+        options = parallel.together(lambda: vars(build_parser().parse_args(argv)))
+        checkpoint, base = None, None
         if "resume" in options:
             path = Path(options["resume"])
-            path = path / "last.pt" if path.is_dir() else path
-            checkpoint, out = load_checkpoint(path, "vae3d.train"), path.parent
+            path = parallel.from_rank(0, lambda: path / "last.pt" if path.is_dir() else path)
+            checkpoint, out = parallel.from_rank(0, lambda: load_checkpoint(path, "vae3d.train")), path.parent
             base = config_from(checkpoint["config"], TrainConfig(), str(path))
-        cfg = load_config(argv, base)
-        out = out or run_folder(cfg)
+        cfg = parallel.from_rank(0, lambda: load_config(argv, base))
+        out = out or parallel.from_rank(0, lambda: run_folder(cfg))
         cfg.train.out = str(out)
         dry = options.get("dry_run", False)
         say = (lambda text: print(f"# {text}")) if dry else print  # a dry run's output is a config file
         for text in set_backend(cfg):
             say(text)
         simulated = dry and cfg.train.device.startswith("cuda")  # a card that is not here can be predicted for
-        device = torch.device(cfg.train.device) if simulated else pick_device(cfg.train.device)
+        device = torch.device(cfg.train.device) if simulated else parallel.together(lambda: pick_device(cfg.train.device))
+        if device.type == "cuda" and parallel.world() > 1:
+            torch.cuda.set_device(device)
         channels = cfg.vae.in_channels
-        dataset = open_data(cfg, say)
+        dataset = parallel.together(lambda: open_data(cfg, say))
         if checkpoint is None and cfg.preset in LAYOUTS and channels != dataset.channels:
             raise ValueError(f"--init: channels of the {cfg.preset} network: {channels}, of the data: {dataset.channels}; use "
                              f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
+        seen = [len(names) for names in dict.fromkeys(map(tuple, parallel.gathered([facts_of(dataset)["training"]])))]
+        if len(seen) > 1:
+            raise DataError(f"{cfg.data.path}: the ranks see different training volumes ({', '.join(map(str, seen))} of them); give every "
+                            f"machine the same data")
+        if checkpoint is not None:
+            keep_global_batch(cfg, base, checkpoint, say)
         if "fit" in options:
-            cfg.memory = fit(cfg, device, options["fit"], say)
+            cfg.memory = parallel.from_rank(0, lambda: fit(cfg, device, options["fit"], say))
         if dry:
             print(to_yaml(cfg), end="")
-            say(predicted_peak(cfg, device))
+            if parallel.first():
+                say(predicted_peak(cfg, device))
             return EXIT_DONE
         return train(cfg, dataset, out, checkpoint)
+    except parallel.Elsewhere:
+        return parallel.exit_code(EXIT_ERROR)
     except (RunStopped, data.StoreError, OSError) as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-        return EXIT_ERROR
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        print(f"train.py: {one_line(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", file=sys.stderr)
-        return EXIT_ERROR
+        return told(one_line(error), EXIT_ERROR)
     except (ValueError, DataError) as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE
+        return told(one_line(error), EXIT_USAGE)
+    except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error):
+            return told(f"{one_line(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", EXIT_ERROR)
+        if not parallel.is_lost(error):
+            raise
+        saved = out is not None and (out / "last.pt").exists()
+        return told("another rank is gone or does not answer" + f"; go on with: {resume_command(out)}" * saved, EXIT_ERROR)
+
+
+def told(text: str, code: int) -> int:
+    """The exit code of all ranks; the first of those that have something to tell tells it, in one line."""
+    if not parallel.speaks(code):
+        return parallel.exit_code(code)
+    print(f"train.py: {parallel.place()}{text}", file=sys.stderr)
+    return code
+
+
+def resume_command(out: Path) -> str:
+    """For as many processes again."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world()))
+    nodes = f"--nnodes {parallel.world() // each} " if parallel.world() > each else ""
+    launcher = "python" if parallel.world() == 1 else f"torchrun {nodes}--nproc_per_node {each}"
+    return f"{launcher} train.py --resume {shlex.quote(str(out))}"
+
+
+def keep_global_batch(cfg: TrainConfig, base: TrainConfig, checkpoint: dict, say: Callable[[str], None]) -> None:
+    """A run goes on with the crops an optimizer step that it began with, and so their order, on any number of ranks, unless it is told
+    another batch or accum: then with batch x accum x ranks."""
+    before = checkpoint.setdefault("global_batch", base.train.batch * base.train.accum)  # absent: of one process, by an older version
+    if (cfg.train.batch, cfg.train.accum) != (base.train.batch, base.train.accum):
+        checkpoint["global_batch"] = now = cfg.train.batch * cfg.train.accum * parallel.world()
+        if now != before:
+            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks {parallel.world()}): from here "
+                f"on the order of the data is another")
 
 
 def set_backend(cfg: TrainConfig) -> list[str]:

@@ -66,7 +66,13 @@ def test_the_two_commands_come_first_and_ci_runs_them():
 def test_command_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    script, *flags = shlex.split(command)[1:]
+    words = shlex.split(command)
+    if words[0] == "sbatch":                                     # tests/test_distributed.py runs the script
+        assert (folder / words[words.index("config/slurm.sh")]).is_file()
+        words = ["python", "train.py", *words[words.index("config/slurm.sh") + 1:]]
+    if words[0] == "torchrun":                                   # on one process; there on several
+        words = ["python", *words[words.index("train.py"):]]
+    script, *flags = words[1:]
     if "PICTURES" in flags:
         pytest.importorskip("PIL")
     if script == "train.py":

@@ -199,8 +199,8 @@ def test_windows_cover_each_epoch_exactly(length, batch):
 def test_batches_are_a_function_of_step_alone(workers):
     cfg = train.load_config([*TINY, "--batch", "2", "--accum", "2", "--workers", str(workers)])
     crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
-    whole = dict(train.step_batches(cfg, crops, range(0, 6), torch.device("cpu")))
-    late = dict(train.step_batches(cfg, crops, range(4, 6), torch.device("cpu")))
+    whole = dict(train.step_batches(cfg, crops, range(0, 6), torch.device("cpu"), 4))
+    late = dict(train.step_batches(cfg, crops, range(4, 6), torch.device("cpu"), 4))
     for step in late:
         for a, b in zip(whole[step], late[step], strict=True):
             assert torch.equal(a.image, b.image) and a.volumes == b.volumes and a.seeds == b.seeds
@@ -1235,7 +1235,7 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
 ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
-           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train"}}
+           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train"}, "parallel": {"torch"}}
 
 
 def test_import_table():
