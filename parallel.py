@@ -68,6 +68,20 @@ def world() -> int:
     return dist.get_world_size() if _here else 1
 
 
+def alike(yes: bool) -> None:
+    """From here on all ranks do the same work, on the same crops: nothing is shared out, gathered or added up, but they end together.
+
+    For memory.tile_parallel, which shares what is inside that work (vae3d.py), with its own agreements.
+    """
+    if _here:
+        _here["alike"] = yes
+
+
+def workers() -> int:
+    """Ranks among which the crops are shared."""
+    return 1 if _here.get("alike") else world()
+
+
 def rank() -> int:
     return dist.get_rank() if _here else 0
 
@@ -116,6 +130,8 @@ def is_lost(error: BaseException) -> bool:
 
 def shared(count: int) -> range:
     """Which of `count` pieces are this rank's: a stretch of them, so that what is gathered in the order of the ranks is in theirs."""
+    if workers() == 1:
+        return range(count)
     return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
@@ -136,8 +152,8 @@ def together(work: Callable[[], Value]) -> Value:
 
 def from_rank(source: int, work: Callable[[], Value]) -> Value:
     """work() of one rank, on all of them. Where it fails, that rank raises its error and all others Elsewhere."""
-    if world() == 1:
-        return work()
+    if workers() == 1:
+        return together(work)
     box = [together(lambda: work() if rank() == source else None)]
     dist.broadcast_object_list(box, src=source)
     return box[0]
@@ -145,7 +161,7 @@ def from_rank(source: int, work: Callable[[], Value]) -> Value:
 
 def agreed(value: Value = None) -> Value:
     """`value`, once every rank has got so far. Raises OutOfMemoryElsewhere where one of them calls ran_out() instead."""
-    short = _ranks_with(False)
+    short = _ranks_with(False) if workers() > 1 else []
     if short:
         raise OutOfMemoryElsewhere(short)
     return value
@@ -180,7 +196,11 @@ def largest(value: float) -> float:
 
 
 def gathered(rows: list) -> list:
-    """The plain values of all ranks, in their order."""
+    """The plain values of all ranks that had a share of the work, in their order."""
+    return rows if workers() == 1 else of_every_rank(rows)
+
+
+def of_every_rank(rows: list) -> list:
     if world() == 1:
         return rows
     every: list = [None] * world()
@@ -190,7 +210,7 @@ def gathered(rows: list) -> list:
 
 def summed(terms: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Scalars by name, added up in the order of the ranks; a rank without micro-batches has none and receives them."""
-    if world() == 1:
+    if workers() == 1:
         return terms
     every = gathered([(list(terms), torch.stack(list(terms.values())).cpu())] if terms else [])
     return dict(zip(every[0][0], sum(values for _, values in every).to(device)))
@@ -198,14 +218,14 @@ def summed(terms: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 def add_up(counts: Tensor) -> Tensor:
     """In place."""
-    if world() > 1:
+    if workers() > 1:
         dist.all_reduce(counts)
     return counts
 
 
 def average(buffers: Sequence[Tensor]) -> None:
     """Floating ones become their mean; counters their largest."""
-    for buffer in buffers if world() > 1 else ():
+    for buffer in buffers if workers() > 1 else ():
         box = buffer.contiguous()
         dist.all_reduce(box, dist.ReduceOp.SUM if box.is_floating_point() else dist.ReduceOp.MAX)
         buffer.copy_(box / world() if box.is_floating_point() else box)
@@ -219,7 +239,7 @@ class Gradients:
     """
     def __init__(self, parameters: Sequence[Tensor]):
         self.rows: list[tuple[list[Tensor], Tensor]] = []
-        trained = [p for p in parameters if p.requires_grad] if world() > 1 else []
+        trained = [p for p in parameters if p.requires_grad] if workers() > 1 else []
         for dtype in dict.fromkeys(p.dtype for p in trained):
             group = [p for p in trained if p.dtype is dtype]
             row = torch.zeros(sum(p.numel() for p in group) + len(group), dtype=dtype, device=group[0].device)
@@ -265,7 +285,7 @@ def difference(tensors: dict[str, Tensor]) -> str | None:
     if world() == 1 or not tensors:
         return None
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).cpu()
-    every = torch.stack(gathered([sums]))                        # (ranks, tensors)
+    every = torch.stack(of_every_rank([sums]))                        # (ranks, tensors)
     for name, column in zip(tensors, every.T):
         others = (column != column[0]).nonzero()[:, 0].tolist()
         if others:

@@ -668,7 +668,7 @@ def new_state(cfg: TrainConfig, device: torch.device, features: dict | None = No
                   torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, emas, masters,
                   build_perceptual(cfg, device, features), disc, disc_optimizer,
                   losses.LeCam().to(device) if cfg.loss.lecam_weight else None,
-                  global_batch=cfg.train.batch * cfg.train.accum * parallel.world())
+                  global_batch=cfg.train.batch * cfg.train.accum * parallel.workers())
     for each in (optimizer, disc_optimizer):
         if each is not None:
             allocate_moments(each)
@@ -884,7 +884,7 @@ def reduced(state: State, models: Sequence[torch.nn.Module], sums: dict[str, Ten
     Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only what a forward pass moves:
     the running statistics of batch norm, the vectors of spectral norm.
     """
-    if parallel.world() == 1:
+    if parallel.workers() == 1:
         return sums
     gradients = parallel.Gradients([p for model in models for p in model.parameters()])
     parallel.agreed()
@@ -1035,12 +1035,14 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
     """work(), and after an out-of-memory the same again one step further down the dial; optimizer, batch and resolution stay.
 
     shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when there is no step left.
-    The ranks turn the dial together, so each must call this alike, and `work` must end with parallel.agreed, or have it inside.
+    The ranks turn the dial together, so each must call this alike, and `work` must end with parallel.agreed, or have it inside; with
+    memory.tile_parallel it is vae3d.together that carries one rank's failure to the others.
     """
     while True:
         scaler = state.scaler.state_dict()
         try:
-            return work()
+            with vae3d.together(getattr(state.model, "group", None), next(state.model.parameters())):
+                return work()
         except RuntimeError as error:                            # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
             if not cfg.memory.recover or not is_out_of_memory(error):
                 raise
@@ -1697,6 +1699,8 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
     if cfg.task == "vae":
         with torch.device("meta"):
             candidates = memtest.memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
+    if cfg.memory.tile_parallel:
+        candidates = [memory for memory in candidates if memory["mode"] == "tile"]
 
     def step_with(size: Sequence[int], memory: dict) -> Callable:
         changed = memtest.change(cfg, {"data": {"patch": size}, "memory": memory})
@@ -1908,7 +1912,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
     cfg, model, rows, voxels = run.cfg, run.state.shipped.eval(), [], 0
     counts, labelled = 0, torch.zeros(run.dataset.classes, dtype=torch.bool)
     mine = parallel.shared(len(run.held_out))
-    for turn in range(-(-len(run.held_out) // parallel.world())):
+    for turn in range(-(-len(run.held_out) // parallel.workers())):
         if turn >= len(mine):                                    # the others are at their last one
             recovered(run, (1, run.dataset.channels, *run.dataset.patch), parallel.agreed)
             continue
@@ -1981,7 +1985,7 @@ def finish(run: Run) -> None:
     cfg, state = run.cfg, run.state
     if cfg.task == "vae":
         best = load_checkpoint(run.out / "best.pt", "vae3d.weights")
-        vae = set_dial(on_device(VAE3D(cfg.vae), run.device), cfg.memory)
+        vae = set_dial(on_device(VAE3D(cfg.vae), run.device), dataclasses.replace(cfg.memory, tile_parallel=False))  # one rank alone
         vae.load_state_dict(best["model"])
         state.latent = best["latent"] = latent_statistics(run, vae.eval())
         save_checkpoint(run.out / "best.pt", best)
@@ -2086,6 +2090,7 @@ def command(argv: Sequence[str]) -> int:
         cfg = parallel.from_rank(0, lambda: load_config(argv, base))
         out = out or parallel.from_rank(0, lambda: run_folder(cfg))
         cfg.train.out = str(out)
+        parallel.alike(cfg.memory.tile_parallel)
         dry = options.get("dry_run", False)
         say = (lambda text: print(f"# {text}")) if dry else print  # a dry run's output is a config file
         for text in set_backend(cfg):
@@ -2099,7 +2104,7 @@ def command(argv: Sequence[str]) -> int:
         if checkpoint is None and cfg.preset in LAYOUTS and channels != dataset.channels:
             raise ValueError(f"--init: channels of the {cfg.preset} network: {channels}, of the data: {dataset.channels}; use "
                              f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
-        seen = [len(names) for names in dict.fromkeys(map(tuple, parallel.gathered([facts_of(dataset)["training"]])))]
+        seen = [len(names) for names in dict.fromkeys(map(tuple, parallel.of_every_rank([facts_of(dataset)["training"]])))]
         if len(seen) > 1:
             raise DataError(f"{cfg.data.path}: the ranks see different training volumes ({', '.join(map(str, seen))} of them); give every "
                             f"machine the same data")
@@ -2149,9 +2154,9 @@ def keep_global_batch(cfg: TrainConfig, base: TrainConfig, checkpoint: dict, say
     another batch or accum: then with batch x accum x ranks."""
     before = checkpoint.setdefault("global_batch", base.train.batch * base.train.accum)  # absent: of one process, by an older version
     if (cfg.train.batch, cfg.train.accum) != (base.train.batch, base.train.accum):
-        checkpoint["global_batch"] = now = cfg.train.batch * cfg.train.accum * parallel.world()
+        checkpoint["global_batch"] = now = cfg.train.batch * cfg.train.accum * parallel.workers()
         if now != before:
-            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks {parallel.world()}): from here "
+            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks {parallel.workers()}): from here "
                 f"on the order of the data is another")
 
 

@@ -162,6 +162,38 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(pool, tmp_path, 
             zip(rows(tmp_path / "two", "train"), [2 * accum] * (9 // (2 * accum)))] == [True] * (9 // (2 * accum))
 
 
+SHARED = ["--memory.mode", "tile", "--memory.tile", "4,4,8", "--memory.stretch", "2", "--memory.tile_parallel"]
+
+
+def test_ranks_that_share_the_tiles_equal_one_process_with_the_same_batch(pool, tmp_path):
+    """The global batch stays batch x accum, whatever the number of ranks."""
+    flags = [*VQ, *GAN, "--steps", "6", "--train.val_every", "3", "--accum", "2", "--memory.mode", "tile", "--memory.tile", "4,4,8"]
+    assert session(flags, tmp_path / "one", double=True)[0] == 0
+    ended = pool(2, session, [*flags, *SHARED, "--log.ddp_check", "1"], tmp_path / "two", True)
+    assert [code for code, *_ in ended] == [0, 0] and "6 steps of 2 crops on 2 ranks" in ended[0][1] and ended[1][1:] == ("", "")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_out_of_memory_on_one_of_the_ranks_that_share_tiles_turns_the_dial_of_all(pool, tmp_path):
+    flags = [*SHARED, "--steps", "3", "--train.val_every", "3", "--patch", "8,16,16"]
+    assert {code for code, *_ in pool(2, session, flags, tmp_path / "whole", True)} == {0}
+    ended = pool(2, session, [*flags, "--memory.tile", "8,16,16"], tmp_path / "short", True, runs_out_once)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert [row["change"].split(":")[0] for row in rows(tmp_path / "short", "memory")] == ["step 2"]
+    assert_same_run(tmp_path / "whole", tmp_path / "short")
+
+
+def runs_out_once(patch, rank):
+    original, raised = train.objective, []
+
+    def objective(cfg, state, *rest):
+        if rank == 1 and state.step == 1 and not raised:
+            raised.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return original(cfg, state, *rest)
+    patch.setattr(train, "objective", objective)
+
+
 def test_adamw_in_float32_stays_within_rounding(pool, tmp_path):
     assert session([*GAN, *SHORT, "--accum", "2"], tmp_path / "one")[0] == 0
     assert {code for code, *_ in pool(2, session, [*GAN, *SHORT], tmp_path / "two")} == {0}

@@ -78,7 +78,7 @@ def assert_same(vae, x, setting, forward=1e-10, backward=1e-10, wrap=None, input
 # ------------------------------------------------------------------------------------------------ the network
 
 COUNTS = {"ultra_lightweight": (694_748, 693_180), "lightweight": (2_717_676, 2_714_604), "base": (7_652_588, 7_647_532),
-          "standard": (40_847_052, 40_833_356), "high_res": (1_927_292, 1_924_764)}
+          "standard": (40_847_052, 40_833_356), "high_res": (1_927_292, 1_924_764), "fast": (643_612, 642_652)}
 
 
 def count(vae) -> int:
@@ -342,7 +342,7 @@ def test_one_small_float32_crop_on_a_cpu_takes_onednn(training, monkeypatch):
         found, answers = run(layout, real)
         assert answers == {True}
         for a, b in zip(found, plain):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), float((a - b).abs().max())
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max())), float((a - b).abs().max())
 
 
 def test_up_convolutions_that_narrow():
