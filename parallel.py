@@ -152,11 +152,16 @@ def together(work: Callable[[], Value]) -> Value:
 
 def from_rank(source: int, work: Callable[[], Value]) -> Value:
     """work() of one rank, on all of them. Where it fails, that rank raises its error and all others Elsewhere."""
-    if workers() == 1:
-        return together(work)
+    if world() == 1:
+        return work()
     box = [together(lambda: work() if rank() == source else None)]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def chosen(source: int, work: Callable[[], Value]) -> Value:
+    """from_rank(), but of every rank for itself where all do the same work and `work` itself has the ranks agree."""
+    return together(work) if _here.get("alike") else from_rank(source, work)
 
 
 def agreed(value: Value = None) -> Value:

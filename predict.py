@@ -605,26 +605,6 @@ def speed(volumes: Sequence[np.ndarray], started: float) -> str:
     return f"{many}{data._sizes(volumes[0].shape[1:])}, {short_number(voxels / max(seconds, 1e-9))} voxels/s"
 
 
-class Stopped(BaseException):
-    """By a signal, whose number it holds."""
-
-
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 raise Stopped, at once: outputs are written whole or not at all."""
-    def stop(number, _):
-        raise Stopped(number)
-    try:
-        before = {number: signal.signal(number, stop) for number in train.SIGNALS}
-    except ValueError:                                           # not the main thread: nobody signals it
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------------------------------------------------ the commands
 
 def open_unet(checkpoint: Checkpoint, options: argparse.Namespace, labels: bool = False) -> tuple[data.DataConfig, np.ndarray]:
@@ -1169,7 +1149,7 @@ def data_changes(options: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 cannot start, 1 some inputs were refused, 130 / 143 / 138 after a signal."""
     try:
-        with stopped_by_signals():
+        with train.stopped_by_signals():
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # decode repeats what reconstruct does
             options, unknown = build_parser().parse_known_args(None if argv is None else list(argv))
             if unknown:                                          # the command's own parser knows which flag is the closest
@@ -1182,7 +1162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if min(*(getattr(options, "window", None) or (1,)), 1) < 1:
                 raise ValueError(f"--window needs three sizes of 1 or more, got {options.window}")
             return COMMANDS[options.command][0](options)
-    except Stopped as stop:
+    except train.Stopped as stop:
         number = stop.args[0]
         clear_line()
         print(f"stopped by {signal.Signals(number).name}; what is written is whole, and the same command goes on from there")

@@ -17,10 +17,17 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads: on a shared core steps were 5 times slower without
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # until main catches it: no traceback out of an import
+
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -31,8 +38,9 @@ import pickle
 import re
 import resource
 import shlex
-import signal
+import shutil
 import sys
+import threading
 import time
 import types
 import typing
@@ -65,9 +73,10 @@ from weights import convert as convert_foreign
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
 COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale",
-            "global_batch")                                      # for last.pt
+            "global_batch", "validated", "sampled")                                      # for last.pt
 TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+SECOND_SIGNAL = 1.0                                              # seconds; what comes sooner is the same one: `timeout` sends it twice
 
 
 # ---------------------------------------------------------------------------------------------------------------- configuration
@@ -560,6 +569,8 @@ class State:
     plateau: tuple[float, float, int] = (math.inf, 1.0, 0)       # best loss, factor of the rate, validations since the best
     bad_steps: int = 0                                           # non-finite steps in a row
     finished: bool = False
+    validated: int = -1                                          # step of the last whole validation
+    sampled: int = 0                                             # step of the last whole set of pictures
     latent: dict | None = None                                   # mean, std (Z,), scale_factor
     usage: Tensor | None = None                                  # (K,) int64: choices of each code in this epoch
     norms: list[float] = field(default_factory=list)             # the last finite gradient norms before clipping
@@ -1051,7 +1062,7 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
                                  f"with the next --memory.mode") from None
             where = parallel.ran_out(error)
         # outside of the except clause: its traceback would keep the failed step's tensors alive
-        softer = parallel.from_rank(where, lambda: next_dial(cfg.memory, state, shape))  # by that rank's free memory
+        softer = parallel.chosen(where, lambda: next_dial(cfg.memory, state, shape))  # by that rank's free memory
         if softer is None:
             raise RunStopped(f"out of memory at {dial_text(cfg.memory)}, the last step of the dial; use a smaller --patch or --batch "
                              f"(more --accum keeps the effective batch)")
@@ -1183,7 +1194,11 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
         crops, batch_sampler=[list(part) for _, parts in shares() for part in parts], num_workers=cfg.data.workers,
         pin_memory=cfg.data.pin_memory and device.type == "cuda",
         worker_init_fn=(lambda _: os.setpgid(0, 0)) if parallel.world() > 1 else None)  # torchrun's signals reach a rank's whole group
-    batches = iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for the workers, who inherit it: Ctrl-C and batch systems signal all of a
+    try:                                                         # process group, and the run would end by the loss of its workers
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for step, (window, parts) in zip(steps, shares()):
         micro_batches = []
         for part in parts:
@@ -1250,7 +1265,7 @@ def run_folder(cfg: TrainConfig) -> Path:
     """The folder of a new run. Raises ValueError when train.out is given and holds a run already."""
     if cfg.train.out is not None:
         out = Path(cfg.train.out)
-        if (out / "last.pt").exists():
+        if any((out / name).exists() for name in ("last.pt", "last.prev.pt")):
             raise ValueError(f"--out {out} already holds a run; go on with --resume {out}, or name another folder")
         return out
     names = (f"{cfg.preset}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
@@ -1260,16 +1275,81 @@ def run_folder(cfg: TrainConfig) -> Path:
 def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
     """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):                       # a vanished folder, a disk that is read-only by now
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError leaves with the file's name: that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from None
+
+
+def place(source: Path, target: Path) -> None:
+    """`target` becomes the same file as `source`, atomically: by a hard link, by a copy where the file system has none."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return copy(source, target)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)                            # rename() does nothing where both are one file already
+
+
+def copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as original:
+        write_atomic(target, lambda file: shutil.copyfileobj(original, file))
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Atomically, and equal contents give equal bytes: a file object keeps the path out of the archive."""
-    write_atomic(path, lambda file: torch.save(canonical(content), file))
+    def write(file: typing.BinaryIO) -> None:
+        try:
+            torch.save(canonical(content), file)
+        except RuntimeError as error:                            # torch closes its archive after the disk's error, and fails at that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    write_atomic(path, write)
+
+
+def lock_folder(out: Path) -> typing.IO | None:
+    """The run folder for this process alone, while the returned file is open. ValueError where another process has it.
+
+    The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds, have no part in it (flock would
+    be theirs too). None on a file system without locks.
+    """
+    file = open(out / ".lock", "a")                              # never reopened: closing any handle of a file gives such a lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
+    except OSError:
+        return None
+    return file
+
+
+TEMPORARY = re.compile(r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp|last\.next\.pt"
+                       r"|\.?step_\d{6,}_.*\.tmp")                # the last: of pictures and volumes in samples/
+
+
+def remove_temporaries(out: Path) -> None:
+    """What a killed run was writing."""
+    for folder in (out, out / "samples"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink()
 
 
 def canonical(value: Any) -> Any:
@@ -1307,6 +1387,10 @@ def full_weights(state: State) -> dict[str, Tensor]:
     return weights
 
 
+class Damaged(ValueError):
+    """A checkpoint that is missing, cut short or changed on the disk."""
+
+
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
     path = Path(path)
@@ -1327,31 +1411,66 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """A file of torch.save as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
+    """A file of torch.save as plain values and CPU tensors. Damaged or ValueError in one line; never runs code from the file."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
+        broken = None
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(info.compress_type or info.file_size != info.compress_size for info in archive.infolist()):
-                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
+            with zipfile.ZipFile(path) as archive:               # torch.load takes flipped bits for weights: it reads no checksum
+                odd = (entry.filename for entry in archive.infolist() if entry.compress_size != entry.file_size or entry.external_attr)
+                broken = next(odd, None) or archive.testzip()    # odd: packed, or a folder, for which torch returns memory as it is
+        elif path.open("rb").read(1) != b"\x80":                 # of a pickle, torch's old format
+            raise ValueError("not a file of torch.save")
+        if broken is not None:
+            raise Damaged(f"{path}: damaged, the checksum or entry of {broken} in it is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                      # a crafted file would print them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+        raise Damaged(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
+    except Damaged:
+        raise
     except Exception as error:  # a damaged pickle may raise anything at all
-        raise ValueError(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
+        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     return content
 
 
-VERSIONS = {"vae3d.train": 2, "vae3d.weights": 1, "vae3d.features": 1}
+VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
 TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
          "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
          "vae3d.features": "train.py --task features writes one as best.pt"}
+
+
+class Resumed(NamedTuple):
+    """A checkpoint that a run goes on from."""
+    path: Path
+    content: dict
+    stamp: tuple[int, int]                                       # of the file
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
+    """The checkpoint of a run folder or file; a damaged last.pt falls back to the one before it. ValueError where none can be read."""
+    path = path / "last.pt" if path.is_dir() else path
+    try:
+        before = stamp(path) if path.exists() else (0, 0)
+        return Resumed(path, load_checkpoint(path, "vae3d.train"), before)
+    except Damaged as error:
+        previous = path.with_name("last.prev.pt")
+        if path.name != "last.pt" or not previous.is_file():
+            raise
+        before = stamp(previous)
+        content = load_checkpoint(previous, "vae3d.train")
+        say(f"{error}; going on from the one before it, {previous}, step {content['step']}")
+        return Resumed(previous, content, before)
 
 
 def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list[str], bool]:
@@ -1446,18 +1565,19 @@ TERMS_SHOWN = ("loss", *losses.RECONSTRUCTION, "kl", "vq", "structure", "percept
 
 class Log:
     """log.jsonl, the console and, on request, TensorBoard and Weights & Biases; on other ranks than the first, nothing."""
-    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list):
+    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1):
         self.cfg, self.path, self.total, self.start, self.started = cfg, out / "log.jsonl", total, start, time.monotonic()
         self.live, self.sinks = sys.stdout.isatty(), sinks
         if self.path.exists() and parallel.first():              # rows after the checkpoint belong to steps that are taken again
-            rows = [line for line in self.path.read_text().splitlines() if is_before(line, start)]
+            rows = [line for line in self.path.read_text().splitlines() if is_before(line, start, validated)]
             write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
         self.file = open(self.path if parallel.first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def row(self, row: dict) -> None:
         """Append to log.jsonl (non-finite numbers as null) and to the sinks, and print."""
@@ -1474,10 +1594,10 @@ class Log:
             terms = "  ".join(f"{k} {shown(row[k])}" for k in TERMS_SHOWN if k in row)
             line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} voxels/s  "
                     f"{row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
-            print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n", flush=True)
+            tell(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n")
 
     def say(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self.live else text, flush=True)
+        tell(f"\r\x1b[K{text}" if self.live else text)
 
     def close(self) -> None:
         self.file.close()
@@ -1485,10 +1605,19 @@ class Log:
             sink.close()
 
 
-def is_before(line: str, step: int) -> bool:
+def tell(text: str, end: str = "\n") -> None:
+    """To the console. A reader that is gone (Ctrl-C ends the `tee` behind it too) stops no run: log.jsonl has it all."""
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):                    # the last line of a killed run may be cut short
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def is_before(line: str, step: int, validated: int) -> bool:
+    try:
+        row = json.loads(line)
+        return row["step"] <= (validated if row.get("split") == "val" else step)
+    except (ValueError, KeyError, TypeError, AttributeError):    # the last line of a killed run may be cut short
         return False
 
 
@@ -1653,6 +1782,8 @@ class Run:
     log: Log
     total: int                                                   # optimizer steps
     per_epoch: int                                               # of them
+    lock: typing.IO | None                                       # of the run folder
+    received: list[int] = field(default_factory=list)            # signals
 
 
 def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
@@ -1719,22 +1850,23 @@ def memory_modes(cfg: TrainConfig) -> tuple[str, ...]:
     return {"vae": vae3d.MEMORY_MODES, "seg": unet.MEMORY_MODES, "features": ("none",)}[cfg.task]
 
 
-def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | None = None) -> int:
+def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | None = None) -> int:
     """Run from step 0 or from a checkpoint to the end, an early stop or a signal; returns the exit code.
 
-    Raises DataError or ValueError when the run cannot start, RunStopped when it cannot go on.
+    Raises DataError or ValueError when the run cannot start, RunStopped or OSError when it cannot go on.
     """
+    checkpoint = resumed and resumed.content
     if cfg.train.stage and cfg.train.init is None and checkpoint is None:
         raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
     device = pick_device(cfg.train.device)
     crops = data.Crops(dataset, cfg.train.seed)
     state = new_state(cfg, device, checkpoint and checkpoint.get("features"))
     if checkpoint is not None:
-        restore(state, checkpoint, out / "last.pt")
+        restore(state, checkpoint, resumed.path)
     per_epoch = steps_per_epoch(len(crops), state.global_batch)
     total = total_steps(cfg, per_epoch)
     if checkpoint is not None:
-        if state.finished and state.step >= total or stopped_early(cfg, state):
+        if state.finished and (state.step >= total or stopped_early(cfg, state)):
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
         if checkpoint["data"]["training"] != facts_of(dataset)["training"]:
@@ -1747,15 +1879,12 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook of vae.num_codes="
                              f"{cfg.vae.num_codes}; run --train.stage 1 first")
     shape = (cfg.train.batch, dataset.channels, *dataset.patch)
-    turn_dial(cfg, state, parallel.from_rank(0, lambda: settled(cfg.memory, state, shape)))
+    turn_dial(cfg, state, parallel.chosen(0, lambda: settled(cfg.memory, state, shape)))
+    lock = parallel.together(lambda: open_folder(cfg, out, resumed) if parallel.first() else None)
     sinks = open_sinks(cfg, out)
-    if parallel.first():
-        out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None and parallel.first():                  # of a run that was killed before it had a state
-        (out / "log.jsonl").unlink(missing_ok=True)
-    log = Log(cfg, out, total, state.step, sinks)
+    log = Log(cfg, out, total, state.step, sinks, state.validated)
     held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
-    run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
+    run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch, lock)
     save_config(run)
     names = {"vae": cfg.preset, "seg": cfg.preset, "features": "feature network"}
     log.say(f"{names[cfg.task]}: {sum(p.numel() for p in state.model.parameters()):,} parameters, "
@@ -1768,38 +1897,53 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, checkpoint: dict | No
         log.say(f"warning: {text}")
     log.say(f"{total} steps of {state.global_batch} crops{f' on {parallel.world()} ranks' * (parallel.world() > 1)}, {per_epoch} an epoch; "
             f"run folder {out}")
-    with caught_signals() as received:
+    stopped_by = 0
+    with caught_signals() as run.received:
         if not has_codebook:
             start_codebook(run)
         parallel.take_from_first(tensors_of(state))
-        if checkpoint is None:
-            validation(run, epoch=0)
-            if parallel.first():
+        try:
+            if checkpoint is not None and state.best is not None:
+                check_best(run)
+            if settle(run) and parallel.first():                 # at step 0, and what a stopped run left undone
                 save_last(run)
-        for step, micro_batches in step_batches(cfg, crops, range(state.step, total), device, state.global_batch):
-            train_and_log(run, step, micro_batches)
-            if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
-                compare_ranks(state)
-            if state.step % cfg.train.val_every == 0 or state.step == total:
-                validation(run, step // per_epoch)
-            state.finished = state.step == total or stopped_early(cfg, state)
-            if state.finished and parallel.first():
-                finish(run)
-            if state.finished or cfg.log.sample_every and state.step % cfg.log.sample_every == 0:
-                save_samples(run)
-            stopped_by = int(parallel.largest(received[0] if received else 0))  # one rank's signal ends all of them after the same step
-            if parallel.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
-                save_last(run)
-            if state.finished or stopped_by:
-                break
+            steps = range(state.step, state.step if state.finished else total)
+            for step, micro_batches in step_batches(cfg, crops, steps, device, state.global_batch):
+                train_and_log(run, step, micro_batches)
+                if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
+                    compare_ranks(state)
+                settle(run)
+                stopped_by = int(parallel.largest(run.received[0] if run.received else 0))  # one rank's signal ends all after the same step
+                if parallel.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
+                    save_last(run)
+                if state.finished or stopped_by:
+                    break
+        except Stopped as stop:
+            stopped_by = stop.args[0]
+            save_last(run, keep=False)
         parallel.barrier()                                       # torchrun ends the others as soon as one has left: not before it is saved
     log.close()
     if state.finished:
-        print(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
-              f"pictures in {out / 'samples'}")
+        tell(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
+             f"pictures in {out / 'samples'}")
         return EXIT_DONE
-    print(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: {resume_command(out)}")
+    tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: {resume_command(out)}")
     return SIGNALS[stopped_by]
+
+
+def open_folder(cfg: TrainConfig, out: Path, resumed: Resumed | None) -> typing.IO | None:
+    """Take the run folder for this process and clear it of what a killed run left; returns its lock. ValueError where another has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
+    remove_temporaries(out)
+    if resumed is None:
+        run_folder(cfg)                                          # the run of another process may have come and gone by now
+        (out / "log.jsonl").unlink(missing_ok=True)              # of a run that was killed before it had a state
+    elif stamp(resumed.path) != resumed.stamp:
+        raise ValueError(f"{resumed.path}: was replaced by another process while this one began; give the same command again")
+    elif resumed.path.name != "last.pt":                         # what comes after it is taken back, so that a kill goes on from here too;
+        copy(resumed.path, out / "last.pt")                      # no link: damage to one leaves the other
+    return lock
 
 
 def compare_ranks(state: State) -> None:
@@ -1808,6 +1952,32 @@ def compare_ranks(state: State) -> None:
     if found is not None:
         raise RunStopped(f"step {state.step}: {found} (log.ddp_check); go on from last.pt, on machines with the same GPUs and the "
                          f"same torch")
+
+
+def settle(run: Run) -> bool:
+    """What is due at this step and not done yet: validation, the end's measurements, pictures. Returns whether anything was.
+
+    Stopped leaves it between two crops; the state then says what is undone, and a run that is resumed from it does that first.
+    """
+    cfg, state = run.cfg, run.state
+    before = state.validated, state.sampled, state.finished
+    if (state.step % cfg.train.val_every == 0 or state.step >= run.total) and state.validated < state.step:
+        validation(run, max(0, state.step - 1) // run.per_epoch)
+        state.validated = state.step
+    at_end = state.step >= run.total or stopped_early(cfg, state)
+    if at_end and parallel.first():
+        finish(run)
+    if (at_end or cfg.log.sample_every and state.step % cfg.log.sample_every == 0) and state.sampled < state.step:
+        save_samples(run)
+        state.sampled = state.step
+    state.finished = at_end
+    return before != (state.validated, state.sampled, state.finished)
+
+
+def stop_if_signalled(run: Run) -> None:
+    """Between two crops of what can be begun again. Raises Stopped; not where other ranks are, who agree after each step."""
+    if run.received and parallel.world() == 1:
+        raise Stopped(run.received[0])
 
 
 def total_steps(cfg: TrainConfig, per_epoch: int) -> int:
@@ -1892,6 +2062,7 @@ def start_codebook(run: Run) -> None:
         return
     rows = []
     for index in range(min(len(run.crops), cfg.train.latent_crops)):
+        stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         z = recovered(run, x.shape, lambda x=x: parallel.agreed(forward(run.state, vae.latent, x)))
         rows.append(z.movedim(1, -1).flatten(0, 3))
@@ -1913,6 +2084,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
     counts, labelled = 0, torch.zeros(run.dataset.classes, dtype=torch.bool)
     mine = parallel.shared(len(run.held_out))
     for turn in range(-(-len(run.held_out) // parallel.workers())):
+        stop_if_signalled(run)
         if turn >= len(mine):                                    # the others are at their last one
             recovered(run, (1, run.dataset.channels, *run.dataset.patch), parallel.agreed)
             continue
@@ -1960,8 +2132,33 @@ def validation(run: Run, epoch: int) -> None:
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
                  "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
                  "peak_gib": round(parallel.largest(peak_gib(run.device)), 4)})
-    if update_best(run.cfg, state, metrics) and parallel.first():
-        save_checkpoint(run.out / "best.pt", weights_to_ship(run, state.shipped) | {"metrics": metrics})
+    if update_best(run.cfg, state, metrics):
+        save_best(run, metrics)
+
+
+def save_best(run: Run, metrics: dict[str, float]) -> None:
+    if parallel.first():
+        save_checkpoint(run.out / "best.pt", weights_to_ship(run, run.state.shipped) | {"metrics": metrics})
+
+
+def load_best(run: Run) -> dict:
+    return load_checkpoint(run.out / "best.pt", "vae3d.weights", "vae3d.features")
+
+
+def check_best(run: Run) -> None:
+    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the weights at hand replace it."""
+    def look() -> str | None:
+        try:
+            return None if load_best(run)["step"] <= run.total else f"{run.out / 'best.pt'}: is of a later step than {run.total}"
+        except ValueError as error:
+            return str(error)
+    wrong = parallel.from_rank(0, look)
+    if wrong is not None:
+        metrics, _ = validate(run)
+        value = metrics[metric_of(run.cfg)]
+        run.state.best, run.state.best_loss = value if math.isfinite(value) else None, metrics["loss"]
+        save_best(run, metrics)
+        run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {metric_of(run.cfg)} {shown(run.state.best)}")
 
 
 def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
@@ -1984,7 +2181,10 @@ def finish(run: Run) -> None:
     """Measure the latent of the weights that ship and store it in both checkpoints; write the other averages beside best.pt."""
     cfg, state = run.cfg, run.state
     if cfg.task == "vae":
-        best = load_checkpoint(run.out / "best.pt", "vae3d.weights")
+        try:
+            best = load_best(run)
+        except ValueError as error:
+            raise RunStopped(f"{error}; --resume {run.out} makes it anew") from None
         vae = set_dial(on_device(VAE3D(cfg.vae), run.device), dataclasses.replace(cfg.memory, tile_parallel=False))  # one rank alone
         vae.load_state_dict(best["model"])
         state.latent = best["latent"] = latent_statistics(run, vae.eval())
@@ -1998,6 +2198,7 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
     """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std (arXiv:2112.10752, App. G)."""
     count, total, squares = 0, 0, 0
     for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
+        stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         mu = forward(run.state, vae.encode, x)[0].double()
         count, total, squares = count + mu[0, 0].numel(), total + mu.sum((0, 2, 3, 4)), squares + mu.square().sum((0, 2, 3, 4))
@@ -2007,14 +2208,22 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
             "scale_factor": float(1 / whole)}
 
 
-def save_last(run: Run) -> None:
-    """last.pt, and train.keep older ones as step_XXXXXX.pt."""
-    content = checkpoint_of(run.cfg, run.state, run.dataset)
-    save_checkpoint(run.out / "last.pt", content)
-    if run.cfg.train.keep:
-        save_checkpoint(run.out / f"step_{run.state.step:06d}.pt", content)
-        for old in sorted(run.out.glob("step_*.pt"))[:-run.cfg.train.keep]:
-            old.unlink()
+def save_last(run: Run, keep: bool = True) -> None:
+    """last.pt; the one before it becomes last.prev.pt, and train.keep of those that were due stay as step_XXXXXX.pt.
+
+    Each file is whole before another goes, so that a kill or a full disk at any moment leaves a good one and its name.
+    """
+    cfg, step, last = run.cfg.train, run.state.step, run.out / "last.pt"
+    keep = keep and cfg.keep > 0 and (step % cfg.save_every == 0 or run.state.finished)
+    new = run.out / (f"step_{step:06d}.pt" if keep else "last.next.pt")
+    save_checkpoint(new, checkpoint_of(run.cfg, run.state, run.dataset))
+    if keep:                                                     # files of later steps are of a run that was taken back; they stay
+        kept = sorted((int(path.stem[5:]), path) for path in run.out.glob("step_*.pt") if re.fullmatch(r"step_\d{6,}", path.stem))
+        for _, old in [row for row in kept if row[0] <= step][:-cfg.keep]:
+            old.unlink(missing_ok=True)
+    if last.exists():
+        place(last, run.out / "last.prev.pt")
+    (place if keep else os.replace)(new, last)
 
 
 @torch.no_grad()
@@ -2031,6 +2240,7 @@ def save_samples(run: Run) -> None:
         if name in done or len(done) == cfg.log.samples:
             continue
         done.add(name)
+        stop_if_signalled(run)
         x = to_device(crop.image[None], run.device)
         flat = crop.entry.intensity.modality == "picture"
         network = segmented if cfg.task == "seg" else lambda cfg, *inputs: forward(*inputs)
@@ -2046,23 +2256,82 @@ def save_samples(run: Run) -> None:
             picture = comparison(crop.image, found, crop.entry.spacing, cfg.loss.background, flat)
         stem = f"step_{run.state.step:06d}_{name}"
         write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(memtest.png(picture)))
-        data.write_nifti(folder / f"{stem}_{kind}.nii.gz", found.numpy(), crop.affine)
+        with naming(folder / f"{stem}_{kind}.nii.gz"):
+            data.write_nifti(folder / f"{stem}_{kind}.nii.gz", found.numpy(), crop.affine)
         for sink in run.log.sinks:
             sink.picture(f"samples/{name}", picture, run.state.step)
     model.train()
 
 
+class Stopped(BaseException):
+    """By a signal, whose number it holds."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 raise Stopped, at once: for what writes files whole or not at all. A second one, after SECOND_SIGNAL
+    seconds, ends the process without a word.
+    """
+    first: list[float] = []
+
+    def stop(number, _):
+        if not first:
+            first.append(time.monotonic())
+            raise Stopped(number)
+        if time.monotonic() - first[0] >= SECOND_SIGNAL:
+            os._exit(SIGNALS[number])
+    try:
+        before = {number: signal.signal(number, stop) for number in SIGNALS}
+    except ValueError:                                           # not the main thread: nobody signals it
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT, SIGTERM and SIGUSR1, so that the loop ends after the step at hand."""
+    """A list that receives SIGINT, SIGTERM and SIGUSR1, so that the loop ends after the step at hand. A second one, after SECOND_SIGNAL
+    seconds, ends the process at once.
+
+    A thread waits for that one: handlers run in the main thread, between Python's instructions, so not in the middle of a backward().
+    """
     received: list[int] = []
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        first = None
+        while number := os.read(read, 1)[0]:
+            if number not in SIGNALS:                            # SIGCHLD of a DataLoader worker
+                continue
+            name = signal.Signals(number).name
+            if first is None:
+                first = time.monotonic()
+                tell(f"{name}: ending after the step at hand, with the state saved; another one ends at once")
+            elif time.monotonic() - first >= SECOND_SIGNAL:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"train.py: {name} again: ended at once, the last checkpoint stays as it is\n".encode())
+                os._exit(SIGNALS[number])
     try:
         before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in SIGNALS}
     except ValueError:                                           # not the main thread: nobody signals it
         before = {}
+    watcher = threading.Thread(target=watch, daemon=True)
+    if before:
+        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        watcher.start()
     try:
         yield received
     finally:
+        if before:
+            signal.set_wakeup_fd(woken)
+            os.write(write, b"\0")                               # the end: workers may hold this pipe too, so closing it is none
+            watcher.join()
+        os.close(read)
+        os.close(write)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -2080,48 +2349,53 @@ def command(argv: Sequence[str]) -> int:
     """main() on one rank. The first one reads and chooses; what it found goes to the others, which need the data and no more."""
     out = None
     try:
-        options = parallel.together(lambda: vars(build_parser().parse_args(argv)))
-        checkpoint, base = None, None
-        if "resume" in options:
-            path = Path(options["resume"])
-            path = parallel.from_rank(0, lambda: path / "last.pt" if path.is_dir() else path)
-            checkpoint, out = parallel.from_rank(0, lambda: load_checkpoint(path, "vae3d.train")), path.parent
-            base = config_from(checkpoint["config"], TrainConfig(), str(path))
-        cfg = parallel.from_rank(0, lambda: load_config(argv, base))
-        out = out or parallel.from_rank(0, lambda: run_folder(cfg))
-        cfg.train.out = str(out)
-        parallel.alike(cfg.memory.tile_parallel)
-        dry = options.get("dry_run", False)
-        say = (lambda text: print(f"# {text}")) if dry else print  # a dry run's output is a config file
-        for text in set_backend(cfg):
-            say(text)
-        simulated = dry and cfg.train.device.startswith("cuda")  # a card that is not here can be predicted for
-        device = torch.device(cfg.train.device) if simulated else parallel.together(lambda: pick_device(cfg.train.device))
-        if device.type == "cuda" and parallel.world() > 1:
-            torch.cuda.set_device(device)
-        channels = cfg.vae.in_channels
-        dataset = parallel.together(lambda: open_data(cfg, say))
-        if checkpoint is None and cfg.preset in LAYOUTS and channels != dataset.channels:
-            raise ValueError(f"--init: channels of the {cfg.preset} network: {channels}, of the data: {dataset.channels}; use "
-                             f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
-        seen = [len(names) for names in dict.fromkeys(map(tuple, parallel.of_every_rank([facts_of(dataset)["training"]])))]
-        if len(seen) > 1:
-            raise DataError(f"{cfg.data.path}: the ranks see different training volumes ({', '.join(map(str, seen))} of them); give every "
-                            f"machine the same data")
-        if checkpoint is not None:
-            keep_global_batch(cfg, base, checkpoint, say)
-        if "fit" in options:
-            cfg.memory = parallel.from_rank(0, lambda: fit(cfg, device, options["fit"], say))
-        if dry:
-            print(to_yaml(cfg), end="")
-            if parallel.first():
-                say(predicted_peak(cfg, device))
-            return EXIT_DONE
-        return train(cfg, dataset, out, checkpoint)
+        with stopped_by_signals():
+            options = parallel.together(lambda: vars(build_parser().parse_args(argv)))
+            dry = options.get("dry_run", False)
+            say = (lambda text: tell(f"# {text}")) if dry else tell  # a dry run's output is a config file
+            resumed, base = None, None
+            if "resume" in options:
+                resumed = parallel.from_rank(0, lambda: load_resumed(Path(options["resume"]), say))
+                out, base = resumed.path.parent, config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
+            cfg = parallel.from_rank(0, lambda: load_config(argv, base))
+            out = out or parallel.from_rank(0, lambda: run_folder(cfg))
+            cfg.train.out = str(out)
+            parallel.alike(cfg.memory.tile_parallel)
+            for text in set_backend(cfg):
+                say(text)
+            simulated = dry and cfg.train.device.startswith("cuda")  # a card that is not here can be predicted for
+            device = torch.device(cfg.train.device) if simulated else parallel.together(lambda: pick_device(cfg.train.device))
+            if device.type == "cuda" and parallel.world() > 1:
+                torch.cuda.set_device(device)
+            channels = cfg.vae.in_channels
+            dataset = parallel.together(lambda: open_data(cfg, say))
+            if resumed is None and cfg.preset in LAYOUTS and channels != dataset.channels:
+                raise ValueError(f"--init: channels of the {cfg.preset} network: {channels}, of the data: {dataset.channels}; use "
+                                 f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
+            seen = [len(names) for names in dict.fromkeys(map(tuple, parallel.of_every_rank([facts_of(dataset)["training"]])))]
+            if len(seen) > 1:
+                raise DataError(f"{cfg.data.path}: the ranks see different training volumes ({', '.join(map(str, seen))} of them); give "
+                                f"every machine the same data")
+            if resumed is not None:
+                keep_global_batch(cfg, base, resumed.content, say)
+            if "fit" in options:
+                cfg.memory = parallel.from_rank(0, lambda: fit(cfg, device, options["fit"], say))
+            if dry:
+                print(to_yaml(cfg), end="")
+                if parallel.first():
+                    say(predicted_peak(cfg, device))
+                return EXIT_DONE
+            return train(cfg, dataset, out, resumed)
+    except Stopped as stop:
+        number = stop.args[0]
+        tell(f"stopped by {signal.Signals(number).name} before there was anything new to save; the same command begins again")
+        return SIGNALS[number]
     except parallel.Elsewhere:
         return parallel.exit_code(EXIT_ERROR)
-    except (RunStopped, data.StoreError, OSError) as error:
+    except (RunStopped, data.StoreError) as error:
         return told(one_line(error), EXIT_ERROR)
+    except OSError as error:
+        return told(disk_text(error, out), EXIT_ERROR)
     except (ValueError, DataError) as error:
         return told(one_line(error), EXIT_USAGE)
     except RuntimeError as error:
@@ -2156,8 +2430,20 @@ def keep_global_batch(cfg: TrainConfig, base: TrainConfig, checkpoint: dict, say
     if (cfg.train.batch, cfg.train.accum) != (base.train.batch, base.train.accum):
         checkpoint["global_batch"] = now = cfg.train.batch * cfg.train.accum * parallel.workers()
         if now != before:
-            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks {parallel.workers()}): from here "
-                f"on the order of the data is another")
+            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks {parallel.workers()}): from "
+                f"here on the order of the data is another")
+
+
+def disk_text(error: OSError, out: Path | None) -> str:
+    """An OSError as a line: the file, what is wrong, what to do."""
+    state = any((out / name).is_file() for name in ("last.pt", "last.prev.pt")) if out else False
+    if error.errno == errno.ENOENT and out is not None and not out.is_dir():
+        return f"{out}: the run folder is gone, and the state with it; start the run again"
+    remedy = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space or have the quota raised",
+              errno.EFBIG: "raise the limit on a file's size", errno.EROFS: "make it writable", errno.EACCES: "make it writable",
+              errno.EPERM: "make it writable"}.get(error.errno, "see to it")
+    after = f"go on with: {resume_command(out)}" if state else "start the run again"
+    return f"{error.filename or 'disk or network'}: {error.strerror or one_line(error)}; {remedy}, then {after}"
 
 
 def set_backend(cfg: TrainConfig) -> list[str]:

@@ -1,12 +1,16 @@
 """train.py: configuration, the step against its definition, bit-exact resume, and the defects that concern training."""
 import ast
+import contextlib
 import copy
 import dataclasses
+import errno
+import gc
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -313,6 +317,289 @@ def test_every_load_is_weights_only():
 def test_keep_older_checkpoints(tmp_path):
     assert run("--steps", "6", "--train.save_every", "1", "--train.keep", "2", out=tmp_path / "r") == 0
     assert sorted(p.name for p in (tmp_path / "r").glob("step_*.pt")) == ["step_000005.pt", "step_000006.pt"]
+
+
+def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_file_goes(tmp_path, monkeypatch):
+    flags, original = ["--steps", "6", "--train.save_every", "1", "--train.keep", "2"], train.place
+    assert run(*flags, out=tmp_path / "whole") == 0
+    (tmp_path / "cut").mkdir()
+    for name in ("step_best.pt", "step_000001_mine.pt", "my.tmp"):
+        (tmp_path / "cut" / name).write_text("a user's")
+    for at in (3, 6):                                            # killed before last.pt is the new file; 6: the last one
+
+        def killed(source, target, at=at):
+            if source.name == f"step_{at:06d}.pt":
+                (tmp_path / "cut/last.next.pt").write_text("half written")
+                raise KeyboardInterrupt
+            original(source, target)
+        monkeypatch.setattr(train, "place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--resume", str(tmp_path / "cut")]) if at > 3 else run(*flags, out=tmp_path / "cut")
+        assert load(tmp_path / "cut/last.pt")["step"] == at - 1
+    monkeypatch.setattr(train, "place", original)
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    found = [{path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
+    assert found[1] - found[0] == {"step_best.pt", "step_000001_mine.pt", "my.tmp"} and found[0] < found[1]
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert {"step_000005.pt", "step_000006.pt"} == {path.name for path in (tmp_path / "whole").glob("step_*")}
+
+
+def load(path):
+    return train.load_checkpoint(path, "vae3d.train", "vae3d.weights")
+
+
+def assert_equal_runs(a, b, names=("last.pt", "best.pt")):
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    times = ("seconds", "voxels_per_second", "peak_gib")
+    timeless = [[{k: v for k, v in r.items() if k not in times} for r in rows(out)] for out in (a, b)]
+    assert timeless[0] == timeless[1]
+
+
+def flip(path, place=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 4
+    path.write_bytes(content)
+
+
+def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    content = {"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "model": {"a": torch.arange(40.0), "b": torch.ones(3)}}
+    path, rng, found = tmp_path / "x.pt", random.Random(0), 0
+    train.save_checkpoint(path, content)
+    good = path.read_bytes()
+    for _ in range(1500):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        try:
+            read = train.load_checkpoint(path, "vae3d.train")
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            found += 1
+        else:
+            assert same(read["model"], content["model"]) and read.keys() == content.keys()
+    assert found > 300, found                                    # the rest: padding, dates
+    path.write_bytes(good[:len(good) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        train.load_checkpoint(path, "vae3d.train")
+
+
+def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_anew(tmp_path, capsys, monkeypatch):
+    flags, whole, out = ["--steps", "6", "--train.save_every", "2", "--train.val_every", "3"], tmp_path / "whole", tmp_path / "cut"
+    assert run(*flags, out=whole) == 0 and run(*flags, out=out) == 0
+    flip(out / "last.pt")
+    capsys.readouterr()
+    assert train.main(["--resume", str(out)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "last.prev.pt" in line]
+    assert len(said) == 1 and "checksum" in said[0] and "step 4" in said[0]
+    assert_equal_runs(whole, out)
+    assert load(out / "last.prev.pt")["step"] == 4               # what was damaged did not take its place
+    flip(out / "best.pt")
+    assert predict.main(["reconstruct", "--checkpoint", str(out), "--input", "x", "--output", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert "checksum" in error and "best.pt" in error and error.count("\n") == 1
+    assert train.main(["--resume", str(out), "--steps", "8"]) == 0 and "take its place" in capsys.readouterr().out
+    best = load(out / "best.pt")
+    assert best["metrics"]["psnr"] == max(r["psnr"] for r in rows(out, "val") if r["step"] >= 6) and best["latent"] is not None
+    for name in ("last.pt", "last.prev.pt"):
+        flip(out / name)
+    assert train.main(["--resume", str(out)]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_going_back_to_an_older_checkpoint_takes_the_later_ones_back(tmp_path, monkeypatch):
+    flags = ["--steps", "6", "--train.save_every", "2", "--train.keep", "3"]
+    assert run(*flags, out=tmp_path / "whole") == 0 and run(*flags, out=tmp_path / "r") == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", killed)
+        train.main(["--resume", str(tmp_path / "r/step_000002.pt")])
+    assert load(tmp_path / "r/last.pt")["step"] == 2 and train.main(["--resume", str(tmp_path / "r")]) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "r", ["last.pt", "best.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt"])
+
+
+def test_signals_between_the_crops_of_validation_codebook_latents_and_pictures(tmp_path, monkeypatch, capsys):
+    """At every place where a part of the loop can be left: the resumed run does that part again, and is never finished too early."""
+    flags = ["--steps", "2", "--train.val_every", "2", "--vae.bottleneck", "vq", "--vae.num_codes", "8", "--train.keep", "1",
+             "--train.save_every", "1", "--train.ema", "0.9,0.5"]
+    calls, original, at = [], train.stop_if_signalled, None
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def counted(running):
+        calls.append(sys._getframe(1).f_code.co_name)
+        if len(calls) - 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(running)
+    monkeypatch.setattr(train, "stop_if_signalled", counted)
+    assert run(*flags, out=tmp_path / "whole") == 0
+    places = list(calls)
+    assert places == ["start_codebook"] * 2 + ["validate"] * 4 + ["latent_statistics"] * 2 + ["save_samples"]
+    names = ["last.pt", "best.pt", "ema_0.5.pt", "step_000002.pt", *(str(p.relative_to(tmp_path / "whole")) for p in
+             (tmp_path / "whole/samples").iterdir())]
+    for at, place in enumerate(places):
+        calls.clear()
+        out = tmp_path / str(at)
+        assert run(*flags, out=out) == 143, place
+        assert capsys.readouterr().out.splitlines()[-1].startswith("stopped by SIGTERM")
+        if place != "start_codebook":
+            assert not load(out / "last.pt")["finished"], place
+        again = ["--resume", str(out)] if place != "start_codebook" else [*TINY, *flags, "--out", str(out)]
+        at = None
+        if place == "validate":                                  # and killed once it has done it, before that is saved
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(train, "save_last", killed)
+                train.main(again)
+        assert train.main(again) == 0, place
+        assert_equal_runs(tmp_path / "whole", out, names)
+
+
+def test_a_signal_before_the_loop_is_one_line(tmp_path, monkeypatch, capsys):
+    def signalled(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    monkeypatch.setattr(data, "open_data", signalled)
+    before = signal.getsignal(signal.SIGINT)
+    assert run("--steps", "1", out=tmp_path / "r") == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith("stopped by SIGINT") and captured.err == "" and not (tmp_path / "r").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def started(out, *flags):
+    """The real command in a process group of its own, once its loop has begun."""
+    process = subprocess.Popen(command(*flags, "--out", str(out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    next(line for line in process.stdout if line.startswith("step 0/"))
+    return process
+
+
+def test_signals_to_workers_and_to_the_reader_of_the_output_harm_nothing(tmp_path):
+    process = started(tmp_path / "r", "--steps", "9", "--accum", "200", "--data.crops_per_volume", "1000", "--data.workers", "2",
+                      "--log.every", "1")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while children.is_file() and len(children.read_text().split()) < 2:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.stdout.close()                                       # as `tee` does, which gets the signal too
+    for number in (signal.SIGINT, signal.SIGTERM):               # the second: from torchrun, or a batch system that signals each process
+        os.killpg(process.pid, number)
+    assert process.wait(60) == 130 and process.stderr.read() == ""
+    assert load(tmp_path / "r/last.pt")["step"] == 1
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = started(tmp_path / "r", "--steps", "2", "--accum", "100000", "--data.crops_per_volume", "10000")  # a long step
+    for number in (signal.SIGTERM, signal.SIGINT):               # a batch system's twin signals are one
+        process.send_signal(number)
+    assert "after the step at hand" in process.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(train.SECOND_SIGNAL + 0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    error = process.stderr.read()
+    assert "again" in error and error.count("\n") == 1 and load(tmp_path / "r/last.pt")["step"] == 0
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.next.pt", "log.jsonl", "config.yaml", ".png", ".nii.gz", "folder"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_state(name, tmp_path, monkeypatch, capsys):
+    flags, out = ["--steps", "4", "--train.save_every", "1", "--train.val_every", "2", "--log.sample_every", "2"], tmp_path / "r"
+    assert run(*flags, out=tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        replace, step = os.replace, train.train_and_log
+
+        def full(source, target):
+            if armed and str(target).endswith(name):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        def spoilt(running, number, micro_batches):
+            if number == 1:
+                armed.append(1)
+                running.log.file = open("/dev/full", "a") if name == "log.jsonl" else running.log.file
+                if name == "config.yaml":                        # written again when the memory dial turns
+                    train.save_config(running)
+                if name == "folder":
+                    shutil.rmtree(out)
+            step(running, number, micro_batches)
+        armed = []
+        patch.setattr(os, "replace", full)
+        patch.setattr(train, "train_and_log", spoilt)
+        assert run(*flags, out=out) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    if name == "folder":
+        assert f"{out}: the run folder is gone" in error
+        return
+    assert name in error and "No space left" in error and "free some space" in error and f"--resume {out}" in error
+    assert not list(out.rglob("*.tmp")) and load(out / "last.pt")["step"] == (3 if name == "best.pt" else 1)
+    assert train.main(["--resume", str(out)]) == 0
+    assert_equal_runs(tmp_path / "whole", out)
+
+
+def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path):
+    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device.*x.pt"):
+        train.save_checkpoint(tmp_path / "x.pt", {"a": torch.zeros(2_000_000)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        flags, step = ["--steps", "4", "--train.save_every", "1"], train.train_and_log
+        assert run(*flags, out=tmp_path / "whole") == 0
+
+        def filled(running, number, micro_batches):
+            if number == 2:
+                with contextlib.suppress(OSError), open(disk / "other", "wb", buffering=0) as file:
+                    while file.write(bytes(4096)):
+                        pass
+                os.truncate(disk / "other", (disk / "other").stat().st_size - 40 * 1024)  # room for a part of it
+            step(running, number, micro_batches)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_and_log", filled)
+            assert run(*flags, out=disk / "r") == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "No space left" in error and "last.next.pt" in error
+        assert {p.name for p in (disk / "r").iterdir()} == {".lock", "best.pt", "config.yaml", "last.pt", "last.prev.pt", "log.jsonl"}
+        (disk / "other").unlink()
+        gc.collect()                                             # the log, open as far as the error's traceback goes
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert train.main(["--resume", str(disk / "r")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "Read-only" in error and "make it writable" in error
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert train.main(["--resume", str(disk / "r")]) == 0
+        assert_equal_runs(tmp_path / "whole", disk / "r")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_folder_is_one_processs(tmp_path, capsys):
+    assert run("--steps", "2", out=tmp_path / "r") == 0
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(99)"
+    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "r/.lock")], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    before = (tmp_path / "r/log.jsonl").read_bytes()
+    assert train.main(["--resume", str(tmp_path / "r"), "--steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ".lock" in error and (tmp_path / "r/log.jsonl").read_bytes() == before
+    process.kill()
+    process.wait()
+    assert train.main(["--resume", str(tmp_path / "r"), "--steps", "3"]) == 0
+
+
+def test_soak_in_short():
+    """tests/soak.py: ends at random moments, real processes."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests/soak.py"), "--kills", "6", "--steps", "9", "--commands", "0"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "all resumed and equal" in done.stdout, done.stdout + done.stderr
 
 
 def test_latent_statistics_are_stored(tmp_path):
@@ -768,7 +1055,7 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, capsys):
     content = torch.load(tmp_path / "r/last.pt", weights_only=True)
     torch.save(content | {"version": 1}, tmp_path / "r/last.pt")
     assert train.main(["--resume", str(tmp_path / "r")]) == 2
-    assert "of version 1, this code reads 2" in capsys.readouterr().err
+    assert "of version 1, this code reads 3" in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path / "r"), "--init", "x"]) == 2
 
 
@@ -1255,5 +1542,6 @@ def test_finishing_takes_its_time_once(tmp_path):
     """The whole tiny run, files and all, takes seconds: the loop waits for nothing."""
     start = time.monotonic()
     assert run("--steps", "5", out=tmp_path / "r") == 0
-    assert {p.name for p in (tmp_path / "r").iterdir()} == {"best.pt", "config.yaml", "last.pt", "log.jsonl", "samples"}
+    names = {".lock", "best.pt", "config.yaml", "last.pt", "last.prev.pt", "log.jsonl", "samples"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == names
     assert time.monotonic() - start < 60
