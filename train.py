@@ -1418,11 +1418,15 @@ def read_checkpoint(path: str | Path) -> Any:
             raise ValueError("not a regular file")
         broken = None
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:               # torch.load takes flipped bits for weights: it reads no checksum
-                odd = (entry.filename for entry in archive.infolist() if entry.compress_size != entry.file_size or entry.external_attr)
-                broken = next(odd, None) or archive.testzip()    # odd: packed, or a folder, for which torch returns memory as it is
-        elif path.open("rb").read(1) != b"\x80":                 # of a pickle, torch's old format
-            raise ValueError("not a file of torch.save")
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr)  # torch returns memory as it is for them
+                broken = next(folders, None) or archive.testzip()  # torch.load takes flipped bits for weights: it reads no checksum
+        else:
+            with path.open("rb") as file:
+                if file.read(1) != b"\x80":                      # of a pickle, torch's old format
+                    raise ValueError("not a file of torch.save")
         if broken is not None:
             raise Damaged(f"{path}: damaged, the checksum or entry of {broken} in it is wrong")
         with warnings.catch_warnings():

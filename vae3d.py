@@ -228,7 +228,7 @@ class Lean(torch.autograd.Function):
         grad_h, *found = (g if g is None or not g.is_mkldnn else g.to_dense() for g in torch.ops.aten.convolution_backward(
             *pair, weight.to(grad.dtype), None if conv.bias is None else [conv.out_channels], conv.stride, conv.padding, conv.dilation,
             False, (0, 0, 0), conv.groups, (edge is not None, *weights_needed)))
-        del h, pair                                                    # not needed for the gradient of SiLU, which looks at x
+        del h, pair                                              # not needed for the gradient of SiLU, which looks at x
         inputs = [t for t in (x, *parameters) if t.requires_grad]
         before = dict(zip(map(id, inputs), torch.autograd.grad(edge, inputs, grad_h.to(dtype)))) if edge is not None else {}
         return (None, None, before.get(id(x)), *(g if g is None else g.to(weight.dtype) for g in found),
@@ -241,6 +241,11 @@ def prepared(before: Sequence[nn.Module], x: Tensor) -> Tensor:
         for layer in before:
             x = layer(x)
     return x
+
+
+def plain(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
+    """conv(before(x)) as autograd does it."""
+    return convolve(conv, prepared(before, x))
 
 
 def slow_on_cpu(x: Tensor) -> bool:
@@ -269,7 +274,7 @@ def lean(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
     if torch.compiler.is_compiling() or type(conv) is not nn.Conv3d:
         return conv(prepared(before, x))
     if not torch.is_grad_enabled():
-        return convolve(conv, prepared(before, x))
+        return plain(conv, x, *before)
     return Lean.apply(conv, before, x, conv.weight, conv.bias, *parameters_of(before))
 
 
@@ -287,9 +292,10 @@ class ResBlock3d(nn.Module):
         self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, last: Callable[..., Tensor] | None = None) -> Tensor:
+        """last: what runs the second convolution, `lean` unless another is given."""
         h = lean(self.conv1, x, self.norm1, self.act)
-        return self.skip(x) + lean(self.conv2, h, self.norm2, self.act)
+        return self.skip(x) + (last or lean)(self.conv2, h, self.norm2, self.act)
 
 
 class Upsample3d(nn.Sequential):
@@ -1096,16 +1102,17 @@ def tiling(piece: Piece, step: tuple[int, int, int] | None, ranks: int = 1) -> T
         taps = 0.0
         if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d)):
             width, taps = op.out_channels, op.weight.numel() / op.out_channels
+            done = work                                          # before the last convolution, when the loop is over
         passes = 1 + sum(i < norm for norm in norms)
         voxels, largest = prod(sum(axis[i]) for axis in lengths), prod(max(axis[i]) for axis in lengths)  # tiles are products of spans
         work += passes * voxels * width * (taps + MOVE_COST)
         alive.append(0 if isinstance(op, Fork) else width * largest)
-    if step is not None:
+    if step is None:                                             # of forward, again, backward twice as long, torch's checkpoint
+        work -= (work - done) / 4                                # leaves out again what nothing is kept of: from the last convolution on
+    else:
         tiles = prod(map(len, found))
-        return Tiling(work * -(-tiles // ranks) / tiles, sum(alive) + 2 * max(alive), step)  # of the rank that has most
-    block = any(isinstance(op, Join) for op in piece.ops)        # forward, again, backward twice as long; others have no again
-    kept = [a for op, a in zip(piece.ops, alive) if isinstance(op, (nn.Conv3d, nn.ConvTranspose3d))]
-    return Tiling(work if block else 0.75 * work, sum(kept[:-1]) + 3 * max(alive), step)
+        work *= -(-tiles // ranks) / tiles                       # of the rank that has most
+    return Tiling(work, sum(alive) + 2 * max(alive), step)
 
 
 def cheapest(costs: Sequence[Tiling], limit: float) -> Tiling:
@@ -1406,7 +1413,8 @@ class VAE3D(nn.Module):
             if step is not None:
                 x = run_tiled(layers[start:stop], step, x, self.progress and tick, group)
             elif self.memory_mode != "none" and torch.is_grad_enabled() and not isinstance(layers[start], KEEP_THEIR_INPUT):
-                x = checkpoint(layers[start], x, use_reentrant=False, preserve_rng_state=False)  # no layer draws random numbers
+                last = (plain,) if isinstance(layers[start], ResBlock3d) else ()  # torch's checkpoint leaves that out again, Lean would not
+                x = checkpoint(layers[start], x, *last, use_reentrant=False, preserve_rng_state=False)  # no layer draws random numbers
             else:
                 x = layers[start](x)
         return x

@@ -41,7 +41,7 @@ import train  # noqa: E402
 import vae3d  # noqa: E402
 import weights  # noqa: E402
 
-COMMON = dict(spatial_dims=3, in_channels=1, out_channels=1, attention_levels=(False,) * 3, latent_channels=4, norm_num_groups=16,
+COMMON = dict(spatial_dims=3, in_channels=1, out_channels=1, attention_levels=(False,) * 3, latent_channels=4, norm_num_groups=8,
               with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)
 THEIRS = {"AutoencoderKL": lambda: AutoencoderKL(channels=(16, 32, 64), num_res_blocks=1, **COMMON),
           "MAISI": lambda: AutoencoderKlMaisi(num_channels=(16, 32, 64), num_res_blocks=(1,) * 3, norm_float16=False, num_splits=1,
@@ -69,7 +69,7 @@ def our_step(cfg: train.TrainConfig, dtype: torch.dtype | None, vae_config: vae3
 
 
 class Theirs:
-    """A MONAI network, its optimizer and the loop around them; loss weights, rate and clipping are those of `cfg`."""
+    """A MONAI network, its optimizer and the loop around them; loss weights and clipping are those of `cfg`."""
     def __init__(self, name: str, cfg: train.TrainConfig, device: torch.device, dtype: torch.dtype | None):
         torch.manual_seed(cfg.train.seed)
         self.network, self.cfg, self.dtype = THEIRS[name]().to(device), cfg, dtype
@@ -132,7 +132,7 @@ def compare(name: str, size: tuple[int, int, int], batch: int, precision: str, d
     dtype, cfg = PRECISIONS[precision], config(size, batch)
     makes = {"theirs": their_step(name, cfg, dtype), "ours": our_step(cfg, dtype)}
     if same:
-        converted, _ = weights.convert(THEIRS[name]().state_dict(), norm_num_groups=16)
+        converted, _ = weights.convert(THEIRS[name]().state_dict(), norm_num_groups=8)
         makes["same network"] = our_step(cfg, dtype, converted)
     times = paired({side: make(device) for side, make in makes.items()}, device, pairs)
     if device.type == "cuda":
@@ -170,17 +170,17 @@ def scores(network: torch.nn.Module, held_out: list[Tensor], dtype: torch.dtype 
 
 
 def batches(cfg: train.TrainConfig, crops: data.Crops, steps: int, device: torch.device) -> Iterator[tuple[int, train.MicroBatch]]:
-    for step, micro_batches in train.step_batches(cfg, crops, range(steps), device):
+    for step, micro_batches in train.step_batches(cfg, crops, range(steps), device, cfg.train.batch):
         yield step, micro_batches[0]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, cfg: train.TrainConfig, step: int, total: int) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, cfg: train.TrainConfig, step: int, total: int, factor: float = 1.0) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = train.learning_rate(cfg.optim, step, total)
+        group["lr"] = factor * train.learning_rate(cfg.optim, step, total)
 
 
 def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: int, precision: str, device: torch.device,
-         png: Path | None, seed: int, val_crops: int) -> dict:
+         png: Path | None, seed: int, val_crops: int, their_lr: float) -> dict:
     """Train both for `steps`, then ours anew for MONAI's seconds; figures on held-out crops after each, and every quarter of the first."""
     cfg, dtype = config(size, batch, data=folder, seed=str(seed)), PRECISIONS[precision]
     dataset = data.open_data(cfg.data, cfg.train.seed, lambda line: None)
@@ -190,10 +190,10 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
     ours.amp_dtype = dtype
     spent, curve = {"theirs": [], "ours": []}, []
     for step, micro in batches(cfg, crops, steps, device):
-        for side, optimizer, work in (("theirs", theirs.optimizer, lambda micro=micro: theirs.step(micro.image)),
-                                      ("ours", ours.optimizer, lambda micro=micro: train.train_step(cfg, ours, [micro]))):
-            set_rate(optimizer, cfg, step, steps)
-            spent[side].append(seconds(work, device))
+        set_rate(theirs.optimizer, cfg, step, steps, their_lr / cfg.optim.lr)
+        set_rate(ours.optimizer, cfg, step, steps)
+        spent["theirs"].append(seconds(lambda micro=micro: theirs.step(micro.image), device))
+        spent["ours"].append(seconds(lambda micro=micro: train.train_step(cfg, ours, [micro]), device))
         ours.step = step + 1
         if (step + 1) % max(1, steps // 4) == 0:
             curve.append({"step": step + 1, "theirs": scores(theirs.network, held_out, dtype), "ours": scores(ours.model, held_out, dtype)})
@@ -211,6 +211,7 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
     if png is not None:
         png.write_bytes(memtest.png(picture(held_out[0], theirs.network, equal.model, dtype, dataset)))
     return {"theirs": name, "data": Path(folder).name, "size": size, "batch": batch, "steps": steps, "seed": seed, "precision": precision,
+            "lr": {"theirs": their_lr, "ours": cfg.optim.lr},
             "held_out_crops": len(held_out), "step_time_ratio": time_ratio, "steps_of_equal_seconds": longer, "curve": curve,
             "equal_steps": {side: curve[-1][side] for side in ("theirs", "ours")},
             "equal_seconds": {"theirs": curve[-1]["theirs"], "ours": after},
@@ -236,6 +237,7 @@ def main() -> int:
     parser.add_argument("--data", action="append", default=[], help="folder of volumes to race on; may be repeated")
     parser.add_argument("--steps", type=int, default=300, help="steps of the race [300]")
     parser.add_argument("--seed", type=int, default=0, help="of the race [0]")
+    parser.add_argument("--their-lr", type=float, default=5e-4, help="MONAI's highest learning rate, of the same schedule [5e-4, as ours]")
     parser.add_argument("--race-size", default="32,64,64", help="its crops [32,64,64]")
     parser.add_argument("--race-precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--val-crops", type=int, default=16, help="held-out crops [16]")
@@ -259,7 +261,7 @@ def main() -> int:
     for folder in args.data:
         png = args.png if args.png and not races else None
         races.append(race("AutoencoderKL", folder, tuple(map(int, args.race_size.split(","))), args.batch, args.steps, args.race_precision,
-                          device, png, args.seed, args.val_crops))
+                          device, png, args.seed, args.val_crops, args.their_lr))
     if args.json:
         facts = {"date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
                  f"{torch.get_num_threads()} threads", "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,

@@ -354,7 +354,7 @@ def test_up_convolutions_that_narrow():
 
 def test_every_layer_is_checkpointed_that_keeps_more_than_its_input(monkeypatch):
     seen = []
-    monkeypatch.setattr(vae3d, "checkpoint", lambda layer, x, **kwargs: seen.append(layer) or layer(x))
+    monkeypatch.setattr(vae3d, "checkpoint", lambda layer, x, *more, **kwargs: seen.append(layer) or layer(x))
     vae, x = build(torch.float32, attention=True, down_padding="end").memory("checkpoint"), torch.randn(1, 1, 8, 8, 8)
     vae(x)
     for layer in (*vae.encoder, *vae.decoder):
