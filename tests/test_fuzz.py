@@ -266,9 +266,10 @@ def test_a_billion_laughs(merge, tmp_path):
 def test_pipes_and_bombs_in_place_of_configs_and_checkpoints(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    torch.save({"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "config": {}, "model": {}, "x": fuzz_data.Evil()}, "evil.pt")
+    ours = {"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "model": {}}
+    torch.save({**ours, "config": {}, "x": fuzz_data.Evil()}, "evil.pt")
     Path("bomb.pt").write_bytes(fuzz_data.one_member("archive/data.pkl", fuzz_data.zeros(400), 400 * 2**20))
-    torch.save({"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "model": {}}, "bare.pt")
+    torch.save(ours, "bare.pt")
     for flags, word in ((("--config", "pipe"), "not a regular file"), (("--resume", "pipe"), "not a regular file"),
                         (("--config", "/dev/zero"), "not a regular"), (("--resume", "bomb.pt"), "compressed"),
                         (("--resume", "bare.pt"), "holds no config"), (("--resume", "evil.pt"), "refused"),
