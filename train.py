@@ -34,6 +34,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import pickle
 import re
 import resource
@@ -2316,6 +2317,8 @@ def caught_signals() -> Iterator[list[int]]:
                 first = time.monotonic()
                 tell(f"{name}: ending after the step at hand, with the state saved; another one ends at once")
             elif time.monotonic() - first >= SECOND_SIGNAL:
+                for worker in multiprocessing.active_children():  # they would tell how they lost this process
+                    worker.kill()
                 with contextlib.suppress(OSError):
                     os.write(2, f"train.py: {name} again: ended at once, the last checkpoint stays as it is\n".encode())
                 os._exit(SIGNALS[number])

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import errno
 import gc
+import io
 import json
 import math
 import os
@@ -539,11 +540,23 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_state(name, t
     assert_equal_runs(tmp_path / "whole", out)
 
 
-def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path):
+def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path, monkeypatch):
     (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device.*x.pt"):
         train.save_checkpoint(tmp_path / "x.pt", {"a": torch.zeros(2_000_000)})
     assert not list(tmp_path.iterdir())
+
+    class Full(io.RawIOBase):                                    # closing it raises nothing, so torch's own error would be left
+        room = 100
+
+        def write(self, part):
+            self.room -= len(part)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len(part)
+    monkeypatch.setattr(train, "write_atomic", lambda path, write: write(Full()))
+    with pytest.raises(OSError, match="No space left on device"):
+        train.save_checkpoint(tmp_path / "x.pt", {"a": torch.zeros(1000)})
 
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
