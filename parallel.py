@@ -29,6 +29,10 @@ Value = TypeVar("Value")
 _here: dict = {}                                                 # of this process: local rank, store
 
 
+class CannotStart(RuntimeError):
+    """The processes do not find each other."""
+
+
 class Elsewhere(RuntimeError):
     """Another rank has failed and says why; this one ends without a word, with exit_code()."""
 
@@ -51,9 +55,13 @@ def started(number: int, of: int, local: int = 0) -> Iterator[None]:
     if of == 1:
         yield
         return
-    store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu:gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=of, timeout=TIMEOUT)
+    try:
+        store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
+        dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=of, timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        raise CannotStart(f"the {of} processes do not meet: {(str(error).splitlines() or [''])[0]}; start them with torchrun, or unset "
+                          f"WORLD_SIZE for one process") from None
     _here.update(local=local, store=dist.PrefixStore("words", store))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first() else nowhere):

@@ -68,7 +68,7 @@ from data import DataConfig, DataError
 from losses import LossConfig
 from unet import UNet, UNetConfig
 from vae3d import VAE3D, VAEConfig
-from weights import BLOCKS, LAYOUTS, HintError, is_foreign
+from weights import BLOCKS, LAYOUTS, HintError, is_foreign, turn_axes
 from weights import convert as convert_foreign
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
@@ -367,8 +367,8 @@ class Foreign(NamedTuple):
 def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | None:
     """What weights.py makes of a file; None for a folder, an absent file and what is not foreign. flag: with which the hints were given.
 
-    intensity_range is what the layout's own scripts use unless a hint says otherwise: [0, 1] for MONAI's, else [-1, 1]. ValueError in one
-    line.
+    intensity_range is what the layout's own scripts use unless a hint says otherwise: [0, 1] for MONAI's, else [-1, 1]; and so are the
+    axes: MONAI reads volumes as x,y,z, so that its kernels are turned round. ValueError in one line.
     """
     content = read_checkpoint(path) if Path(path).is_file() else None
     layout = is_foreign(content)
@@ -376,10 +376,13 @@ def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | No
         return None
     named, several = read_hints(hints, flag)
     named.setdefault("intensity_range", (0.0, 1.0) if layout in BLOCKS else VAEConfig.intensity_range)
+    axes = named.pop("axes", "xyz" if layout in BLOCKS else "zyx")
+    one_of(f"{flag}: axes", axes, ("xyz", "zyx"))
     errors = []
     for arguments in several:                                    # a MAISI config describes two autoencoders: the one that fits
         try:
-            return Foreign(layout, *convert_foreign(content, **{**arguments, **named}))
+            vae, state = convert_foreign(content, **{**arguments, **named})
+            return Foreign(layout, vae, turn_axes(state) if axes == "xyz" else state)
         except HintError as error:
             errors.append(f"{path}: {error} ({flag} NAME=VALUE,NAME=VALUE,... or the original's CONFIG.json)")
         except (ValueError, TypeError) as error:                 # TypeError: of strides that are no lists, and the like
@@ -396,6 +399,8 @@ def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[s
             several = autoencoder_arguments(part)
         elif not is_named:
             raise ValueError(f"{flag}: {part} is neither NAME=VALUE nor a file")
+        elif name.strip() in named or not value.strip():
+            raise ValueError(f"{flag}: {name.strip()} is given {'twice' if value.strip() else 'without a value'}")
         else:
             try:
                 named[name.strip()] = with_numbers(yaml.safe_load(value if "[" in value or "," not in value else f"[{value.strip('() ')}]"))
@@ -421,7 +426,7 @@ def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
     """Constructor arguments of each autoencoder in a JSON or YAML file such as a MONAI bundle's, "@name" put in. ValueError without any."""
     try:                                                         # JSON may be indented by tabs, YAML not
         content = json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else read_yaml(path)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
 
     def entries(value: Any) -> Iterator[dict]:
@@ -631,7 +636,7 @@ def cpu_bf16_is_right() -> bool:
 
     With torch 2.13 on a CPU with avx512_bf16 it holds memory that nobody wrote wherever the depth is 2.
     """
-    with _disable_current_modes():                               # memtest.py may be simulating a step
+    with _disable_current_modes(), torch.inference_mode(False):                               # memtest.py may be simulating a step
         for channels in (16, 32, 64):
             generator = torch.Generator().manual_seed(channels)
             x, grad = (torch.randn(1, channels, 2, 8, 8, generator=generator) for _ in range(2))
@@ -897,6 +902,9 @@ def reduced(state: State, models: Sequence[torch.nn.Module], sums: dict[str, Ten
     the running statistics of batch norm, the vectors of spectral norm.
     """
     if parallel.workers() == 1:
+        with shared_failure(state):                              # tile_parallel: no rank updates before all have their gradients
+            pass
+        state.updating = parallel.world() > 1
         return sums
     gradients = parallel.Gradients([p for model in models for p in model.parameters()])
     parallel.agreed()
@@ -1053,7 +1061,7 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
     while True:
         scaler = state.scaler.state_dict()
         try:
-            with vae3d.together(getattr(state.model, "group", None), next(state.model.parameters())):
+            with shared_failure(state):
                 return work()
         except RuntimeError as error:                            # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
             if not cfg.memory.recover or not is_out_of_memory(error):
@@ -1081,6 +1089,11 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def shared_failure(state: State) -> contextlib.AbstractContextManager:
+    """With memory.tile_parallel what fails on one rank inside raises on all."""
+    return vae3d.together(getattr(state.model, "group", None), next(state.model.parameters()))
 
 
 def turn_dial(cfg: TrainConfig, state: State, memory: MemoryConfig) -> None:
@@ -1388,6 +1401,9 @@ def full_weights(state: State) -> dict[str, Tensor]:
     return weights
 
 
+PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)  # errors that say nothing about a file's content
+
+
 class Damaged(ValueError):
     """A checkpoint that is missing, cut short or changed on the disk."""
 
@@ -1439,6 +1455,12 @@ def read_checkpoint(path: str | Path) -> Any:
         raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
     except Damaged:
         raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise OSError(errno.ENOMEM, "not enough memory to read it", str(path)) from None
+        if isinstance(error, OSError) and error.errno in PASSING:  # the file may be good: nothing falls back
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     except Exception as error:  # a damaged pickle may raise anything at all
         raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
     return content
@@ -1908,9 +1930,8 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | No
             start_codebook(run)
         parallel.take_from_first(tensors_of(state))
         try:
-            if checkpoint is not None and state.best is not None:
-                check_best(run)
-            if settle(run) and parallel.first():                 # at step 0, and what a stopped run left undone
+            replaced = checkpoint is not None and state.best is not None and check_best(run)
+            if (settle(run) or replaced) and parallel.first():                 # at step 0, and what a stopped run left undone
                 save_last(run)
             steps = range(state.step, state.step if state.finished else total)
             for step, micro_batches in step_batches(cfg, crops, steps, device, state.global_batch):
@@ -1925,9 +1946,10 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | No
                     break
         except Stopped as stop:
             stopped_by = stop.args[0]
-            save_last(run, keep=False)
+            if parallel.first():
+                save_last(run, keep=False)
+        log.close()                                              # here: a signal to this rank must not stop it any more
         parallel.barrier()                                       # torchrun ends the others as soon as one has left: not before it is saved
-    log.close()
     if state.finished:
         tell(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
              f"pictures in {out / 'samples'}")
@@ -1980,9 +2002,10 @@ def settle(run: Run) -> bool:
 
 
 def stop_if_signalled(run: Run) -> None:
-    """Between two crops of what can be begun again. Raises Stopped; not where other ranks are, who agree after each step."""
-    if run.received and parallel.world() == 1:
-        raise Stopped(run.received[0])
+    """Between two crops of what can be begun again. Raises Stopped, on all ranks alike, so each must call it equally often."""
+    number = int(parallel.largest(run.received[0] if run.received else 0))
+    if number:
+        raise Stopped(number)
 
 
 def total_steps(cfg: TrainConfig, per_epoch: int) -> int:
@@ -2150,8 +2173,11 @@ def load_best(run: Run) -> dict:
     return load_checkpoint(run.out / "best.pt", "vae3d.weights", "vae3d.features")
 
 
-def check_best(run: Run) -> None:
-    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the weights at hand replace it."""
+def check_best(run: Run) -> bool:
+    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the weights at hand replace it.
+
+    Returns whether they did.
+    """
     def look() -> str | None:
         try:
             return None if load_best(run)["step"] <= run.total else f"{run.out / 'best.pt'}: is of a later step than {run.total}"
@@ -2164,6 +2190,7 @@ def check_best(run: Run) -> None:
         run.state.best, run.state.best_loss = value if math.isfinite(value) else None, metrics["loss"]
         save_best(run, metrics)
         run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {metric_of(run.cfg)} {shown(run.state.best)}")
+    return wrong is not None
 
 
 def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
@@ -2203,7 +2230,8 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
     """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std (arXiv:2112.10752, App. G)."""
     count, total, squares = 0, 0, 0
     for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
-        stop_if_signalled(run)
+        if parallel.world() == 1:                                # of several ranks the first is here alone
+            stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         mu = forward(run.state, vae.encode, x)[0].double()
         count, total, squares = count + mu[0, 0].numel(), total + mu.sum((0, 2, 3, 4)), squares + mu.square().sum((0, 2, 3, 4))
@@ -2315,7 +2343,7 @@ def caught_signals() -> Iterator[list[int]]:
             name = signal.Signals(number).name
             if first is None:
                 first = time.monotonic()
-                tell(f"{name}: ending after the step at hand, with the state saved; another one ends at once")
+                tell(f"{name}: ending after the step at hand{', with the state saved' * (parallel.world() == 1)}; another one ends at once")
             elif time.monotonic() - first >= SECOND_SIGNAL:
                 for worker in multiprocessing.active_children():  # they would tell how they lost this process
                     worker.kill()
@@ -2348,8 +2376,15 @@ def caught_signals() -> Iterator[list[int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    with parallel.started(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))):
-        return command(argv)
+    given = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    try:
+        if not all(value.isdecimal() for value in given):
+            raise parallel.CannotStart(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(given)}: numbers that torchrun sets; unset them")
+        with parallel.started(*map(int, given)):
+            return command(argv)
+    except parallel.CannotStart as error:
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE
 
 
 def command(argv: Sequence[str]) -> int:
@@ -2411,7 +2446,8 @@ def command(argv: Sequence[str]) -> int:
         if not parallel.is_lost(error):
             raise
         saved = out is not None and (out / "last.pt").exists()
-        return told("another rank is gone or does not answer" + f"; go on with: {resume_command(out)}" * saved, EXIT_ERROR)
+        return told(f"another rank is gone or does not answer ({one_line(error)[:160]})" + f"; go on with: {resume_command(out)}" * saved,
+                    EXIT_ERROR)
 
 
 def told(text: str, code: int) -> int:

@@ -209,19 +209,20 @@ class Lean(torch.autograd.Function):
     inputs, so that their gradients take autograd's ordinary way.
     """
     @staticmethod
-    def forward(ctx, conv: nn.Conv3d, before: Sequence[nn.Module], x: Tensor, weight: Tensor, bias: Tensor | None, *_: Tensor) -> Tensor:
+    def forward(ctx, conv: nn.Conv3d, before: nn.Sequential, x: Tensor, weight: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.conv, ctx.before = conv, before
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, *parameters)
         return convolve(conv, prepared(before, x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        conv, (x, weight), (x_needed, *weights_needed) = ctx.conv, ctx.saved_tensors, ctx.needs_input_grad[2:5]
-        parameters = parameters_of(ctx.before)
+        conv, (x, weight, *parameters), (x_needed, *weights_needed) = ctx.conv, ctx.saved_tensors, ctx.needs_input_grad[2:5]
         x = x.detach().requires_grad_(x_needed)
-        with torch.enable_grad():
-            h = prepared(ctx.before, x)
+        parameters = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, ctx.needs_input_grad[5:])]
+        names = [name for name, _ in ctx.before.named_parameters()]
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            h = torch.func.functional_call(ctx.before, dict(zip(names, parameters)), (x,)) if names else ctx.before(x)
         edge, dtype = torch.autograd.graph.get_gradient_edge(h) if h.requires_grad else None, h.dtype
         h = h.detach().to(grad.dtype)
         pair = (grad.to_mkldnn(), h.to_mkldnn()) if slow_on_cpu(h) else (grad, h)
@@ -235,47 +236,43 @@ class Lean(torch.autograd.Function):
                 *(before.get(id(p)) for p in parameters))
 
 
-def prepared(before: Sequence[nn.Module], x: Tensor) -> Tensor:
+def prepared(before: nn.Module, x: Tensor) -> Tensor:
     """before(x) in x.dtype: CUDA's autocast would widen nearest upsampling to float32."""
     with torch.autocast(x.device.type, enabled=False):
-        for layer in before:
-            x = layer(x)
-    return x
+        return before(x)
 
 
 def plain(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
     """conv(before(x)) as autograd does it."""
-    return convolve(conv, prepared(before, x))
+    return convolve(conv, prepared(nn.Sequential(*before), x))
 
 
 def slow_on_cpu(x: Tensor) -> bool:
     """PyTorch leaves one small float32 sample to an im2col kernel (use_mkldnn in Convolution.cpp); oneDNN's takes a fifth of its time.
 
-    Not where a mode watches the operators (fake tensors, memory counting): oneDNN's tensors have no storage to look at.
+    Not where a mode watches the operators (fake tensors, memory counting): oneDNN's tensors have no storage to look at. So no memory figure
+    has its reordered copies of these small tensors.
     """
     return (x.device.type == "cpu" and x.dtype is torch.float32 and len(x) == 1 and prod(x.shape[1:4]) <= 20480
-            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available() and not torch._C._len_torch_dispatch_stack())
+            and not torch.is_autocast_enabled("cpu") and torch._C._get_mkldnn_enabled() and not torch._C._len_torch_dispatch_stack())
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), by oneDNN also where PyTorch would not choose it."""
-    if not slow_on_cpu(x):
+    if not slow_on_cpu(x) or conv._forward_hooks or conv._forward_pre_hooks:
         return conv(x)
     dense = conv(x.to_mkldnn()).to_dense()
     return dense.contiguous(memory_format=torch.channels_last_3d) if x.stride(1) == 1 else dense
 
 
-def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    return [p for module in modules for p in module.parameters()]
-
-
 def lean(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
     """conv(before(x)), by Lean where gradients are wanted; a compiler does the like by itself, and knows no more than plain modules."""
-    if torch.compiler.is_compiling() or type(conv) is not nn.Conv3d:
-        return conv(prepared(before, x))
+    layers = nn.Sequential(*before)
+    if torch.compiler.is_compiling() or type(conv) is not nn.Conv3d or getattr(conv, "_is_replica", False):  # of DataParallel
+        return conv(prepared(layers, x))
     if not torch.is_grad_enabled():
         return plain(conv, x, *before)
-    return Lean.apply(conv, before, x, conv.weight, conv.bias, *parameters_of(before))
+    return Lean.apply(conv, layers, x, conv.weight, conv.bias, *layers.parameters())
 
 
 class ResBlock3d(nn.Module):
@@ -1319,7 +1316,8 @@ class VAE3D(nn.Module):
     def tile_plans(self, size: Sequence[int], batch: int = 1, dtype: torch.dtype = torch.float32) -> list[TilePlan]:
         """Settings of the tile mode for inputs (batch, C, *size), by rising work and falling predicted peak; what was set stays.
 
-        dtype: of the activations; bfloat16 under AMP. The prediction counts live tensors of one training step with AdamW, for planning.
+        dtype: of the activations; bfloat16 under AMP. The prediction counts live tensors of one training step with AdamW, for planning, and
+        is an upper estimate, up to 40 % high; memtest.py has the true one.
         """
         size = tuple(-(-n // s) * s for n, s in zip(size, self.cfg.total_stride))
         stretches = compositions(max(levels(self.encoder)) + 1) if self.stretch == "auto" else [self.stretch]

@@ -133,6 +133,15 @@ def convert(state_dict: Mapping[str, Any], **hints) -> tuple[VAEConfig, dict[str
     return replace(cfg, intensity_range=intensity_range), translate(cfg, style, state)
 
 
+def turn_axes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours for volumes whose axes come in the opposite order, x,y,z instead of z,y,x: its kernels (O, I, k, k, k) turned round.
+
+    The same network, exactly, where every stride is a cube. Done twice it changes nothing.
+    """
+    return {name: value.permute(0, 1, 4, 3, 2).contiguous() if isinstance(value, Tensor) and value.dim() == 5 else value
+            for name, value in state_dict.items()}
+
+
 def hint(hints: dict[str, Any], name: str, default: Any = None) -> Any:
     if name not in hints and default is None:
         raise HintError(f"weights: neither names nor shapes say {name}; pass it as a hint: {name}=...")
@@ -145,7 +154,7 @@ def hint(hints: dict[str, Any], name: str, default: Any = None) -> Any:
 def groups_of(hints: dict[str, Any], widths: list[int], default: int | None, at_most: bool = False) -> int:
     """norm_num_groups; at_most: min(norm_num_groups, width) of each width."""
     groups = hint(hints, "norm_num_groups", default)
-    if not isinstance(groups, int) or groups < 1 or any(w % (min(groups, w) if at_most else groups) for w in widths):
+    if type(groups) is not int or groups < 1 or any(w % (min(groups, w) if at_most else groups) for w in widths):
         raise HintError(f"weights: norm_num_groups={groups} does not divide all of the channels {tuple(widths)}")
     return groups
 
@@ -183,6 +192,8 @@ def infer_blocks(state: Mapping[str, Any], layout: str, hints: dict[str, Any]) -
         for key in state:
             if match := re.match(side + r"\.blocks\.(\d+)\.(.*)", str(key)):
                 tails.setdefault(int(match[1]), []).append(match[2])
+        if max(tails) > 2 * len(state):                          # a hostile number would be counted up to
+            raise ValueError(f"weights: {side}.blocks.{max(tails)} in a file with {len(state)} keys; it is damaged")
         kinds = [kind_of(tails.get(i, [])) for i in range(max(tails) + 1)]
         end = len(kinds) - (kinds[-1] == "S")
         end -= kinds[end - 1] in "N?"                            # the head: a norm and a convolution
@@ -223,6 +234,8 @@ def infer_down_up(state: Mapping[str, Any], layout: str, hints: dict[str, Any]) 
         place = re.compile(side + r"_blocks\.(\d+)\.(\d+|resnets\.\d+)\.(.*)")
         found = {match.group(1, 2) for key in state if (match := place.match(str(key))) and kind_of([match[3]]) == "R"}
         blocks.append(Counter(int(level) for level, _ in found))
+    if max(blocks[0], default=0) > len(state):
+        raise ValueError(f"weights: encoder.down_blocks.{max(blocks[0])} in a file with {len(state)} keys; it is damaged")
     levels = range(max(blocks[0], default=-1) + 1)
     counts = tuple(blocks[0][level] for level in levels)
     if not levels or 0 in counts:

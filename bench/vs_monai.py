@@ -5,8 +5,9 @@
 
 Both sides take turns in one run, so that a machine whose speed drifts does not matter: a time ratio is the median over pairs of steps that
 follow each other. Ours is `train.train_step` with all that it does (clipping, finite check); MONAI's is the plain loop that its tutorials
-have, without GradScaler: zero_grad, forward, L1 + KL, backward, clip, AdamW (fused). Peak memory is the most bytes of live tensors of a
-step (memtest.py: the same count for both), on a GPU torch.cuda.max_memory_allocated. Networks: MONAI's of 16,32,64 channels and one block a
+have, without GradScaler: zero_grad, forward, L1 + KL, backward, clip, AdamW (fused). Ours runs in channels_last_3d, as always; MONAI's as
+it comes. Peak memory is the most bytes of live tensors of a step, predicted by memtest.py in the same way for both (what kernels take
+inside is in neither), on a GPU torch.cuda.max_memory_allocated. Networks: MONAI's of 16,32,64 channels and one block a
 level, 740,593 parameters; ours, the preset `fast`, has 640,057. `same network` is MONAI's own, converted by weights.py and run by us.
 
 Quality: both train on the same crops with the same schedule; then ours trains again, anew, for as many steps as MONAI's seconds pay for.
@@ -28,11 +29,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import monai  # noqa: E402
 import torch  # noqa: E402
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi  # noqa: E402
-from monai.networks.nets import AutoencoderKL  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+try:
+    import monai  # noqa: E402
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi  # noqa: E402
+    from monai.networks.nets import AutoencoderKL  # noqa: E402
+except ModuleNotFoundError:
+    sys.exit("vs_monai.py: MONAI is not installed; python -m pip install monai==1.6.1")
 
 import data  # noqa: E402
 import losses  # noqa: E402
@@ -107,7 +112,7 @@ def paired(steps: dict[str, Step], device: torch.device, pairs: int) -> dict[str
     for number in range(2 + pairs):
         if number >= 5 and time.perf_counter() - start > 100:
             break
-        for name, step in steps.items():
+        for name, step in list(steps.items())[::1 if number % 2 else -1]:
             found[name].append(seconds(step, device))
     return {name: values[2:] for name, values in found.items()}
 
@@ -200,11 +205,11 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
             print(f"{name}, {Path(folder).name}: step {step + 1}  PSNR {curve[-1]['theirs']['psnr']:.2f} (MONAI)  "
                   f"{curve[-1]['ours']['psnr']:.2f} (ours)", flush=True)
     time_ratio = ratio(spent["ours"][2:], spent["theirs"][2:])
-    longer, equal = round(steps / time_ratio), train.new_state(cfg, device)
+    longer, equal, spent["equal"] = round(steps / time_ratio), train.new_state(cfg, device), []
     equal.amp_dtype = dtype
     for step, micro in batches(cfg, crops, longer, device):
         set_rate(equal.optimizer, cfg, step, longer)
-        train.train_step(cfg, equal, [micro])
+        spent["equal"].append(seconds(lambda micro=micro: train.train_step(cfg, equal, [micro]), device))
         equal.step = step + 1
     after = scores(equal.model, held_out, dtype)
     print(f"{name}, {Path(folder).name}: MONAI's {steps} steps pay for {longer} of ours: PSNR {after['psnr']:.2f}", flush=True)
@@ -212,6 +217,7 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
         png.write_bytes(memtest.png(picture(held_out[0], theirs.network, equal.model, dtype, dataset)))
     return {"theirs": name, "data": Path(folder).name, "size": size, "batch": batch, "steps": steps, "seed": seed, "precision": precision,
             "lr": {"theirs": their_lr, "ours": cfg.optim.lr},
+            "seconds_of_steps": {side: round(sum(values), 1) for side, values in spent.items()},
             "held_out_crops": len(held_out), "step_time_ratio": time_ratio, "steps_of_equal_seconds": longer, "curve": curve,
             "equal_steps": {side: curve[-1][side] for side in ("theirs", "ours")},
             "equal_seconds": {"theirs": curve[-1]["theirs"], "ours": after},
@@ -245,8 +251,20 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--png", type=Path, help="file for the first race's picture")
     args = parser.parse_args()
-    device, rows, races = torch.device(args.device), [], []
-    sizes = [tuple(map(int, size.split(","))) for size in args.size or (["32,64,64"] if args.quick else ["32,64,64", "96,96,96"])]
+    rows, races = [], []
+    try:
+        device = train.pick_device(args.device)
+        sizes = [train.convert(size, tuple[int, int, int], "--size")
+                 for size in args.size or (["32,64,64"] if args.quick else ["32,64,64", "96,96,96"])]
+        race_size = train.convert(args.race_size, tuple[int, int, int], "--race-size")
+        for folder in args.data:
+            data.open_data(config(race_size, args.batch, data=folder).data, args.seed, lambda line: None)
+    except ValueError as error:
+        print(f"vs_monai.py: {error}", file=sys.stderr)
+        return 2
+    right = device.type != "cpu" or train.cpu_bf16_is_right()
+    if not right:
+        print("note: bf16 weight gradients of this CPU (oneDNN) are wrong where a level is 2 deep; the lowest level here is size / 4 deep")
     if not args.no_times:
         print("| against | D,H,W | precision | step time ours / theirs | same network | peak none | checkpoint | tile | theirs, s | GiB |\n"
               "|---|---|---|---|---|---|---|---|---|---|")
@@ -260,12 +278,13 @@ def main() -> int:
                       f"| {row['peak_ratio_tile']} | {row['theirs_seconds']} | {row['theirs_gib']} |", flush=True)
     for folder in args.data:
         png = args.png if args.png and not races else None
-        races.append(race("AutoencoderKL", folder, tuple(map(int, args.race_size.split(","))), args.batch, args.steps, args.race_precision,
+        races.append(race("AutoencoderKL", folder, race_size, args.batch, args.steps, args.race_precision,
                           device, png, args.seed, args.val_crops, args.their_lr))
     if args.json:
         facts = {"date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, "
                  f"{torch.get_num_threads()} threads", "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-                 "torch": torch.__version__, "monai": monai.__version__, "python": platform.python_version()}
+                 "torch": torch.__version__, "monai": monai.__version__, "python": platform.python_version(),
+                 "bf16_gradients_right_at_depth_2": right}
         first = {key: rows[0][key] for key in ("step_time_ratio", "peak_ratio")} if rows else {}  # ours / MONAI, fp32, mode none
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**first, "facts": facts, "rows": rows, "races": races}, indent=1) + "\n")

@@ -309,7 +309,7 @@ def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain
     vae, found = build(torch.float32, norm=norm, norm_groups=2, upsample=upsample, up_narrows=True), []
     vae.encoder.level0_block0.norm1.requires_grad_(False)
     vae.decoder.head.conv.weight.requires_grad_(False)
-    for function in (vae3d.lean, lambda conv, x, *before: conv(vae3d.prepared(before, x))):
+    for function in (vae3d.lean, lambda conv, x, *before: conv(vae3d.prepared(nn.Sequential(*before), x))):
         monkeypatch.setattr(vae3d, "lean", function)
         x = torch.randn(1, 1, 5, 8, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -343,6 +343,15 @@ def test_one_small_float32_crop_on_a_cpu_takes_onednn(training, monkeypatch):
         assert answers == {True}
         for a, b in zip(found, plain):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max())), float((a - b).abs().max())
+
+
+def test_a_norm_changed_between_forward_and_backward_is_an_error():
+    vae = build(torch.float32, norm="group", norm_groups=2)
+    out = vae(torch.randn(1, 1, 4, 8, 8)).recon.square().mean()
+    with torch.no_grad():
+        vae.encoder.level0_block0.norm1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 def test_up_convolutions_that_narrow():

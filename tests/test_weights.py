@@ -488,6 +488,11 @@ def saved(path: Path, layout: str = "maisi", **arguments) -> nn.Module:
     return theirs
 
 
+def turned(volume: torch.Tensor) -> torch.Tensor:
+    """z,y,x, as volumes lie here, to x,y,z, as MONAI reads them; and back."""
+    return volume.permute(0, 1, 4, 3, 2)
+
+
 def one_line(capsys, program: str) -> str:
     error = capsys.readouterr().err
     assert error.startswith(f"{program}: ") and error.count("\n") == 1, error
@@ -507,7 +512,7 @@ def test_training_starts_at_their_loss_and_goes_on_without_the_file(layout, low,
     dataset = train.open_data(cfg, lambda text: None)
     rows = []
     for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
-        x = (crop.image[None] + 1) * (high - low) / 2 + low
+        x = turned((crop.image[None] + 1) * (high - low) / 2 + low)
         with torch.no_grad():
             mu, sigma = theirs.encode(x)
             off = (theirs.decode(mu) - x) * 2 / (high - low)     # both errors in units of [-1, 1]
@@ -558,8 +563,8 @@ def test_predictions_are_theirs_untiled_and_in_tiles(layout, tmp_path, capsys):
     theirs = saved(tmp_path / "theirs.pt", layout, channels=(4, 8, 8), norm_num_groups=2)
     hu, source = ct_volume(tmp_path / "in" / "scan.nii.gz"), str(tmp_path / "in")
     with torch.no_grad():
-        mu, _ = theirs.encode((hu + 1000) / 2000)
-        want = theirs.decode(mu)
+        mu, _ = theirs.encode(turned((hu + 1000) / 2000))
+        mu, want = turned(mu), turned(theirs.decode(mu))
 
     def run(command: str, tile: str, *flags: str) -> None:
         assert predict.main([command, "--checkpoint", str(tmp_path / "theirs.pt"), "--hints", "norm_num_groups=2", "--device", "cpu",
@@ -586,6 +591,26 @@ BUNDLE = {"image_channels": 1, "net": {"latent": 2}, "latent_channels": 2, "auto
     "latent_channels": "@net#latent", "num_channels": [8, 16], "num_res_blocks": [1, 1], "norm_num_groups": 4, "norm_eps": 1e-06,
     "attention_levels": [False, False], "with_encoder_nonlocal_attn": False, "use_convtranspose": False, "num_splits": 16}}
 BUNDLE["mask_autoencoder_def"] = BUNDLE["autoencoder_def"] | {"in_channels": 8, "out_channels": 125, "num_channels": [32, 64]}
+
+
+def test_axes_are_turned_unless_a_hint_says_otherwise(tmp_path):
+    theirs = saved(tmp_path / "theirs.pt", "monai")
+    found = {hints: train.load_foreign(tmp_path / "theirs.pt", HINTS + hints, "--hints").weights for hints in ("", ",axes=zyx")}
+    _, plain = weights.convert(theirs.state_dict(), norm_num_groups=4)
+    name = "encoder.level0_block0.conv1.weight"
+    assert torch.equal(found[",axes=zyx"][name], plain[name]) and torch.equal(found[""][name], turned(plain[name]))
+    assert all(torch.equal(value, plain[key]) for key, value in weights.turn_axes(found[""]).items())
+    with pytest.raises(ValueError, match="--hints: axes must be one of xyz, zyx, got 'yxz'"):
+        train.load_foreign(tmp_path / "theirs.pt", HINTS + ",axes=yxz", "--hints")
+
+
+@pytest.mark.parametrize("key", ["encoder.blocks.3000000.conv.weight", "encoder.down_blocks.3000000.0.conv1.weight"])
+def test_a_damaged_number_of_blocks_is_refused_at_once(key):
+    kind = "blocks" if ".blocks." in key else "down_blocks"
+    state = {key: torch.zeros(4, 4, 3, 3, 3), f"encoder.{kind}.0.0.conv1.weight": torch.zeros(4, 4, 3, 3, 3),
+             "decoder.blocks.0.conv.weight": torch.zeros(4, 4, 3, 3, 3), "decoder.up_blocks.0.0.conv1.weight": torch.zeros(4, 4, 3, 3, 3)}
+    with pytest.raises(ValueError, match="3000000 in a file with 4 keys; it is damaged"):
+        weights.convert(state, norm_num_groups=1)
 
 
 def test_hints_are_values_and_the_config_of_the_original(tmp_path):
