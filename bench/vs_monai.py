@@ -227,8 +227,7 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
 
 def picture(image: Tensor, theirs: torch.nn.Module, ours: torch.nn.Module, dtype: torch.dtype | None, dataset: data.Data) -> Tensor:
     """Columns: input, MONAI, its error, ours, its error (after the same seconds); rows: axial, coronal, sagittal."""
-    (a,), (b,), x = (reconstructions(network, [image], dtype) for network in (theirs, ours)), image.cpu()
-    a, b = a.cpu(), b.cpu()
+    x, a, b = (volume.cpu() for volume in (image, *(reconstructions(network, [image], dtype)[0] for network in (theirs, ours))))
     columns = [train.grey(x[0]), train.grey(a[0]), train.hot(a[0] - x[0]), train.grey(b[0]), train.hot(b[0] - x[0])]
     return train.orthogonal_slices(columns, (x - dataset.background).abs()[0], dataset.train[0].spacing, False)
 
@@ -241,7 +240,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps a time ratio is the median of [10]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--data", action="append", default=[], help="folder of volumes to race on; may be repeated")
-    parser.add_argument("--steps", type=int, default=300, help="steps of the race [300]")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the race, 4 at least [300]")
     parser.add_argument("--seed", type=int, default=0, help="of the race [0]")
     parser.add_argument("--their-lr", type=float, default=5e-4, help="MONAI's highest learning rate, of the same schedule [5e-4, as ours]")
     parser.add_argument("--race-size", default="32,64,64", help="its crops [32,64,64]")
@@ -256,6 +255,8 @@ def main() -> int:
         device = train.pick_device(args.device)
         sizes = [train.convert(size, tuple[int, int, int], "--size")
                  for size in args.size or (["32,64,64"] if args.quick else ["32,64,64", "96,96,96"])]
+        if args.steps < 4 or args.pairs < 3 or args.batch < 1:
+            raise ValueError("--steps must be at least 4, --pairs 3, --batch 1")
         race_size = train.convert(args.race_size, tuple[int, int, int], "--race-size")
         for folder in args.data:
             data.open_data(config(race_size, args.batch, data=folder).data, args.seed, lambda line: None)
