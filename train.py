@@ -1931,7 +1931,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | No
         parallel.take_from_first(tensors_of(state))
         try:
             replaced = checkpoint is not None and state.best is not None and check_best(run)
-            if (settle(run) or replaced) and parallel.first():                 # at step 0, and what a stopped run left undone
+            if (settle(run) or replaced) and parallel.first():   # at step 0, and what a stopped run left undone
                 save_last(run)
             steps = range(state.step, state.step if state.finished else total)
             for step, micro_batches in step_batches(cfg, crops, steps, device, state.global_batch):
@@ -2446,8 +2446,8 @@ def command(argv: Sequence[str]) -> int:
         if not parallel.is_lost(error):
             raise
         saved = out is not None and (out / "last.pt").exists()
-        return told(f"another rank is gone or does not answer ({one_line(error)[:160]})" + f"; go on with: {resume_command(out)}" * saved,
-                    EXIT_ERROR)
+        why = "" if "gloo" in str(error) else f" ({one_line(error)[:160]})"  # gloo knows no more; NCCL's may be about the card
+        return told(f"another rank is gone or does not answer{why}" + f"; go on with: {resume_command(out)}" * saved, EXIT_ERROR)
 
 
 def told(text: str, code: int) -> int:

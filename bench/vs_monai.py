@@ -226,10 +226,10 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
 
 
 def picture(image: Tensor, theirs: torch.nn.Module, ours: torch.nn.Module, dtype: torch.dtype | None, dataset: data.Data) -> Tensor:
-    """Columns: input, MONAI, its error, ours, its error (after the same seconds); rows: axial, coronal, sagittal."""
+    """An axial slice; columns: input, MONAI, its error, ours, its error (after the same seconds)."""
     x, a, b = (volume.cpu() for volume in (image, *(reconstructions(network, [image], dtype)[0] for network in (theirs, ours))))
     columns = [train.grey(x[0]), train.grey(a[0]), train.hot(a[0] - x[0]), train.grey(b[0]), train.hot(b[0] - x[0])]
-    return train.orthogonal_slices(columns, (x - dataset.background).abs()[0], dataset.train[0].spacing, False)
+    return train.orthogonal_slices([c.flip(1, 2) for c in columns], (x - dataset.background).abs()[0], (1.0, 1.0, 1.0), flat=True)
 
 
 def main() -> int:

@@ -523,7 +523,7 @@ def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):
         assert predict.main(argv) == 2
         failed_line(capsys, *words)
     refused("reconstruct", tmp_path / "other.pt", words=["other.pt", "vae3d.other"])
-    refused("reconstruct", tmp_path / "empty.pt", words=["empty.pt", "damaged"])
+    refused("reconstruct", tmp_path / "empty.pt", words=["empty.pt", "holds no config"])
     refused("reconstruct", tmp_path / "code.pt", words=["code.pt", "objects"])   # DEFECTS 17
     refused("reconstruct", tmp_path / "text.pt", words=["text.pt"])
     refused("reconstruct", tmp_path / "absent.pt", words=["no such checkpoint"])
