@@ -529,7 +529,7 @@ def build_parser() -> Parser:
     return parser
 
 
-@functools.cache                                                 # inspect parses the whole file each time: 0.1 s a section
+@functools.cache                                                 # 0.4 s for all sections: inspect parses a module for each
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment beside it in the source."""
     try:

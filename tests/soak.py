@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--commands", type=int, default=10)      # every so many starts is a real command; 0: none
     options = parser.parse_args()
+    train.build_parser()                                         # 0.4 s of reading sources, kept for the forks
     rng, began, starts, runs = random.Random(options.seed), time.monotonic(), 0, 0
     counts, codes = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as name:
