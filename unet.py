@@ -118,6 +118,9 @@ class GroupNorm(nn.GroupNorm):  # same as vae3d.GroupNorm; what the tiles need i
     """
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu" and x.dtype.itemsize == 2:  # in channels_last this backward takes ten times as long as both copies
+                y = F.group_norm(x.contiguous(), self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+                return y.contiguous(memory_format=torch.channels_last_3d) if x.stride(1) == 1 else y
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
