@@ -67,14 +67,14 @@ import vae3d
 from data import DataConfig, DataError
 from losses import LossConfig
 from unet import UNet, UNetConfig
-from vae3d import VAE3D, VAEConfig
+from vae3d import VAE3D, VAEConfig, is_out_of_memory
 from weights import BLOCKS, LAYOUTS, HintError, is_foreign, turn_axes
 from weights import convert as convert_foreign
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
 COUNTERS = ("step", "best", "best_loss", "bad_validations", "bad_steps", "finished", "latent", "usage", "norms", "log_scale",
-            "global_batch", "validated", "sampled")                                      # for last.pt
+            "global_batch", "validated", "sampled")              # for last.pt
 TASKS = {"vae": vae3d.PRESETS, "seg": unet.PRESETS, "features": {}}  # task -> its presets; features has one network
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 SECOND_SIGNAL = 1.0                                              # seconds; what comes sooner is the same one: `timeout` sends it twice
@@ -636,7 +636,7 @@ def cpu_bf16_is_right() -> bool:
 
     With torch 2.13 on a CPU with avx512_bf16 it holds memory that nobody wrote wherever the depth is 2.
     """
-    with _disable_current_modes(), torch.inference_mode(False):                               # memtest.py may be simulating a step
+    with _disable_current_modes(), torch.inference_mode(False):  # memtest.py may be simulating a step
         for channels in (16, 32, 64):
             generator = torch.Generator().manual_seed(channels)
             x, grad = (torch.randn(1, channels, 2, 8, 8, generator=generator) for _ in range(2))
@@ -1100,10 +1100,6 @@ def turn_dial(cfg: TrainConfig, state: State, memory: MemoryConfig) -> None:
     cfg.memory = memory
     for model in (state.model, *state.emas):
         set_dial(model, memory)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def next_dial(memory: MemoryConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:

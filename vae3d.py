@@ -274,7 +274,7 @@ def lean(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
     if torch.compiler.is_compiling() or type(conv) is not nn.Conv3d or getattr(conv, "_is_replica", False):  # of DataParallel
         return conv(prepared(layers, x))
     if not torch.is_grad_enabled():
-        return plain(conv, x, *before)
+        return convolve(conv, prepared(layers, x))
     return Lean.apply(conv, layers, x, conv.weight, conv.bias, *layers.parameters())
 
 
@@ -847,9 +847,8 @@ def together(group: torch.distributed.ProcessGroup | None, like: Tensor) -> Iter
         yield
     except Exception as error:
         if not getattr(error, "told", False):
-            short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
             error.told = True
-            dist.all_reduce(told.fill_((1 if short else 2) * group.size() + group.rank()), dist.ReduceOp.MAX, group)
+            dist.all_reduce(told.fill_((1 if is_out_of_memory(error) else 2) * group.size() + group.rank()), dist.ReduceOp.MAX, group)
         raise
     dist.all_reduce(told, dist.ReduceOp.MAX, group)
     kind, rank = divmod(int(told), group.size())
@@ -858,6 +857,11 @@ def together(group: torch.distributed.ProcessGroup | None, like: Tensor) -> Iter
                  RuntimeError(f"rank {rank} of those that share the tiles failed; its own message says why"))
         error.told = True
         raise error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA's error, or the CPU allocator's, which is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def add_up(t: Tensor, group: torch.distributed.ProcessGroup | None) -> None:

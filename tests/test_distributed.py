@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -331,30 +332,21 @@ def test_usage_errors_are_told_once_and_a_dry_run_prints_once(pool, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def signals_itself(patch, rank):
+def signals_itself(number, guilty, patch, rank):
+    """Rank `guilty` sends itself a signal in step 4."""
     original = train.train_step
 
     def train_step(cfg, state, batches):
-        if rank == 1 and state.step == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if rank == guilty and state.step == 3:
+            os.kill(os.getpid(), number)
         return original(cfg, state, batches)
     patch.setattr(train, "train_step", train_step)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_the_state_saved(pool, tmp_path):
-    ended = pool(2, session, ["--steps", "9"], tmp_path / "a", False, signals_itself)
+    ended = pool(2, session, ["--steps", "9"], tmp_path / "a", False, partial(signals_itself, signal.SIGUSR1, 1))
     assert {code for code, *_ in ended} == {138} and torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] == 4
     assert f"torchrun --nproc_per_node 2 train.py --resume {tmp_path / 'a'}" in ended[0][1] and ended[1][1:] == ("", "")
-
-
-def killed(patch, rank):
-    original = train.train_step
-
-    def train_step(cfg, state, batches):
-        if rank == 2 and state.step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(cfg, state, batches)
-    patch.setattr(train, "train_step", train_step)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the pieces
@@ -532,7 +524,8 @@ def test_slurm_script_saves_and_requeues_before_the_end_of_its_time_and_goes_on(
 
 def test_a_killed_rank_ends_the_others_without_torchrun_too(pool, tmp_path):
     """The last test of the pool: it loses a process."""
-    pool.begin(3, session, ["--steps", "9", "--train.save_every", "2"], tmp_path / "a", False, killed)
+    pool.begin(3, session, ["--steps", "9", "--train.save_every", "2"], tmp_path / "a", False,
+               partial(signals_itself, signal.SIGKILL, 2))
     started = time.monotonic()
     ended = pool.end([0, 1], 60)
     assert time.monotonic() - started < 60 and {code for code, *_ in ended} == {1}
