@@ -1,19 +1,15 @@
 """Many processes against one: parallel.py, what train.py makes of it, the shared cache, config/slurm.sh. Real gloo processes on the CPU."""
 import contextlib
 import fcntl
-import importlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -30,72 +26,6 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--vae.base_channels", "4", "--data.synthetic_count", "4", "--data.synthetic_size", "8,16,16", "--patch", "4,8,8",
         "--data.crops_per_volume", "3", "--train.val_crops", "3", "--train.latent_crops", "2", "--device", "cpu", "--log.sample_every", "0",
         "--log.samples", "1", "--batch", "1"]  # 9 crops an epoch: its last window is short of every global batch below
-
-
-# ------------------------------------------------------------------------------------------------------- processes that wait for work
-
-def serve(pipe):
-    """A process that does what it is sent: (variables of its rank, function, arguments).
-
-    torch._dynamo, which the first optimizer imports, keeps a group that exists at that moment, and its connections, to the process's end;
-    here the process outlives its rank.
-    """
-    importlib.import_module("torch._dynamo")
-    while (job := pipe.recv()) is not None:
-        variables, function, arguments = job
-        os.environ |= variables
-        try:
-            pipe.send((True, function(*arguments)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Pool:
-    def __init__(self, size):
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            self.pipes.append(ours)
-            self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
-            self.processes[-1].start()
-
-    def begin(self, world, function, *arguments):
-        port = free_port()
-        for rank in range(world):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": port}
-            self.pipes[rank].send(({name: str(value) for name, value in variables.items()}, function, arguments))
-
-    def end(self, ranks, seconds=120):
-        results = []
-        for rank in ranks:
-            assert self.pipes[rank].poll(seconds), f"rank {rank} hangs"
-            fine, result = self.pipes[rank].recv()
-            assert fine, f"rank {rank}:\n{result}"
-            results.append(result)
-        return results
-
-    def __call__(self, world, function, *arguments):
-        self.begin(world, function, *arguments)
-        return self.end(range(world))
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(3)
-    yield pool
-    for pipe, process in zip(pool.pipes, pool.processes):
-        with contextlib.suppress(BrokenPipeError):
-            pipe.send(None)
-        process.join(5)
-        process.kill()
 
 
 def session(flags, out, double=False, spoil=None):

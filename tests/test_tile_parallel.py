@@ -3,6 +3,7 @@ import contextlib
 import copy
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,11 +144,11 @@ def planning(group) -> dict:
             "bound": bound}
 
 
-def of_rank(rank: int, folder: str) -> None:
-    """One of three processes: all cases on ranks 0 and 1, the networks and sizes on all three as well."""
-    torch.set_num_threads(1)
+def of_rank(folder: Path) -> None:
+    """One of three processes: all cases on ranks 0 and 1, the networks and sizes on all three as well. It writes what it found."""
     patience = timedelta(seconds=120)                            # a rank that waits in vain fails the test
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3, timeout=patience)
+    dist.init_process_group("gloo", timeout=patience)
+    rank = dist.get_rank()
     groups, found = {2: dist.new_group([0, 1], timeout=patience), 3: dist.group.WORLD}, {}
     for ranks, group in groups.items():
         if rank >= ranks:
@@ -176,15 +177,15 @@ def of_rank(rank: int, folder: str) -> None:
         found["member"] = "member"
     except ValueError as error:
         found["member"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, f"{folder}/{rank}.pt")                     # not through the pipe, where tensors are shared memory
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(pool, tmp_path_factory):
     """What each of the three processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(of_rank, (str(folder),), nprocs=3)
+    pool(3, of_rank, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
 
 

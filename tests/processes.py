@@ -1,0 +1,82 @@
+"""Processes that wait for work, for the tests of several ranks: gloo on the CPU."""
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def serve(pipe) -> None:
+    """A process that does what it is sent: (variables of its rank, function, arguments). SIGUSR2: where it stands, on stderr.
+
+    torch._dynamo, which the first optimizer imports, keeps a group that exists at that moment, and its connections, to the process's end;
+    here the process outlives its rank.
+    """
+    faulthandler.register(signal.SIGUSR2, sys.__stderr__)
+    importlib.import_module("torch._dynamo")
+    while (job := pipe.recv()) is not None:
+        variables, function, arguments = job
+        os.environ |= variables
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Pool:
+    def __init__(self, size: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            self.pipes.append(ours)
+            self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
+            self.processes[-1].start()
+
+    def begin(self, world: int, function: Callable, *arguments: Any) -> None:
+        port = free_port()
+        for rank in range(world):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+                         "MASTER_PORT": port}
+            self.pipes[rank].send(({name: str(value) for name, value in variables.items()}, function, arguments))
+
+    def end(self, ranks: Sequence[int], seconds: float = 120) -> list:
+        """What the function returned on each of these ranks. If one takes longer, the test fails and all tell where they stand."""
+        results = []
+        for rank in ranks:
+            if not self.pipes[rank].poll(seconds):
+                for process in self.processes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGUSR2)
+                time.sleep(2)
+                raise AssertionError(f"rank {rank} hangs")
+            fine, result = self.pipes[rank].recv()
+            assert fine, f"rank {rank}:\n{result}"
+            results.append(result)
+        return results
+
+    def __call__(self, world: int, function: Callable, *arguments: Any) -> list:
+        self.begin(world, function, *arguments)
+        return self.end(range(world))
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send(None)
+            process.join(5)
+            process.kill()
