@@ -210,7 +210,7 @@ def list_items(path: str | os.PathLike, labels: bool = False, say: Callable[[str
     elif os.path.exists(path):
         lists["training"] = [_with_label_beside(path) if labels else Item(path)]
     else:
-        raise DataError(f"{_show(path)}: no such file or folder; give a folder, a volume or a JSON datalist")
+        raise DataError(f"{show(path)}: no such file or folder; give a folder, a volume or a JSON datalist")
     for name, items in lists.items():
         once: dict[str, Item] = {}
         for item in items:
@@ -222,7 +222,7 @@ def list_items(path: str | os.PathLike, labels: bool = False, say: Callable[[str
 def _walk(root: Path) -> Iterator[Path]:
     """Files under `root` that look like volumes, sorted; of a pair such as .hdr/.img the header alone. Link loops end."""
     def fail(error: OSError):
-        raise DataError(f"{_show(error.filename)}: {error.strerror}; make the folder readable or move it out of the data")
+        raise DataError(f"{show(error.filename)}: {error.strerror}; make the folder readable or move it out of the data")
 
     found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
@@ -270,7 +270,7 @@ def _pair(root: Path, files: list[Path], labels: bool, say: Callable[[str], obje
 
 
 def _some(files: Sequence[Path], what: str) -> str:
-    return f"{len(files)} {what}{'s' * (len(files) > 1)} ({', '.join(_show(file.name) for file in files[:3])}{', ...' * (len(files) > 3)})"
+    return f"{len(files)} {what}{'s' * (len(files) > 1)} ({', '.join(show(file.name) for file in files[:3])}{', ...' * (len(files) > 3)})"
 
 
 def _match(root: Path, files: Sequence[Path]) -> tuple[dict[Path, Path | None], dict[Path, Path | None], set[Path]]:
@@ -343,7 +343,7 @@ def _suffix(name: str | os.PathLike) -> tuple[str, str]:
 def _read_datalist(path: Path, labels: bool) -> dict[str, list[Item]]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if len(found := dict(pairs)) != len(pairs):              # json keeps the last one and says nothing
-            raise ValueError(f"{len(pairs) - len(found)} keys of {_brief(sorted(found)[:8])} stand there twice")
+            raise ValueError(f"{len(pairs) - len(found)} keys of {brief(sorted(found)[:8])} stand there twice")
         return found
 
     try:
@@ -351,15 +351,15 @@ def _read_datalist(path: Path, labels: bool) -> dict[str, list[Item]]:
             raise ValueError(f"{size} bytes; a datalist has {MAX_DATALIST} at most")
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{_show(path)}: not a readable JSON file ({_one_line(error)})") from None
+        raise DataError(f"{show(path)}: not a readable JSON file ({one_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
-        raise DataError(f"{_show(path)}: a datalist needs a list `training` of {{image, label?, class?}}, found "
-                        f"{_brief(sorted(content)[:8]) if isinstance(content, dict) else type(content).__name__}")
+        raise DataError(f"{show(path)}: a datalist needs a list `training` of {{image, label?, class?}}, found "
+                        f"{brief(sorted(content)[:8]) if isinstance(content, dict) else type(content).__name__}")
     lists = {}
     for name, keys in (("training", ("training",)), ("validation", ("validation",)), ("testing", ("testing", "test"))):
         entries = next((content[key] for key in keys if key in content), None) or []
         if not isinstance(entries, list):
-            raise DataError(f"{_show(path)}: `{name}` is a {type(entries).__name__}; make it a list of {{image, label?, class?}}")
+            raise DataError(f"{show(path)}: `{name}` is a {type(entries).__name__}; make it a list of {{image, label?, class?}}")
         lists[name] = [_datalist_item(path, name, number, entry, labels) for number, entry in enumerate(entries)]
     return lists
 
@@ -367,12 +367,12 @@ def _read_datalist(path: Path, labels: bool) -> dict[str, list[Item]]:
 def _datalist_item(path: Path, name: str, number: int, entry: object, labels: bool) -> Item:
     image, kind = (entry.get("image"), entry.get("class")) if isinstance(entry, dict) else (entry, None)
     if not _is_name(image):
-        raise DataError(f"{_show(path)}: {name}[{number}] is {_brief(entry)}; make it {{\"image\": path}} or a path")
+        raise DataError(f"{show(path)}: {name}[{number}] is {brief(entry)}; make it {{\"image\": path}} or a path")
     if kind is not None and not isinstance(kind, (str, int)):
-        raise DataError(f"{_show(path)}: {name}[{number}] has the class {_brief(kind)}; make it a text such as ct")
+        raise DataError(f"{show(path)}: {name}[{number}] has the class {brief(kind)}; make it a text such as ct")
     file, label = path.parent / os.path.expanduser(image), entry.get("label") if labels and isinstance(entry, dict) else None
     if label is not None and not _is_name(label):
-        raise DataError(f"{_show(path)}: {name}[{number}] has the label {_brief(label)}; make it a path")
+        raise DataError(f"{show(path)}: {name}[{number}] has the label {brief(label)}; make it a path")
     label = path.parent / os.path.expanduser(label) if label else _own_label(file) if labels else None
     return Item(file, None if kind is None else str(kind), label, NO_LABEL if labels and label is None else None)
 
@@ -388,20 +388,20 @@ def _stem(path: Path) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _show(path: str | os.PathLike) -> str:
+def show(path: str | os.PathLike) -> str:
     """A path as one printable line, whatever bytes its name holds."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
 
 
-def _one_line(message: object, limit: int = 200) -> str:
-    text = _show(" ".join(str(message).split()))
+def one_line(message: object, limit: int = 200) -> str:
+    text = show(" ".join(str(message).split()))
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
-def _brief(value: object, limit: int = 80) -> str:
+def brief(value: object, limit: int = 80) -> str:
     """A value as one short line, also one that is nested too deep, or too long a number, to be written out."""
     try:
-        return _one_line(repr(value), limit)
+        return one_line(repr(value), limit)
     except (RecursionError, ValueError):
         return f"a {type(value).__name__}"
 
@@ -446,9 +446,9 @@ def _read(path: Path, volume: int | None, nan: str, channel_axis: int | None, ma
         _check_finite(source.volume.array, nan)
         return source
     except DataError as error:
-        raise type(error)(f"{_show(path)}: {error}") from None
+        raise type(error)(f"{show(path)}: {error}") from None
     except Exception as error:  # a decoder that meets damaged or hostile bytes may raise anything at all; the cause stays chained
-        raise DataError(f"{_show(path)}: cannot be read ({type(error).__name__}: {_one_line(error)}); "
+        raise DataError(f"{show(path)}: cannot be read ({type(error).__name__}: {one_line(error)}); "
                         "repair the file or take it out of the data") from error
 
 
@@ -473,7 +473,7 @@ def _quiet() -> Iterator[None]:
 
 def _check_size(shape: tuple[int, ...], itemsize: int, max_gib: float, available: int | None = None) -> None:
     """Refuse a declared shape before it costs memory. available: the most voxel bytes that the file can hold, where known."""
-    count, named = math.prod(shape), _brief(shape)
+    count, named = math.prod(shape), brief(shape)
     if min(shape, default=1) < 1:
         raise DataError(f"declares shape {named}, which holds no voxels")
     if count * max(4, itemsize) > max_gib * 2**30:
@@ -634,7 +634,7 @@ def _read_array(path: Path, channel_axis: int | None, max_gib: float, label: boo
                 shape, coords, features = (member(key, False) for key in ("shape", "coords", "features"))
                 array, dtype = _densify(shape, coords, features, max_gib), features.dtype
             elif key is None:
-                found = ", ".join(_one_line(key, 40) for key in sorted(members)[:8]) or "none"
+                found = ", ".join(one_line(key, 40) for key in sorted(members)[:8]) or "none"
                 raise DataError(f"its arrays are {found}; name one volume, voxel or vol, or store shape, coords and features")
             else:
                 array = member(key, True)
@@ -656,7 +656,7 @@ def _read_npy(stream, available: int, max_gib: float, channel_axis: int | None, 
         _check_dtype(dtype)
         if len(shape) not in (3, 4):
             what = "a table (points?); turn it into a voxel grid first" if len(shape) == 2 else "volumes have 3 axes, or 4 with channels"
-            raise DataError(f"{len(shape)}-dimensional array, shape {_brief(shape)}: {what}")
+            raise DataError(f"{len(shape)}-dimensional array, shape {brief(shape)}: {what}")
         axis = _channel_axis(shape, channel_axis) if len(shape) == 4 else None
     if dtype.kind in "OcV":
         _check_dtype(dtype)
@@ -676,10 +676,10 @@ def _channel_axis(shape: tuple[int, ...], channel_axis: int | None) -> int:
     if channel_axis is None:
         channel_axis = 0 if shape[0] < shape[-1] else -1
         if shape[channel_axis] > GUESSED_CHANNELS:
-            raise DataError(f"4-dimensional array, shape {_brief(shape)}: neither the last nor the first axis is as short as "
+            raise DataError(f"4-dimensional array, shape {brief(shape)}: neither the last nor the first axis is as short as "
                             f"{GUESSED_CHANNELS} channels (a time series?); set data.channel_axis")
     if not -4 <= channel_axis < 4:
-        raise DataError(f"4-dimensional array, shape {_brief(shape)}, has no axis data.channel_axis={channel_axis}; use -4 to 3")
+        raise DataError(f"4-dimensional array, shape {brief(shape)}, has no axis data.channel_axis={channel_axis}; use -4 to 3")
     return channel_axis
 
 
@@ -947,8 +947,8 @@ def _mapped(file: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
             return array
         what = "it was cut or overwritten"
     except (OSError, ValueError, EOFError) as error:
-        what = getattr(error, "strerror", None) or _one_line(error)
-    raise StoreError(f"{_show(file)}: the cache changed under the run ({what}); let no other program touch it; the next start rebuilds it")
+        what = getattr(error, "strerror", None) or one_line(error)
+    raise StoreError(f"{show(file)}: the cache changed under the run ({what}); let no other program touch it; the next start rebuilds it")
 
 
 class Loaded(NamedTuple):
@@ -983,7 +983,7 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
         picture_max = float(np.iinfo(source.dtype).max) if modality == "picture" else 255.0
         done = [_finish(Volume(volume, spacing, affine), modality, cfg, picture_max) for volume in volumes]
     except DataError as error:
-        raise DataError(f"{_show(item.path)}: {error}") from None
+        raise DataError(f"{show(item.path)}: {error}") from None
     grid = done[0][2]
     labels, ids = _load_labels(item, source, len(volumes), done[0][0].shape[1:], cfg) if cfg.labels else ([], ())
     return Loaded([(array, intensity) for array, intensity, _ in done], _spacing(grid), grid, named == "auto", source, labels, ids)
@@ -991,14 +991,14 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
 
 def _check_pair(item: Item, cfg: DataConfig) -> None:
     if item.fault or cfg.labels and item.label is None:
-        raise DataError(f"{_show(item.path)}: {item.fault or NO_LABEL}")
+        raise DataError(f"{show(item.path)}: {item.fault or NO_LABEL}")
 
 
 def _load_labels(item: Item, image: Source, count: int, size: tuple[int, ...], cfg: DataConfig) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """Labels of an image's volumes at the image's final size, and the values in them. Raises DataError naming the label's file."""
     source = _read(item.label, None, "error for labels", None, cfg.max_gib, label=True)
     try:
-        (array, _, affine), (voxels, spacing, image_affine), name = source.volume, image.volume, _show(item.path.name)
+        (array, _, affine), (voxels, spacing, image_affine), name = source.volume, image.volume, show(item.path.name)
         if array.shape[1:] != voxels.shape[1:]:
             raise DataError(f"its grid is {_sizes(array.shape[1:])} voxels (D,H,W), that of its image {name} {_sizes(voxels.shape[1:])}; "
                             "resample the label onto its image's grid")
@@ -1027,7 +1027,7 @@ def _load_labels(item: Item, image: Source, count: int, size: tuple[int, ...], c
             raise DataError(f"holds {len(ids)} different values, from {low} to {high}, more than {MAX_CLASSES} classes: is it an image?")
         return [resample_label(volume, size) for volume in whole], tuple(sorted(ids))
     except DataError as error:
-        raise DataError(f"{_show(item.label)}: {error}") from None
+        raise DataError(f"{show(item.label)}: {error}") from None
 
 
 def _slabs(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -1041,7 +1041,7 @@ def _check_labels(entry: Entry, classes: int | None, cfg: DataConfig) -> None:
     ids = [value for value in entry.label_ids if value != cfg.ignore_label]
     if ids and (ids[0] < 0 or ids[-1] >= (classes or MAX_CLASSES)):
         what = f"with {classes} classes they lie in 0 to {classes - 1}" if classes else f"they lie in 0 to {MAX_CLASSES - 1}"
-        raise DataError(f"{_show(entry.label_path or entry.name)}: labels from {ids[0]} to {ids[-1]}; {what}: set data.classes, "
+        raise DataError(f"{show(entry.label_path or entry.name)}: labels from {ids[0]} to {ids[-1]}; {what}: set data.classes, "
                         "data.ignore_label or data.label_values, or repair the file")
 
 
@@ -1074,7 +1074,7 @@ def cache_folder(cfg: DataConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise DataError(f"{_show(folder)}: cannot write the cache ({error.strerror or error}); set data.cache_dir to a folder that can be "
+        raise DataError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); set data.cache_dir to a folder that can be "
                         "written") from None
     for file in folder.glob(".*.tmp"):  # a process that was killed while it wrote; one that still writes is younger than a day
         with contextlib.suppress(OSError):
@@ -1103,7 +1103,7 @@ def _cached(item: Item, cfg: DataConfig, folder: Path, wait: bool = True) -> lis
             _check_is_file(file)
             stamp.append(_stamp(file))
         except (DataError, OSError) as error:
-            raise DataError(f"{_show(file)}: {error}") from None
+            raise DataError(f"{show(file)}: {error}") from None
     settings = (cfg.modality, item.kind, cfg.hu_limits(), cfg.voxel_scale, cfg.spacing_mm(), cfg.resize, cfg.four_d, cfg.nan,
                 cfg.channel_axis, cfg.select_channel)
     key = [CACHE_VERSION, stamp[0], settings]  # what is off is not in it, so that a cache from before it came in still serves
@@ -1123,7 +1123,7 @@ def _build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], sta
     """Read the volumes of one file and write them to the cache, unless it changed since it had `stamp`."""
     folder, loaded = record.parent, load(item, cfg)
     if [_stamp(file) for file in files] != stamp:
-        raise DataError(f"{_show(item.path)}: changed while it was being read; start again when it is complete")
+        raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is complete")
     volumes = []
     try:
         for number, (array, intensity) in enumerate(loaded.volumes):
@@ -1140,7 +1140,7 @@ def _build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], sta
         raise _cache_error(folder, error) from None
     entries = _from_cache(record, item)
     if entries is None:
-        raise CacheError(f"{_show(record)}: the cache vanished while it was written; let no other program clean {_show(folder)}")
+        raise CacheError(f"{show(record)}: the cache vanished while it was written; let no other program clean {show(folder)}")
     return entries
 
 
@@ -1174,7 +1174,7 @@ class StoreError(DataError):
 
 
 def _cache_error(folder: Path, error: OSError) -> CacheError:
-    return CacheError(f"{_show(folder)}: cannot write the cache ({error.strerror or error}); free some space or set data.cache_dir to "
+    return CacheError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); free some space or set data.cache_dir to "
                       "another disk")
 
 
@@ -1252,11 +1252,11 @@ def open_data(cfg: DataConfig, seed: int, say: Callable[[str], object] = print, 
         training = [training[i] for i in sorted(order[count:])]
     elif not held_out:
         held_out = training
-        say(f"data: one usable file only, {_show(training[0][0].path or training[0][0].name)}: it serves for training and validation, "
+        say(f"data: one usable file only, {show(training[0][0].path or training[0][0].name)}: it serves for training and validation, "
             "so validation says nothing about other volumes")
     shared = {entry.path for group in training for entry in group if entry.path} & {entry.path for group in held_out for entry in group}
     if shared and held_out is not training:
-        say(f"data: {len(shared)} files are in both training and validation, {_show(min(shared))} for one; validation is no test of them")
+        say(f"data: {len(shared)} files are in both training and validation, {show(min(shared))} for one; validation is no test of them")
     files = len(training), len(held_out)
     train, val = ([entry for group in groups for entry in group] for groups in (training, held_out))
     taken: dict[str, str | None] = {}
@@ -1284,13 +1284,13 @@ def _settle_classes(training: list[list[Entry]], held_out: list[list[Entry]], cf
     if values is None and pictures and ids != list(range(len(ids))) and largest >= (cfg.classes or 0):
         values = tuple(ids) if len(ids) > 1 else (0, *ids)
         if len(values) > 64 or len(values) > (cfg.classes or 64):
-            raise DataError(f"{_show(cfg.path)}: the label pictures hold {len(values)} different values, {_sizes(values[:5])}, ..., "
+            raise DataError(f"{show(cfg.path)}: the label pictures hold {len(values)} different values, {_sizes(values[:5])}, ..., "
                             f"{values[-1]}{f', and data.classes={cfg.classes}' * bool(cfg.classes)} (saved as JPEG, smoothed?); "
                             "save masks as PNG with one value per class, or set data.label_values")
         say(f"data: the label pictures hold the values {_sizes(values)}: classes 0 to {len(values) - 1} (data.label_values names others)")
     classes = max(2, cfg.classes or (len(values) if values else largest + 1))
     if values and cfg.ignore_label in range(len(values)) and values[cfg.ignore_label] != cfg.ignore_label:
-        raise DataError(f"{_show(cfg.path or 'synthetic')}: data.ignore_label={cfg.ignore_label} is also the class of the stored value "
+        raise DataError(f"{show(cfg.path or 'synthetic')}: data.ignore_label={cfg.ignore_label} is also the class of the stored value "
                         f"{values[cfg.ignore_label]}; choose a data.ignore_label of {classes} or more")
 
     def usable(group: list[Entry]) -> bool:
@@ -1298,7 +1298,7 @@ def _settle_classes(training: list[list[Entry]], held_out: list[list[Entry]], cf
             if values is None:
                 _check_labels(group[0], classes, cfg)
             elif cfg.label_values is None and (others := set(group[0].label_ids) - {*values, cfg.ignore_label}):
-                raise DataError(f"{_show(group[0].label_path)}: labels {_sizes(sorted(others)[:8])} besides the training set's "
+                raise DataError(f"{show(group[0].label_path)}: labels {_sizes(sorted(others)[:8])} besides the training set's "
                                 f"{_sizes(values[:8])}; repair the file or set data.label_values")
             return True
         except DataError as error:
@@ -1310,7 +1310,7 @@ def _settle_classes(training: list[list[Entry]], held_out: list[list[Entry]], cf
     training, held_out = ([[dataclasses.replace(entry, label_values=values, ignore_label=cfg.ignore_label) for entry in group]
                            for group in groups if usable(group)] for groups in (training, held_out))
     if not training:
-        raise DataError(f"{_show(cfg.path or 'synthetic')}: no training volume has labels below data.classes={classes}; set data.classes")
+        raise DataError(f"{show(cfg.path or 'synthetic')}: no training volume has labels below data.classes={classes}; set data.classes")
     if listed and not held_out:
         say("data: no usable volume in the `validation` list; some of the training files are held out instead")
     return training, held_out, classes, values
@@ -1321,14 +1321,14 @@ def _open_files(cfg: DataConfig, say: Callable[[str], object], processes: int) -
     lists = list_items(cfg.path, cfg.labels, say)
     items = [(name, item) for name in ("training", "validation") for item in lists[name]]
     if not items:
-        raise DataError(f"{_show(cfg.path)}: no volumes found; looked for {FORMATS}")
+        raise DataError(f"{show(cfg.path)}: no volumes found; looked for {FORMATS}")
     folder, groups, refused, channels, start = cache_folder(cfg), {"training": [], "validation": []}, 0, None, time.monotonic()
     for _, item in items if processes > 1 else ():               # leave out those that another one is at; refusals are told below
         with contextlib.suppress(DataError):
             _cached(item, cfg, folder, wait=False)
     for number, (name, item) in enumerate(items):
         if time.monotonic() - start > 20:
-            say(f"data: {number} of {len(items)} files read; their cache in {_show(folder)} makes the next start quick")
+            say(f"data: {number} of {len(items)} files read; their cache in {show(folder)} makes the next start quick")
             start = time.monotonic()
         try:
             entries = _cached(item, cfg, folder)
@@ -1346,10 +1346,10 @@ def _open_files(cfg: DataConfig, say: Callable[[str], object], processes: int) -
             continue
         groups[name].append(entries)
         if item.kind is not None and item.kind.lower() not in MODALITIES:
-            say(f"data: {_show(item.path)}: class {_one_line(item.kind, 40)!r} names no intensity rule ({', '.join(MODALITIES)}); "
+            say(f"data: {show(item.path)}: class {one_line(item.kind, 40)!r} names no intensity rule ({', '.join(MODALITIES)}); "
                 f"took {entries[0].intensity.modality}")
     if not groups["training"]:
-        raise DataError(f"{_show(cfg.path)}: no usable training volume among {len(lists['training'])}, {refused} refused; "
+        raise DataError(f"{show(cfg.path)}: no usable training volume among {len(lists['training'])}, {refused} refused; "
                         f"see the lines above or run python data.py on it")
     if lists["validation"] and not groups["validation"]:
         say("data: no usable volume in the `validation` list; some of the training files are held out instead")
@@ -1368,7 +1368,7 @@ def _open_files(cfg: DataConfig, say: Callable[[str], object], processes: int) -
 
 def _check_channels(item: Item, found: int, expected: int) -> None:
     if found != expected:
-        raise DataError(f"{_show(item.path)}: {found} channel{'s' * (found > 1)}, the first accepted volume has {expected}; "
+        raise DataError(f"{show(item.path)}: {found} channel{'s' * (found > 1)}, the first accepted volume has {expected}; "
                         "use data.select_channel to pick one of each, or another folder")
 
 
@@ -1717,8 +1717,8 @@ def check(paths: list[str]) -> int:
             pairs |= {item.path: item for item in listed if item.label and not item.fault}
     for path, items in zip(paths, found):
         if not items:
-            raise DataError(f"{_show(path)}: no volumes found; looked for {FORMATS}")
-    width = max(len(_show(item.path)) for items in found for item in items)
+            raise DataError(f"{show(path)}: no volumes found; looked for {FORMATS}")
+    width = max(len(show(item.path)) for items in found for item in items)
     row = f"{{:{width}}}  {{:22}}  {{:16}}  {{:6}}  {{:8}}  {{:20}}  {{:8}}  {{}}"
     print(row.format("file", "shape D,H,W", "spacing mm", "orient", "dtype", "range", "modality", "verdict"))
     for items in found:
@@ -1732,7 +1732,7 @@ def check(paths: list[str]) -> int:
                 _check_channels(item, len(array), channels)
             except DataError as error:
                 refused += 1
-                print(f"{_show(item.path)}  refused: {str(error).removeprefix(_show(item.path) + ': ')}", flush=True)
+                print(f"{show(item.path)}  refused: {str(error).removeprefix(show(item.path) + ': ')}", flush=True)
                 continue
             verdict, stored = "ok", loaded.source.volume.array
             if item.path in pairs:
@@ -1743,7 +1743,7 @@ def check(paths: list[str]) -> int:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
             many = f" x{len(loaded.volumes)} volumes" if len(loaded.volumes) > 1 else f" x{len(array)} channels" if len(array) > 1 else ""
-            print(row.format(_show(item.path), _sizes(array.shape[1:]) + many, ",".join(f"{mm:.3g}" for mm in loaded.spacing),
+            print(row.format(show(item.path), _sizes(array.shape[1:]) + many, ",".join(f"{mm:.3g}" for mm in loaded.spacing),
                              loaded.source.orientation, loaded.source.dtype, f"{stored.min():.5g} .. {stored.max():.5g}",
                              intensity.modality, verdict), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")

@@ -22,13 +22,11 @@ import functools
 import gc
 import json
 import math
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -504,16 +502,6 @@ def draw_table(rows: Sequence[Row], title: str) -> Tensor:
     return image
 
 
-def png(image: Tensor) -> bytes:
-    """(height, width, 3) uint8 -> the bytes of a PNG file (RFC 2083), by the standard library."""
-    height, width, _ = image.shape
-    raw = b"".join(b"\0" + row.numpy().tobytes() for row in image.contiguous())
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b""))
-
-
 # -------------------------------------------------------------------------------------------------------------------- command line
 
 def build_parser(parser_class) -> argparse.ArgumentParser:
@@ -533,7 +521,8 @@ def build_parser(parser_class) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a row has no prediction or nothing fits, 2 cannot start."""
-    import train  # only here: the functions above work in a folder without it
+    import pictures  # only here: the functions above work in a folder without them
+    import train
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -575,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.json:
         Path(own.json).write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
     if own.png:
-        Path(own.png).write_bytes(png(draw_table(rows, title)))
+        Path(own.png).write_bytes(pictures.png(draw_table(rows, title)))
     planned = own.budget is None or print_plan(train, cfg, argv, budget, device, own.yaml)
     return 0 if planned and all(row.predicted_gib is not None for row in rows) else 1
 

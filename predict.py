@@ -44,9 +44,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checkpoints
 import data
 import losses
-import memtest
+import pictures
 import unet
 import vae3d
 from data import DataError, Intensity
@@ -88,7 +89,7 @@ def load_network(path: str | Path, tasks: Sequence[str] = ("vae", "seg"), device
         weights, facts = foreign.weights, {"latent": {}, "data": {}, "step": None}
         cfg = TrainConfig("vae", foreign.layout, vae=foreign.vae)
     else:
-        content = train.load_checkpoint(path, "vae3d.weights", "vae3d.train")
+        content = checkpoints.load(path, "vae3d.weights", "vae3d.train")
         try:
             weights = content["ema"][0] if content.get("ema") else content["model"]
             cfg = train.config_from(content["config"], TrainConfig(content["config"]["task"]), str(path))
@@ -247,7 +248,7 @@ def read_case(item: data.Item, checkpoint: Checkpoint, cfg: data.DataConfig) -> 
     loaded = data.load(item, cfg)
     if loaded.guessed and cfg.modality == "auto":
         clear_line()
-        print(f"{data._show(item.path)}: taken for {loaded.volumes[0][1].modality} by its values; --data.modality says otherwise")
+        print(f"{data.show(item.path)}: taken for {loaded.volumes[0][1].modality} by its values; --data.modality says otherwise")
     wanted = checkpoint.model.cfg.in_channels
     if (found := len(loaded.volumes[0][0])) != wanted:
         raise DataError(f"{item.path}: {found} channel{'s' * (found > 1)}, the checkpoint takes {wanted}; use --data.select_channel or "
@@ -396,7 +397,7 @@ def write_result(path: Path, volumes: Sequence[tuple[np.ndarray, Intensity]], af
 def save(path: Path, write: Callable[[typing.BinaryIO], object]) -> None:
     """Atomically; nothing is left behind when it fails or is stopped."""
     try:
-        train.write_atomic(path, write)
+        checkpoints.write_atomic(path, write)
     except BaseException:
         path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         raise
@@ -549,10 +550,10 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -
         started = time.monotonic()
         with failures_in(failed, job.item.path):
             if sys.stdout.isatty():
-                print(f"[{number}/{len(open_jobs)}] {data._show(job.item.path)} ...", end="", flush=True)
+                print(f"[{number}/{len(open_jobs)}] {data.show(job.item.path)} ...", end="", flush=True)
             text = work(job)
             clear_line()
-            print(f"[{number}/{len(open_jobs)}] {data._show(job.item.path)}: {text}, {time.monotonic() - started:.1f} s", flush=True)
+            print(f"[{number}/{len(open_jobs)}] {data.show(job.item.path)}: {text}, {time.monotonic() - started:.1f} s", flush=True)
     return tell_failures(failed, len(open_jobs))
 
 
@@ -571,12 +572,12 @@ def failures_in(failed: list[dict], path: Path) -> Iterator[None]:
         failed.append({"file": str(path), "error": f"{path}: out of memory; use a smaller --tile, --memory or --window, or --device cpu"})
     if failed and failed[-1]["file"] == str(path):
         clear_line()
-        print(f"{data._show(path)}: failed, see the end", flush=True)
+        print(f"{data.show(path)}: failed, see the end", flush=True)
 
 
 def tell_failures(failed: Sequence[dict], total: int) -> int:
     for row in failed:
-        print(f"predict.py: {data._show(row['error'])}", file=sys.stderr)
+        print(f"predict.py: {data.show(row['error'])}", file=sys.stderr)
     if failed:
         print(f"predict.py: {len(failed)} of {total} failed", file=sys.stderr)
     return EXIT_ERROR if failed else EXIT_DONE
@@ -589,7 +590,7 @@ def show_progress(path: Path) -> Callable[..., None]:
     def tick(done: float, total: int, part: str = "windows") -> None:
         if sys.stdout.isatty() and time.monotonic() - shown[0] > 0.5:
             shown[0] = time.monotonic()
-            print(f"\r{data._show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
+            print(f"\r{data.show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
     return tick
 
 
@@ -684,7 +685,7 @@ def decode(options: argparse.Namespace) -> int:
     def work(job: Job) -> str:
         latents = read_latents(job.item.path, checkpoint.model)
         if latents.fingerprint != checkpoint.fingerprint:
-            print(f"{data._show(job.item.path)}: was encoded with other weights than {checkpoint.path}")
+            print(f"{data.show(job.item.path)}: was encoded with other weights than {checkpoint.path}")
         started, checkpoint.model.progress = time.monotonic(), show_progress(job.item.path)
         volumes = [decode_volume(checkpoint, array, latents.size) for array in latents.arrays]
         text = speed(volumes, started)
@@ -709,8 +710,9 @@ def segment(options: argparse.Namespace) -> int:
         text = speed(volumes, started)
         if options.viz:
             plain = data.resample_label(found[0], volumes[0].shape[1:])
-            picture = overlay(volumes[0], plain, case.spacing, case.origin.kind == ".png")
-            save(viz_path(job.output), lambda file: file.write(memtest.png(picture)))
+            picture = pictures.label_comparison(torch.from_numpy(volumes[0]), [torch.from_numpy(plain)], case.spacing,
+                                                case.origin.kind == ".png")
+            save(viz_path(job.output), lambda file: file.write(pictures.png(picture)))
         if not options.no_save:                                  # last: its presence says that the job is done
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
             write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
@@ -725,40 +727,6 @@ def segment(options: argparse.Namespace) -> int:
 
 def viz_path(output: Path) -> Path:
     return output.with_name(output.name.removesuffix("".join(data._suffix(output))) + "_viz.png")
-
-
-def overlay(array: np.ndarray, found: np.ndarray, spacing: Sequence[float], is_picture: bool = False) -> Tensor:
-    """Input beside input with a colour per class: (C, D, H, W), (D, H, W) -> (height, width, 3) uint8."""
-    gap = torch.full((1, 4, 3), 64.0)
-    shown = [torch.cat([plain, gap.expand(len(plain), 4, 3), mixed], 1) for plain, mixed in
-             zip(slices(torch.from_numpy(array[0]), found > 0, spacing, train.grey, is_picture),
-                 slices((torch.from_numpy(array[0]), torch.from_numpy(found)), found > 0, spacing,
-                        lambda x, y: train.coloured(train.grey(x), y), is_picture))]
-    width = max(panel.shape[1] for panel in shown)
-    rows = [torch.nn.functional.pad(panel, (0, 0, 0, width - panel.shape[1], 0, 4), value=64) for panel in shown]
-    return torch.cat(rows).round().to(torch.uint8)
-
-
-def slices(volumes: Tensor | Sequence[Tensor], weight: np.ndarray, spacing: Sequence[float], colour: Callable[..., Tensor],
-           is_picture: bool = False) -> list[Tensor]:
-    """Axial, coronal and sagittal slice where weight (D, H, W) sums to most, as (height, width, 3) in [0, 255]; a flat volume has one.
-
-    colour: makes slices (h, w) of the volumes (D, H, W) an image (h, w, 3). Pixels are square in mm, head and front up.
-    """
-    volumes = [volumes] if isinstance(volumes, Tensor) else volumes
-    shape, found = volumes[0].shape, []
-    for axis in range(3):
-        others = [a for a in range(3) if a != axis]
-        if min(shape[a] for a in others) == 1 < sorted(shape)[1]:  # a picture, seen edge-on
-            continue
-        at, pixel = int(weight.sum(tuple(others)).argmax()), min(spacing[a] for a in others)
-        image = colour(*(volume.select(axis, at) for volume in volumes)).float()
-        image = image if is_picture else image.flip(0, 1)        # RAS: now head or front is up, the patient's right on the left
-        size = [max(1, round(shape[a] * spacing[a] / pixel)) for a in others]
-        factor = max(1, 256 // max(size))
-        image = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1)
-        found.append(image)
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------------------- evaluation
@@ -802,7 +770,7 @@ def evaluate(options: argparse.Namespace) -> int:
                         Path(folder, f"{len(rows) - 1}.html").write_text(report_figure(rows[-1], panels), encoding="utf-8")
                     clear_line()
                     which = f" volume {t}" * (len(case.volumes) > 1)
-                    print(f"[{number}/{len(items)}] {data._show(item.path)}{which}: {row_text(rows[-1])}", flush=True)
+                    print(f"[{number}/{len(items)}] {data.show(item.path)}{which}: {row_text(rows[-1])}", flush=True)
         result = summary(checkpoint, rows, failed, totals, device)
         print_table(result)
         if options.json:
@@ -985,22 +953,21 @@ def report_panels(volume: np.ndarray, shown: np.ndarray, label: np.ndarray | Non
     """Heading -> three orthogonal slices: input, reconstruction, error; or input, label, found."""
     x, y = torch.from_numpy(volume[0]), torch.from_numpy(shown if label is not None else shown[0])
     if label is None:
-        weight = np.abs(volume[0] - np.float32(intensity.background))
-        columns = {"Input": (x, train.grey), "Reconstruction": (y, train.grey), "Error": ((x, y), lambda a, b: train.hot(a - b))}
+        weight = (x - intensity.background).abs()
+        columns = {"Input": ([x], pictures.grey), "Reconstruction": ([y], pictures.grey), "Error": ([y, x], pictures.error)}
     else:
-        def mixed(a, b):
-            return train.coloured(train.grey(a), b)
-        weight, truth = (label > 0) | (shown > 0), torch.from_numpy(label)
-        columns = {"Input": (x, train.grey), "Label": ((x, truth), mixed), "Found": ((x, y), mixed)}
-    return {name: slices(volumes, weight, spacing, colour, is_picture) for name, (volumes, colour) in columns.items()}
+        truth = torch.from_numpy(label)
+        weight = ((truth > 0) | (y > 0)).float()
+        columns = {"Input": ([x], pictures.grey), "Label": ([x, truth], pictures.coloured), "Found": ([x, y], pictures.coloured)}
+    return {name: pictures.slices(volumes, weight, spacing, colour, is_picture) for name, (volumes, colour) in columns.items()}
 
 
 def report_figure(row: dict, panels: dict[str, list[Tensor]]) -> str:
     """Heading and slices of one volume, the pictures inside."""
     def picture(image: Tensor, text: str) -> str:
-        content = base64.b64encode(memtest.png(image.round().to(torch.uint8))).decode()
+        content = base64.b64encode(pictures.png(image.round().to(torch.uint8))).decode()
         return f'<td><img alt="{text}" src="data:image/png;base64,{content}"></td>'
-    file = html.escape(data._show(Path(row["file"]).name)) + (f", volume {row['volume']}" if "volume" in row else "")
+    file = html.escape(data.show(Path(row["file"]).name)) + (f", volume {row['volume']}" if "volume" in row else "")
     figures = " &middot; ".join(f"{column(name)[0]} {cell(row, name)}" for name in ("psnr", "ssim", "l1", "iou", "dice") if name in row)
     names = ("axial", "coronal", "sagittal") if len(next(iter(panels.values()))) > 1 else ("",)
     body = "".join(f"<tr><th>{name}</th>" + "".join(picture(images[i], f"{kind}, {name}") for kind, images in panels.items()) + "</tr>"
@@ -1046,13 +1013,13 @@ def report_page(checkpoint: Checkpoint, result: dict, figures: dict[str, str], s
         return f"<tr{kind}><td>{name}</td>" + "".join(f"<td>{cell(row, key)}</td>" for key in names) + "</tr>"
     rows = [line(f"mean of {len(result['volumes'])}", totals, ' class="mean"')]
     rows += [line("all voxels together", result["pooled"], ' class="mean"')] if "pooled" in result else []
-    rows += [line(html.escape(data._show(row["file"])) + (f", volume {row['volume']}" if "volume" in row else ""), row)
+    rows += [line(html.escape(data.show(row["file"])) + (f", volume {row['volume']}" if "volume" in row else ""), row)
              for row in result["volumes"]]
     channels = "".join(f"<tr><td>channel {c}</td>" + "".join(f"<td>{cell(row, name)}</td>" for name in row) + "</tr>"
                        for c, row in enumerate(mean.get("channels", ())))
     channels = channels and (f'<h2>Means per channel</h2><section class="wide"><table class="figures"><thead><tr><th></th><th>PSNR</th>'
                              f"<th>SSIM</th><th>L1</th></tr></thead>{channels}</table></section>")
-    failed = "".join(f'<p class="bad">{html.escape(data._show(row["error"]))}</p>' for row in result["failed"])
+    failed = "".join(f'<p class="bad">{html.escape(data.show(row["error"]))}</p>' for row in result["failed"])
     legend = ("A colour for each class; 0 is left as it is." if is_seg else
               'Grey from -1 to 1; error 0 <span class="bar"></span> 0.5 and more, of the intensity range [-1, 1]. First channel.')
     parts = "".join(f"<section><h3>{name}</h3>{figure}</section>" for name, figure in figures.items())
@@ -1060,7 +1027,7 @@ def report_page(checkpoint: Checkpoint, result: dict, figures: dict[str, str], s
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(checkpoint.cfg.preset)}: evaluation</title><style>{STYLE}</style></head><body><main>
 <h1>{"Segmentation" if is_seg else "Reconstruction"} of {len(result["volumes"])} volumes</h1>
-<p>{html.escape(data._show(describe(checkpoint)))}</p><p>Data: {html.escape(data._show(source))}</p>{failed}
+<p>{html.escape(data.show(describe(checkpoint)))}</p><p>Data: {html.escape(data.show(source))}</p>{failed}
 <div class="cards">{"".join(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for value, name in cards)}</div>
 <h2>{" and ".join(", ".join(figures).rsplit(", ", 1)).capitalize()} volume by {"Dice" if is_seg else "PSNR"}</h2><p>{legend}</p>
 {parts}{channels}
@@ -1168,10 +1135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped by {signal.Signals(number).name}; what is written is whole, and the same command goes on from there")
         return train.SIGNALS[number]
     except (ValueError, DataError) as error:
-        print(f"predict.py: {data._show(train.one_line(error))}", file=sys.stderr)
+        print(f"predict.py: {data.show(train.one_line(error))}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"predict.py: {data._show(train.one_line(error))}", file=sys.stderr)
+        print(f"predict.py: {data.show(train.one_line(error))}", file=sys.stderr)
         return EXIT_ERROR
 
 

@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -35,18 +34,14 @@ import inspect
 import json
 import math
 import multiprocessing
-import pickle
 import re
 import resource
 import shlex
-import shutil
 import sys
 import threading
 import time
 import types
 import typing
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +53,12 @@ import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+import checkpoints
 import data
 import losses
 import memtest
 import parallel
+import pictures
 import unet
 import vae3d
 from data import DataConfig, DataError
@@ -282,7 +279,7 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
             continue
         if not dataclasses.is_dataclass(current):
             known = [f.name for f in dataclasses.fields(base)]
-            raise ValueError(f"{source}: unknown key {data._one_line(key)}{closest(str(key), known, '')}")
+            raise ValueError(f"{source}: unknown key {data.one_line(key)}{closest(str(key), known, '')}")
         if value is None:
             continue
         if not isinstance(value, dict):
@@ -290,7 +287,7 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
-                raise ValueError(f"{source}: unknown key {key}.{data._one_line(name)}{closest(str(name), hints, key + '.')}")
+                raise ValueError(f"{source}: unknown key {key}.{data.one_line(name)}{closest(str(name), hints, key + '.')}")
         result[key] = dataclasses.replace(current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()})
     return dataclasses.replace(base, **result)
 
@@ -370,7 +367,7 @@ def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | No
     intensity_range is what the layout's own scripts use unless a hint says otherwise: [0, 1] for MONAI's, else [-1, 1]; and so are the
     axes: MONAI reads volumes as x,y,z, so that its kernels are turned round. ValueError in one line.
     """
-    content = read_checkpoint(path) if Path(path).is_file() else None
+    content = checkpoints.read(path) if Path(path).is_file() else None
     layout = is_foreign(content)
     if layout is None:
         return None
@@ -482,11 +479,11 @@ def one_line(error: object) -> str:
     text = str(error)
     if "in DataLoader worker process" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
-    return data._one_line(text, 1000) or type(error).__name__
+    return data.one_line(text, 1000) or type(error).__name__
 
 
 def brief(value: object) -> str:
-    return data._brief(value, 200)
+    return data.brief(value, 200)
 
 
 class Parser(argparse.ArgumentParser):
@@ -737,7 +734,7 @@ def build_perceptual(cfg: TrainConfig, device: torch.device, content: dict | Non
     if cfg.loss.perceptual_features == "random":
         features = losses.FeatureNet3d()
     else:
-        content = content or load_checkpoint(cfg.loss.perceptual_features, "vae3d.features")
+        content = content or checkpoints.load(cfg.loss.perceptual_features, "vae3d.features")
         try:
             features = losses.FeatureNet3d.from_checkpoint(content)
         except ValueError as error:
@@ -1282,101 +1279,12 @@ def run_folder(cfg: TrainConfig) -> Path:
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
-def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
-    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):                       # a vanished folder, a disk that is read-only by now
-            temporary.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError leaves with the file's name: that of a full disk has none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from None
-
-
-def place(source: Path, target: Path) -> None:
-    """`target` becomes the same file as `source`, atomically: by a hard link, by a copy where the file system has none."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        return copy(source, target)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)                            # rename() does nothing where both are one file already
-
-
-def copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as original:
-        write_atomic(target, lambda file: shutil.copyfileobj(original, file))
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Atomically, and equal contents give equal bytes: a file object keeps the path out of the archive."""
-    def write(file: typing.BinaryIO) -> None:
-        try:
-            torch.save(canonical(content), file)
-        except RuntimeError as error:                            # torch closes its archive after the disk's error, and fails at that
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    write_atomic(path, write)
-
-
-def lock_folder(out: Path) -> typing.IO | None:
-    """The run folder for this process alone, while the returned file is open. ValueError where another process has it.
-
-    The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds, have no part in it (flock would
-    be theirs too). None on a file system without locks.
-    """
-    file = open(out / ".lock", "a")                              # never reopened: closing any handle of a file gives such a lock up
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
-    except OSError:
-        return None
-    return file
-
-
-TEMPORARY = re.compile(r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp|last\.next\.pt"
-                       r"|\.?step_\d{6,}_.*\.tmp")                # the last: of pictures and volumes in samples/
-
-
-def remove_temporaries(out: Path) -> None:
-    """What a killed run was writing."""
-    for folder in (out, out / "samples"):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink()
-
-
-def canonical(value: Any) -> Any:
-    """Plain dicts and lists, equal strings one object: pickle marks what it met before by identity, which a resumed run does not share."""
-    if isinstance(value, dict):
-        return {canonical(k): canonical(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [canonical(v) for v in value]
-    return sys.intern(value) if isinstance(value, str) else value
-
-
 def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the same command."""
     parts = {name: getattr(state, name) and getattr(state, name).state_dict() for name in ("disc", "disc_optimizer", "lecam")}
     if state.perceptual is not None:
         parts["features"] = state.perceptual.features.to_checkpoint()
-    return {"kind": "vae3d.train", "version": VERSIONS["vae3d.train"], "config": shared_config(cfg), "data": facts_of(dataset),
+    return {"kind": "vae3d.train", "version": checkpoints.VERSIONS["vae3d.train"], "config": shared_config(cfg), "data": facts_of(dataset),
             "model": full_weights(state), "ema": [ema.state_dict() for ema in state.emas], **parts,
             "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "plateau": list(state.plateau),
             **{name: getattr(state, name) for name in COUNTERS}}
@@ -1397,105 +1305,6 @@ def full_weights(state: State) -> dict[str, Tensor]:
     return weights
 
 
-PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)  # errors that say nothing about a file's content
-
-
-class Damaged(ValueError):
-    """A checkpoint that is missing, cut short or changed on the disk."""
-
-
-def load_checkpoint(path: str | Path, *kinds: str) -> dict:
-    """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
-    path = Path(path)
-    content = read_checkpoint(path)
-    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-    found = found if isinstance(found, str) else brief(found)
-    if found in kinds and (type(content.get("version")) is not int or content["version"] != VERSIONS[found]):
-        raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this code reads {VERSIONS[found]}; "
-                         f"use the code that wrote it")
-    if found not in kinds and (layout := is_foreign(content)):
-        raise ValueError(f"{path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes it, and so does "
-                         f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
-    if found not in kinds:
-        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
-    if lacking := [name for name in ("config", "model") if not isinstance(content.get(name), dict)]:
-        raise ValueError(f"{path}: holds no {' and no '.join(lacking)}; use the file as train.py wrote it")
-    return content
-
-
-def read_checkpoint(path: str | Path) -> Any:
-    """A file of torch.save as plain values and CPU tensors. Damaged or ValueError in one line; never runs code from the file."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a regular file")
-        broken = None
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
-                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
-                folders = (entry.filename for entry in archive.infolist() if entry.external_attr)  # torch returns memory as it is for them
-                broken = next(folders, None) or archive.testzip()  # torch.load takes flipped bits for weights: it reads no checksum
-        else:
-            with path.open("rb") as file:
-                if file.read(1) != b"\x80":                      # of a pickle, torch's old format
-                    raise ValueError("not a file of torch.save")
-        if broken is not None:
-            raise Damaged(f"{path}: damaged, the checksum or entry of {broken} in it is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                      # a crafted file would print them
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Damaged(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error)[:120]}") from None
-    except Damaged:
-        raise
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise OSError(errno.ENOMEM, "not enough memory to read it", str(path)) from None
-        if isinstance(error, OSError) and error.errno in PASSING:  # the file may be good: nothing falls back
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
-    except Exception as error:  # a damaged pickle may raise anything at all
-        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error)[:120]}") from None
-    return content
-
-
-VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
-TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
-         "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
-         "vae3d.features": "train.py --task features writes one as best.pt"}
-
-
-class Resumed(NamedTuple):
-    """A checkpoint that a run goes on from."""
-    path: Path
-    content: dict
-    stamp: tuple[int, int]                                       # of the file
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns
-
-
-def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
-    """The checkpoint of a run folder or file; a damaged last.pt falls back to the one before it. ValueError where none can be read."""
-    path = path / "last.pt" if path.is_dir() else path
-    try:
-        before = stamp(path) if path.exists() else (0, 0)
-        return Resumed(path, load_checkpoint(path, "vae3d.train"), before)
-    except Damaged as error:
-        previous = path.with_name("last.prev.pt")
-        if path.name != "last.pt" or not previous.is_file():
-            raise
-        before = stamp(previous)
-        content = load_checkpoint(previous, "vae3d.train")
-        say(f"{error}; going on from the one before it, {previous}, step {content['step']}")
-        return Resumed(previous, content, before)
-
-
 def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list[str], bool]:
     """Put the weights of a run folder, a checkpoint of ours or a foreign file into a new state, as far as they fit.
 
@@ -1505,7 +1314,7 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     """
     path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
     foreign = load_foreign(path, hints, "--train.init_hints")
-    content = {"model": foreign.weights} if foreign else load_checkpoint(path, "vae3d.weights", "vae3d.train", "vae3d.features")
+    content = {"model": foreign.weights} if foreign else checkpoints.load(path, "vae3d.weights", "vae3d.train", "vae3d.features")
     theirs = content["ema"][0] if content.get("ema") else content["model"]
     ours = full_weights(state)
     fits, reshaped = {}, []
@@ -1593,12 +1402,12 @@ class Log:
         self.live, self.sinks = sys.stdout.isatty(), sinks
         if self.path.exists() and parallel.first():              # rows after the checkpoint belong to steps that are taken again
             rows = [line for line in self.path.read_text().splitlines() if is_before(line, start, validated)]
-            write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
+            checkpoints.write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
         self.file = open(self.path if parallel.first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
-        with naming(self.path):
+        with checkpoints.naming(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
 
@@ -1729,67 +1538,6 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], background: float, flat: bool = False) -> Tensor:
-    """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
-
-    image, recon (C, D, H, W) -> (height, width, 3) uint8. First channel; of each axis the slice with the most foreground. Grey is -1 to 1;
-    the error runs from black (0) over red to yellow (0.5).
-    """
-    image, recon = image[0], recon[0]
-    return orthogonal_slices([grey(image), grey(recon), hot(recon - image)], (image - background).abs(), spacing, flat)
-
-
-def label_comparison(image: Tensor, label: Tensor, found: Tensor, spacing: Sequence[float], flat: bool = False) -> Tensor:
-    """Input, its label and what was found (columns; a colour per class) in axial, coronal and sagittal slices (rows).
-
-    image (C, D, H, W), label and found (D, H, W) -> (height, width, 3) uint8. Of each axis the slice with the most labelled voxels.
-    """
-    plain = grey(image[0])
-    return orthogonal_slices([plain, coloured(plain, label), coloured(plain, found)], (label > 0).float(), spacing, flat)
-
-
-def grey(v: Tensor) -> Tensor:
-    """(...) in [-1, 1] -> (..., 3) in [0, 255]."""
-    return ((v.clamp(-1, 1) + 1) * 127.5)[..., None].expand(*v.shape, 3)
-
-
-def hot(error: Tensor) -> Tensor:
-    """|error| (...) -> (..., 3) in [0, 255]: black (0), red (0.25), yellow (0.5)."""
-    error = error.abs() / 0.5 * 2
-    return torch.stack([error.clamp(0, 1), (error - 1).clamp(0, 1), torch.zeros_like(error)], -1) * 255
-
-
-def coloured(picture: Tensor, label: Tensor) -> Tensor:
-    """Blend a colour per class into picture (..., 3) where label (...) is not 0; neighbouring numbers get hues far apart."""
-    hue = (label * 0.381966 % 1)[..., None] * 6                  # golden-angle steps around the colour circle
-    slope, offset = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([-1.0, 2.0, 2.0])
-    colour = 255 * ((hue - torch.tensor([3.0, 2.0, 4.0])).abs() * slope + offset).clamp(0, 1)
-    return torch.where((label > 0)[..., None], 0.5 * picture + 0.5 * colour, picture)
-
-
-def orthogonal_slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequence[float], flat: bool) -> Tensor:
-    """One column per volume (D, H, W, 3), one row per axis: the slice where weight (D, H, W) sums to most. Pixels are square in mm.
-
-    flat: pictures, which have one axis to look along and are the right way up already.
-    """
-    rows = []
-    for axis in range(1 if flat else 3):
-        others = [a for a in range(3) if a != axis]
-        at = int(weight.sum(others).argmax())
-        pixel = min(spacing)
-        size = [max(1, round(weight.shape[a] * spacing[a] / pixel)) for a in others]
-        factor = max(1, 256 // max(size))
-        panels = []
-        for volume in volumes:
-            panel = volume.select(axis, at)
-            panel = panel if flat else panel.flip(0, 1)          # RAS: now head or front is up, the patient's right on the left
-            panel = F.interpolate(panel.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1)
-            panels.append(F.pad(panel, (0, 0, 2, 2, 2, 2), value=64))
-        rows.append(torch.cat(panels, 1))
-    width = max(row.shape[1] for row in rows)
-    return torch.cat([F.pad(row, (0, 0, 0, width - row.shape[1]), value=64) for row in rows]).round().to(torch.uint8)
-
-
 # ------------------------------------------------------------------------------------------------------------------------- loop
 
 @dataclass
@@ -1873,7 +1621,7 @@ def memory_modes(cfg: TrainConfig) -> tuple[str, ...]:
     return {"vae": vae3d.MEMORY_MODES, "seg": unet.MEMORY_MODES, "features": ("none",)}[cfg.task]
 
 
-def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | None = None) -> int:
+def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: checkpoints.Resumed | None = None) -> int:
     """Run from step 0 or from a checkpoint to the end, an early stop or a signal; returns the exit code.
 
     Raises DataError or ValueError when the run cannot start, RunStopped or OSError when it cannot go on.
@@ -1954,18 +1702,18 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: Resumed | No
     return SIGNALS[stopped_by]
 
 
-def open_folder(cfg: TrainConfig, out: Path, resumed: Resumed | None) -> typing.IO | None:
+def open_folder(cfg: TrainConfig, out: Path, resumed: checkpoints.Resumed | None) -> typing.IO | None:
     """Take the run folder for this process and clear it of what a killed run left; returns its lock. ValueError where another has it."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    remove_temporaries(out)
+    lock = checkpoints.lock_folder(out)
+    checkpoints.remove_temporaries(out)
     if resumed is None:
         run_folder(cfg)                                          # the run of another process may have come and gone by now
         (out / "log.jsonl").unlink(missing_ok=True)              # of a run that was killed before it had a state
-    elif stamp(resumed.path) != resumed.stamp:
+    elif checkpoints.stamp(resumed.path) != resumed.stamp:
         raise ValueError(f"{resumed.path}: was replaced by another process while this one began; give the same command again")
     elif resumed.path.name != "last.pt":                         # what comes after it is taken back, so that a kill goes on from here too;
-        copy(resumed.path, out / "last.pt")                      # no link: damage to one leaves the other
+        checkpoints.copy(resumed.path, out / "last.pt")          # no link: damage to one leaves the other
     return lock
 
 
@@ -2016,7 +1764,7 @@ def stopped_early(cfg: TrainConfig, state: State) -> bool:
 
 def save_config(run: Run) -> None:
     if parallel.first():
-        write_atomic(run.out / "config.yaml", lambda file: file.write(to_yaml(run.cfg).encode()))
+        checkpoints.write_atomic(run.out / "config.yaml", lambda file: file.write(to_yaml(run.cfg).encode()))
 
 
 def recovered(run: Run, shape: Sequence[int], work: Callable[[], Any]) -> Any:
@@ -2065,7 +1813,7 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     if state.bad_steps >= cfg.train.nan_limit:
         path, images = run.out / f"nan_step_{state.step:06d}.pt", parallel.gathered([m.image.cpu() for m in micro_batches])
         if parallel.first():
-            save_checkpoint(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
+            checkpoints.save(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
                                    "model": full_weights(state), "images": images})
         raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
                          f"try a lower --optim.lr, or look at the files that log.jsonl names")
@@ -2162,11 +1910,11 @@ def validation(run: Run, epoch: int) -> None:
 
 def save_best(run: Run, metrics: dict[str, float]) -> None:
     if parallel.first():
-        save_checkpoint(run.out / "best.pt", weights_to_ship(run, run.state.shipped) | {"metrics": metrics})
+        checkpoints.save(run.out / "best.pt", weights_to_ship(run, run.state.shipped) | {"metrics": metrics})
 
 
 def load_best(run: Run) -> dict:
-    return load_checkpoint(run.out / "best.pt", "vae3d.weights", "vae3d.features")
+    return checkpoints.load(run.out / "best.pt", "vae3d.weights", "vae3d.features")
 
 
 def check_best(run: Run) -> bool:
@@ -2216,9 +1964,9 @@ def finish(run: Run) -> None:
         vae = set_dial(on_device(VAE3D(cfg.vae), run.device), dataclasses.replace(cfg.memory, tile_parallel=False))  # one rank alone
         vae.load_state_dict(best["model"])
         state.latent = best["latent"] = latent_statistics(run, vae.eval())
-        save_checkpoint(run.out / "best.pt", best)
+        checkpoints.save(run.out / "best.pt", best)
     for ema, rate in list(zip(state.emas, cfg.train.ema))[1:]:
-        save_checkpoint(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})  # measured for best.pt alone
+        checkpoints.save(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})  # measured for best.pt alone
 
 
 @torch.no_grad()
@@ -2245,14 +1993,14 @@ def save_last(run: Run, keep: bool = True) -> None:
     cfg, step, last = run.cfg.train, run.state.step, run.out / "last.pt"
     keep = keep and cfg.keep > 0 and (step % cfg.save_every == 0 or run.state.finished)
     new = run.out / (f"step_{step:06d}.pt" if keep else "last.next.pt")
-    save_checkpoint(new, checkpoint_of(run.cfg, run.state, run.dataset))
+    checkpoints.save(new, checkpoint_of(run.cfg, run.state, run.dataset))
     if keep:                                                     # files of later steps are of a run that was taken back; they stay
         kept = sorted((int(path.stem[5:]), path) for path in run.out.glob("step_*.pt") if re.fullmatch(r"step_\d{6,}", path.stem))
         for _, old in [row for row in kept if row[0] <= step][:-cfg.keep]:
             old.unlink(missing_ok=True)
     if last.exists():
-        place(last, run.out / "last.prev.pt")
-    (place if keep else os.replace)(new, last)
+        checkpoints.place(last, run.out / "last.prev.pt")
+    (checkpoints.place if keep else os.replace)(new, last)
 
 
 @torch.no_grad()
@@ -2271,7 +2019,7 @@ def save_samples(run: Run) -> None:
         done.add(name)
         stop_if_signalled(run)
         x = to_device(crop.image[None], run.device)
-        flat = crop.entry.intensity.modality == "picture"
+        is_picture = crop.entry.intensity.modality == "picture"
         network = segmented if cfg.task == "seg" else lambda cfg, *inputs: forward(*inputs)
         out = recovered(run, x.shape, lambda x=x, network=network: parallel.agreed(network(cfg, run.state, model, x)))
         if not parallel.first():
@@ -2279,13 +2027,13 @@ def save_samples(run: Run) -> None:
         if cfg.task == "seg":
             found, kind = predicted_classes(out.logits).cpu().to(torch.int16), "pred"
             label = torch.where(crop.label == cfg.data.ignore_label, 0, crop.label) if cfg.data.ignore_label is not None else crop.label
-            picture = label_comparison(crop.image, label, found[0], crop.entry.spacing, flat)
+            picture = pictures.label_comparison(crop.image, [label, found[0]], crop.entry.spacing, is_picture)
         else:
             found, kind = out.recon[0].float().cpu(), "recon"
-            picture = comparison(crop.image, found, crop.entry.spacing, cfg.loss.background, flat)
+            picture = pictures.comparison(crop.image, found, crop.entry.spacing, cfg.loss.background, is_picture)
         stem = f"step_{run.state.step:06d}_{name}"
-        write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(memtest.png(picture)))
-        with naming(folder / f"{stem}_{kind}.nii.gz"):
+        checkpoints.write_atomic(folder / f"{stem}.png", lambda file, picture=picture: file.write(pictures.png(picture)))
+        with checkpoints.naming(folder / f"{stem}_{kind}.nii.gz"):
             data.write_nifti(folder / f"{stem}_{kind}.nii.gz", found.numpy(), crop.affine)
         for sink in run.log.sinks:
             sink.picture(f"samples/{name}", picture, run.state.step)
@@ -2393,7 +2141,7 @@ def command(argv: Sequence[str]) -> int:
             say = (lambda text: tell(f"# {text}")) if dry else tell  # a dry run's output is a config file
             resumed, base = None, None
             if "resume" in options:
-                resumed = parallel.from_rank(0, lambda: load_resumed(Path(options["resume"]), say))
+                resumed = parallel.from_rank(0, lambda: checkpoints.load_resumed(Path(options["resume"]), say))
                 out, base = resumed.path.parent, config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
             cfg = parallel.from_rank(0, lambda: load_config(argv, base))
             out = out or parallel.from_rank(0, lambda: run_folder(cfg))

@@ -42,6 +42,7 @@ except ModuleNotFoundError:
 import data  # noqa: E402
 import losses  # noqa: E402
 import memtest  # noqa: E402
+import pictures  # noqa: E402
 import train  # noqa: E402
 import vae3d  # noqa: E402
 import weights  # noqa: E402
@@ -214,7 +215,7 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
     after = scores(equal.model, held_out, dtype)
     print(f"{name}, {Path(folder).name}: MONAI's {steps} steps pay for {longer} of ours: PSNR {after['psnr']:.2f}", flush=True)
     if png is not None:
-        png.write_bytes(memtest.png(picture(held_out[0], theirs.network, equal.model, dtype, dataset)))
+        png.write_bytes(pictures.png(picture(held_out[0], theirs.network, equal.model, dtype, dataset)))
     return {"theirs": name, "data": Path(folder).name, "size": size, "batch": batch, "steps": steps, "seed": seed, "precision": precision,
             "lr": {"theirs": their_lr, "ours": cfg.optim.lr},
             "seconds_of_steps": {side: round(sum(values), 1) for side, values in spent.items()},
@@ -228,8 +229,10 @@ def race(name: str, folder: str, size: tuple[int, int, int], batch: int, steps: 
 def picture(image: Tensor, theirs: torch.nn.Module, ours: torch.nn.Module, dtype: torch.dtype | None, dataset: data.Data) -> Tensor:
     """An axial slice; columns: input, MONAI, its error, ours, its error (after the same seconds)."""
     x, a, b = (volume.cpu() for volume in (image, *(reconstructions(network, [image], dtype)[0] for network in (theirs, ours))))
-    columns = [train.grey(x[0]), train.grey(a[0]), train.hot(a[0] - x[0]), train.grey(b[0]), train.hot(b[0] - x[0])]
-    return train.orthogonal_slices([c.flip(1, 2) for c in columns], (x - dataset.background).abs()[0], (1.0, 1.0, 1.0), flat=True)
+    weight, columns = (x - dataset.background).abs()[0], [([x], pictures.grey)]
+    for recon in (a, b):
+        columns += [([recon], pictures.grey), ([recon, x], pictures.error)]
+    return pictures.sheet([pictures.slices([v[0] for v in volumes], weight, (1.0, 1.0, 1.0), colour)[:1] for volumes, colour in columns])
 
 
 def main() -> int:

@@ -44,6 +44,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 
@@ -492,7 +493,7 @@ def make_pt(rng: random.Random, folder: Path, name: str) -> Path:
     path, what = folder / f"{name}.pt", rng.random()
     content = {"kind": rng.choice(("vae3d.train", "vae3d.weights")), "version": 2, "config": {"train": {"seed": 0}}, "step": 3,
                "model": {"w": torch.zeros(3, 4), "b": torch.ones(2, dtype=torch.float16)}, "ema": []}
-    content["version"] = train.VERSIONS[content["kind"]]
+    content["version"] = checkpoints.VERSIONS[content["kind"]]
     if what < 0.15:
         place = rng.choice(("kind", "version", "config", "model", "step", "x"))
         content[place] = rng.choice((torch.zeros(3), Evil(), [Evil()], {"a": Evil()}, slice(1), np.float64(1), Path("x"),
@@ -537,7 +538,7 @@ def check_line(error: BaseException | str, *names: str, limit: int = 1500) -> No
 
 
 def judge_volume(path: Path, rng: random.Random) -> str:
-    shown = tuple(data._show(other) for other in (path, *path.parent.glob("*")))
+    shown = tuple(data.show(other) for other in (path, *path.parent.glob("*")))
     try:
         volume = data.read_volume(path, max_gib=MAX_GIB)
     except data.DataError as error:
@@ -569,7 +570,7 @@ def judge_volume(path: Path, rng: random.Random) -> str:
         return outcome
     if code not in (0, 1) or err.getvalue() or len(lines) != 3 or not all(line.isprintable() for line in lines):
         raise Failed(f"data.py ended with {code}: {lines} {err.getvalue()!r}")
-    if code == 0 and (outcome == "refused" or any(word in lines[1].split(data._show(path))[-1].split() for word in ("nan", "inf"))):
+    if code == 0 and (outcome == "refused" or any(word in lines[1].split(data.show(path))[-1].split() for word in ("nan", "inf"))):
         raise Failed(f"data.py took it: {lines[1]!r}")
     return outcome
 
@@ -624,7 +625,7 @@ def judge_json(path: Path, rng: random.Random) -> str:
     said: list[str] = []
     cfg = data.DataConfig(path=str(path), cache_dir=str(path.parent.parent / "cache"), max_gib=MAX_GIB, patch=(4, 4, 4),
                           labels=rng.random() < 0.4, strict=rng.random() < 0.1, foreground=rng.choice((0.0, 0.5)))
-    shown = (data._show(path), *(data._show(other) for other in (path.parent.parent / "volumes").glob("*")), data._show(path.parent),
+    shown = (data.show(path), *(data.show(other) for other in (path.parent.parent / "volumes").glob("*")), data.show(path.parent),
              os.path.expanduser("~"), "/dev/")
     try:
         opened = data.open_data(cfg, 0, said.append)
@@ -656,13 +657,13 @@ def judge_yaml(path: Path, rng: random.Random) -> str:
 
 def judge_pt(path: Path, rng: random.Random) -> str:
     try:
-        content = train.load_checkpoint(path, "vae3d.train", "vae3d.weights")
+        content = checkpoints.load(path, "vae3d.train", "vae3d.weights")
     except ValueError as error:
         check_line(train.one_line(error), train.one_line(path))
         outcome = "refused"
     else:
         outcome = "accepted"
-        if content.get("kind") not in train.VERSIONS:
+        if content.get("kind") not in checkpoints.VERSIONS:
             raise Failed(f"accepted kind {content.get('kind')!r}")
     if Path("executed").exists():
         raise Failed("it ran code")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import checkpoints
 import data
 import train
 from data import DataConfig, DataError, read_volume
@@ -203,7 +204,7 @@ def test_cache_that_changes_under_a_run_ends_it_in_a_line(cached, damage, worker
     assert disturbed(monkeypatch, [*flags, "--workers", workers], deed) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the cache changed under the run" in error and ".npy" in error and "Traceback" not in error, error
-    assert train.load_checkpoint(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
+    assert checkpoints.load(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
     data._open_array.cache_clear()
     opened = data.open_data(train.load_config(flags).data, 0, lambda _: None)  # the next start rebuilds it
     assert all(np.isfinite(entry.read()).all() and entry.read().shape == entry.shape for entry in opened.train)
@@ -231,7 +232,7 @@ def test_worker_that_dies_ends_the_run_in_a_line(cached, number, monkeypatch, ca
     assert disturbed(monkeypatch, [*flags, "--workers", "1"], deed) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "DataLoader worker (pid" in error and "--resume" in error, error
-    assert train.load_checkpoint(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
+    assert checkpoints.load(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
 
 
 # ----------------------------------------------------------------------------------------------------------- configs and checkpoints
@@ -267,7 +268,7 @@ def test_a_billion_laughs(merge, tmp_path):
 def test_pipes_and_bombs_in_place_of_configs_and_checkpoints(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
-    ours = {"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "model": {}}
+    ours = {"kind": "vae3d.train", "version": checkpoints.VERSIONS["vae3d.train"], "model": {}}
     torch.save({**ours, "config": {}, "x": fuzz_data.Evil()}, "evil.pt")
     Path("bomb.pt").write_bytes(fuzz_data.one_member("archive/data.pkl", fuzz_data.zeros(400), 400 * 2**20))
     torch.save(ours, "bare.pt")

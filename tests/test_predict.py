@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import data
 import memtest
 import predict
@@ -485,14 +486,14 @@ def test_interrupted_folder_goes_on_and_a_failure_is_told_at_the_end(tmp_path, r
 def test_a_signal_stops_at_once_and_leaves_nothing_half_written(tmp_path, runs, monkeypatch, capsys):
     for i in range(2):
         ct_file(tmp_path / "in" / f"{i}.nii.gz", seed=i)
-    write = train.write_atomic
+    write = checkpoints.write_atomic
 
     def interrupted(path, content):
         write(path, content)
         if path.name == "1.nii.gz":
             path.rename(path.with_name(path.name + ".tmp"))      # as if it came before the end
             os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(train, "write_atomic", interrupted)
+    monkeypatch.setattr(checkpoints, "write_atomic", interrupted)
     assert predict.main(["reconstruct", "--checkpoint", str(runs("kl")), "--input", str(tmp_path / "in"), "--output",
                          str(tmp_path / "out")]) == 143
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["0.nii.gz"] and "the same command" in capsys.readouterr().out

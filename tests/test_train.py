@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import errno
 import gc
-import io
 import json
 import math
 import os
@@ -13,19 +12,18 @@ import pickle
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import types
 import typing
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoints
 import data
 import losses
 import predict
@@ -321,7 +319,7 @@ def test_keep_older_checkpoints(tmp_path):
 
 
 def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_file_goes(tmp_path, monkeypatch):
-    flags, original = ["--steps", "6", "--train.save_every", "1", "--train.keep", "2"], train.place
+    flags, original = ["--steps", "6", "--train.save_every", "1", "--train.keep", "2"], checkpoints.place
     assert run(*flags, out=tmp_path / "whole") == 0
     (tmp_path / "cut").mkdir()
     for name in ("step_best.pt", "step_000001_mine.pt", "my.tmp"):
@@ -333,11 +331,11 @@ def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_
                 (tmp_path / "cut/last.next.pt").write_text("half written")
                 raise KeyboardInterrupt
             original(source, target)
-        monkeypatch.setattr(train, "place", killed)
+        monkeypatch.setattr(checkpoints, "place", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main(["--resume", str(tmp_path / "cut")]) if at > 3 else run(*flags, out=tmp_path / "cut")
         assert load(tmp_path / "cut/last.pt")["step"] == at - 1
-    monkeypatch.setattr(train, "place", original)
+    monkeypatch.setattr(checkpoints, "place", original)
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
     found = [{path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
     assert found[1] - found[0] == {"step_best.pt", "step_000001_mine.pt", "my.tmp"} and found[0] < found[1]
@@ -346,7 +344,7 @@ def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_
 
 
 def load(path):
-    return train.load_checkpoint(path, "vae3d.train", "vae3d.weights")
+    return checkpoints.load(path, "vae3d.train", "vae3d.weights")
 
 
 def assert_equal_runs(a, b, names=("last.pt", "best.pt")):
@@ -361,28 +359,6 @@ def flip(path, place=0.5):
     content = bytearray(path.read_bytes())
     content[int(len(content) * place)] ^= 4
     path.write_bytes(content)
-
-
-def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
-    content = {"kind": "vae3d.train", "version": train.VERSIONS["vae3d.train"], "model": {"a": torch.arange(40.0), "b": torch.ones(3)}}
-    path, rng, found = tmp_path / "x.pt", random.Random(0), 0
-    train.save_checkpoint(path, content)
-    good = path.read_bytes()
-    for _ in range(1500):
-        bad = bytearray(good)
-        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad)
-        try:
-            read = train.load_checkpoint(path, "vae3d.train")
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            found += 1
-        else:
-            assert same(read["model"], content["model"]) and read.keys() == content.keys()
-    assert found > 300, found                                    # the rest: padding, dates
-    path.write_bytes(good[:len(good) // 2])
-    with pytest.raises(ValueError, match="cut short"):
-        train.load_checkpoint(path, "vae3d.train")
 
 
 def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_anew(tmp_path, capsys, monkeypatch):
@@ -538,25 +514,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_state(name, t
     assert not list(out.rglob("*.tmp")) and load(out / "last.pt")["step"] == (3 if name == "best.pt" else 1)
     assert train.main(["--resume", str(out)]) == 0
     assert_equal_runs(tmp_path / "whole", out)
-
-
-def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path, monkeypatch):
-    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device.*x.pt"):
-        train.save_checkpoint(tmp_path / "x.pt", {"a": torch.zeros(2_000_000)})
-    assert not list(tmp_path.iterdir())
-
-    class Full(io.RawIOBase):                                    # closing it raises nothing, so torch's own error would be left
-        room = 100
-
-        def write(self, part):
-            self.room -= len(part)
-            if self.room < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return len(part)
-    monkeypatch.setattr(train, "write_atomic", lambda path, write: write(Full()))
-    with pytest.raises(OSError, match="No space left on device"):
-        train.save_checkpoint(tmp_path / "x.pt", {"a": torch.zeros(1000)})
 
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
@@ -1477,26 +1434,6 @@ def test_amp_without_native_bf16_says_so(monkeypatch):
     assert train.pick_precision(True, torch.device("cuda"))[0] is torch.bfloat16
 
 
-def test_png_is_what_was_drawn():
-    image = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8)
-    raw = train.memtest.png(image)
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", raw[16:24]) == (7, 5)
-    start = raw.index(b"IDAT")
-    length = struct.unpack(">I", raw[start - 4:start])[0]
-    lines = zlib.decompress(raw[start + 4:start + 4 + length])
-    assert lines == b"".join(b"\0" + row.numpy().tobytes() for row in image)
-    assert struct.unpack(">I", raw[start + 4 + length:start + 8 + length])[0] == zlib.crc32(raw[start:start + 4 + length])
-
-
-def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres():
-    image = torch.full((1, 4, 8, 8), -1.0)
-    image[0, 2, 1, 6] = 1.0
-    picture = train.comparison(image, image.clone(), (4.0, 1.0, 1.0), -1.0)
-    height, width, _ = picture.shape
-    assert (height, width) == (3 * 260, 3 * 260)                 # axial 8 x 8 mm at 32 pixels a mm, the others 16 x 8 mm at 16
-    assert picture[:260, :260].max() == 255 and picture[2:258, 522:778].max() == 0
-
-
 def test_tensorboard_and_wandb_receive_scalars_pictures_and_histograms(tmp_path, monkeypatch):
     """Stubs stand in for both services."""
     seen = []
@@ -1535,11 +1472,12 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
 ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
-           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train"}, "parallel": {"torch"}}
+           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train", "pictures"}, "parallel": {"torch"}, "pictures": {"torch"},
+           "checkpoints": {"torch", "data", "vae3d", "weights"}}
 
 
 def test_import_table():
-    """DESIGN.md: the rooms never import one another, nor train; memtest imports train inside main only."""
+    """DESIGN.md: the rooms never import one another, nor train; memtest imports train and pictures inside main only."""
     for name, extra in ALLOWED.items():
         path = ROOT / f"{name}.py"
         if not path.is_file():

@@ -1,0 +1,217 @@
+"""The files of a run folder: written so that a kill at any moment leaves the old file or the new one, read so that nothing in them can
+do harm, for one process at a time.
+
+A checkpoint is a file of torch.save with tensors and plain values only; its `kind` and `version` say what it is, and equal contents give
+equal bytes. Version 0.1 (2026-11).
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pickle
+import re
+import shutil
+import sys
+import typing
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data import brief, one_line
+from vae3d import is_out_of_memory
+from weights import LAYOUTS, is_foreign
+
+VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
+TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
+         "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
+         "vae3d.features": "train.py --task features writes one as best.pt"}
+TEMPORARY = re.compile(r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp|last\.next\.pt"
+                       r"|\.?step_\d{6,}_.*\.tmp")                # the last: of pictures and volumes in samples/
+PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)  # errors that say nothing about a file's content
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- writing
+
+def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
+    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with naming(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):                       # a vanished folder, a disk that is read-only by now
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError leaves with the file's name: that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from None
+
+
+def place(source: Path, target: Path) -> None:
+    """`target` becomes the same file as `source`, atomically: by a hard link, by a copy where the file system has none."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return copy(source, target)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)                            # rename() does nothing where both are one file already
+
+
+def copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as original:
+        write_atomic(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def save(path: Path, content: dict) -> None:
+    """Atomically, and equal contents give equal bytes: a file object keeps the path out of the archive."""
+    def write(file: typing.BinaryIO) -> None:
+        try:
+            torch.save(canonical(content), file)
+        except RuntimeError as error:                            # torch closes its archive after the disk's error, and fails at that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    write_atomic(path, write)
+
+
+def canonical(value: Any) -> Any:
+    """Plain dicts and lists, equal strings one object: pickle marks what it met before by identity, which a resumed run does not share."""
+    if isinstance(value, dict):
+        return {canonical(k): canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [canonical(v) for v in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- reading
+
+class Damaged(ValueError):
+    """A checkpoint that is missing, cut short or changed on the disk."""
+
+
+def load(path: str | Path, *kinds: str) -> dict:
+    """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
+    path = Path(path)
+    content = read(path)
+    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    found = found if isinstance(found, str) else brief(found, 200)
+    if found in kinds and (type(content.get("version")) is not int or content["version"] != VERSIONS[found]):
+        raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this code reads {VERSIONS[found]}; "
+                         f"use the code that wrote it")
+    if found not in kinds and (layout := is_foreign(content)):
+        raise ValueError(f"{path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes it, and so does "
+                         f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
+    if found not in kinds:
+        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
+    if lacking := [name for name in ("config", "model") if not isinstance(content.get(name), dict)]:
+        raise ValueError(f"{path}: holds no {' and no '.join(lacking)}; use the file as train.py wrote it")
+    return content
+
+
+def read(path: str | Path) -> Any:
+    """A file of torch.save as plain values and CPU tensors. Damaged or ValueError in one line; never runs code from the file."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        broken = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr)  # torch returns memory as it is for them
+                broken = next(folders, None) or archive.testzip()  # torch.load takes flipped bits for weights: it reads no checksum
+        else:
+            with path.open("rb") as file:
+                if file.read(1) != b"\x80":                      # of a pickle, torch's old format
+                    raise ValueError("not a file of torch.save")
+        if broken is not None:
+            raise Damaged(f"{path}: damaged, the checksum or entry of {broken} in it is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                      # a crafted file would print them
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Damaged(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error, 120)}") from None
+    except Damaged:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise OSError(errno.ENOMEM, "not enough memory to read it", str(path)) from None
+        if isinstance(error, OSError) and error.errno in PASSING:  # the file may be good: nothing falls back
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}") from None
+    except Exception as error:  # a damaged pickle may raise anything at all
+        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}") from None
+    return content
+
+
+class Resumed(NamedTuple):
+    """A checkpoint that a run goes on from."""
+    path: Path
+    content: dict
+    stamp: tuple[int, int]                                       # of the file
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
+    """The checkpoint of a run folder or file; a damaged last.pt falls back to the one before it. ValueError where none can be read."""
+    path = path / "last.pt" if path.is_dir() else path
+    try:
+        before = stamp(path) if path.exists() else (0, 0)
+        return Resumed(path, load(path, "vae3d.train"), before)
+    except Damaged as error:
+        previous = path.with_name("last.prev.pt")
+        if path.name != "last.pt" or not previous.is_file():
+            raise
+        before = stamp(previous)
+        content = load(previous, "vae3d.train")
+        say(f"{error}; going on from the one before it, {previous}, step {content['step']}")
+        return Resumed(previous, content, before)
+
+
+# --------------------------------------------------------------------------------------------------------------------- one process a folder
+
+def lock_folder(out: Path) -> typing.IO | None:
+    """The run folder for this process alone, while the returned file is open. ValueError where another process has it.
+
+    The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds, have no part in it (flock would
+    be theirs too). None on a file system without locks.
+    """
+    file = open(out / ".lock", "a")                              # never reopened: closing any handle of a file gives such a lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
+    except OSError:
+        return None
+    return file
+
+
+def remove_temporaries(out: Path) -> None:
+    """What a killed run was writing."""
+    for folder in (out, out / "samples"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink()
