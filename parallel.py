@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(minutes=30)                         # that a rank waits for another, such as for its part of the cache
+LEAVING = datetime.timedelta(seconds=5)                          # that the first rank waits for the others at the end
 Value = TypeVar("Value")
 _here: dict = {}                                                 # of this process: local rank, store
 
@@ -50,11 +52,13 @@ class OutOfMemoryElsewhere(torch.OutOfMemoryError):
 def started(number: int, of: int, local: int = 0) -> Iterator[None]:
     """Process `number` of `of`, the `local`-th of its machine; MASTER_ADDR and MASTER_PORT say where they meet. Only the first prints.
 
-    At the end SIGTERM is ignored: torchrun sends it to the others as soon as one process has left, and they are leaving already.
+    At the end SIGTERM is ignored: torchrun sends it to the others as soon as one process has left, and they are leaving already. Without
+    torchrun the first process is host to the store, in which the others look who speaks: it leaves last, unless one of them is gone.
     """
     if of == 1:
         yield
         return
+    importlib.import_module("torch.distributed.nn")              # its defaults keep the group of the moment, and its threads, to the end
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu:gloo"
     try:
         store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
@@ -68,7 +72,12 @@ def started(number: int, of: int, local: int = 0) -> Iterator[None]:
             yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        dist.destroy_process_group()
+        dist.destroy_process_group()                             # who still waits for this one notices
+        with contextlib.suppress(RuntimeError):
+            if _here["store"].add("left", 1) == of:
+                _here["store"].set("all left", "")
+            if number == 0:
+                _here["store"].wait(["all left"], LEAVING)
         _here.clear()
 
 

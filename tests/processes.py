@@ -1,6 +1,7 @@
 """Processes that wait for work, for the tests of several ranks: gloo on the CPU."""
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import importlib
@@ -16,13 +17,9 @@ from typing import Any
 
 
 def serve(pipe) -> None:
-    """A process that does what it is sent: (variables of its rank, function, arguments). SIGUSR2: where it stands, on stderr.
-
-    torch._dynamo, which the first optimizer imports, keeps a group that exists at that moment, and its connections, to the process's end;
-    here the process outlives its rank.
-    """
+    """A process that does what it is sent: (variables of its rank, function, arguments). SIGUSR2: where it stands, on stderr."""
     faulthandler.register(signal.SIGUSR2, sys.__stderr__)
-    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch.distributed.nn")              # as parallel.started does, for ranks that begin without it
     while (job := pipe.recv()) is not None:
         variables, function, arguments = job
         os.environ |= variables
@@ -41,14 +38,16 @@ def free_port() -> int:
 class Pool:
     def __init__(self, size: int):
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.hangs = [], [], False
         for _ in range(size):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
             self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
             self.processes[-1].start()
+            atexit.register(self.processes[-1].kill)             # multiprocessing's own way is SIGTERM, which ranks come to ignore
 
     def begin(self, world: int, function: Callable, *arguments: Any) -> None:
+        assert not self.hangs, "a rank hung in an earlier test"
         port = free_port()
         for rank in range(world):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
@@ -64,6 +63,7 @@ class Pool:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process.pid, signal.SIGUSR2)
                 time.sleep(2)
+                self.hangs = True
                 raise AssertionError(f"rank {rank} hangs")
             fine, result = self.pipes[rank].recv()
             assert fine, f"rank {rank}:\n{result}"
@@ -75,8 +75,13 @@ class Pool:
         return self.end(range(world))
 
     def close(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes):
+        """Ends the processes. One that does not come to its end fails the test, unless it hung before."""
+        for pipe in self.pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send(None)
-            process.join(5)
+        for process in self.processes:
+            process.join(0 if self.hangs else 30)
+        stuck = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
             process.kill()
+        assert self.hangs or not stuck, f"ranks {stuck} do not end"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import free_port
 
 import data
 import parallel
@@ -316,6 +317,23 @@ def test_sums_fill_in_for_ranks_without_micro_batches(pool):
     for grad_a, layout, grad_b, grad_c, terms, statistics, different in pool(2, pieces):
         assert grad_a == torch.arange(12.0).view(2, 3, 1, 2, 1).tolist() and layout and grad_b == [4.0] * 4 and grad_c is None
         assert terms == {"loss": 2.0} and statistics == [2.0, 4.0] and different == "codebook is not the same on rank 1 as on rank 0"
+
+
+LEAVES = """
+import os, parallel
+with parallel.started(int(os.environ["RANK"]), 2):
+    import torch._dynamo                                         # as the first optimizer does
+    parallel.barrier()
+print([name for name in (open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")) if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find threads")
+def test_the_group_and_its_threads_end_with_it_and_not_with_the_interpreter():
+    variables = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [subprocess.Popen([sys.executable, "-c", LEAVES], cwd=ROOT, env=variables | {"RANK": str(rank)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["[]\n"] * 2
 
 
 def restarted():

@@ -185,7 +185,8 @@ def of_rank(folder: Path) -> None:
 def ranks(pool, tmp_path_factory):
     """What each of the three processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    pool(3, of_rank, folder)
+    pool.begin(3, of_rank, folder)
+    pool.end(range(3), 240)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
 
 
