@@ -14,19 +14,88 @@ import pickle
 import re
 import shutil
 import sys
+import types
 import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 
 from data import brief, one_line
 from vae3d import is_out_of_memory
 from weights import LAYOUTS, is_foreign
 
+Weights = dict[str, Tensor]
+
+
+class Facts(TypedDict):
+    """What predict.py must know about the data."""
+    modality: str
+    channels: int
+    classes: int
+    label_values: list[int] | None
+    background: float
+    spacing: list[float]                                         # mm, D H W
+    training: list[str]                                          # names of the volumes
+
+
+class Latent(TypedDict):
+    mean: Tensor                                                 # (Z,)
+    std: Tensor                                                  # (Z,)
+    scale_factor: float
+
+
+class Train(TypedDict):
+    """last.pt: all that a run needs to go on to the bit. `features`, of a feature network, is there where one is used."""
+    config: dict[str, Any]                                       # section -> field -> value
+    data: Facts
+    model: Weights
+    ema: list[Weights]
+    disc: Weights | None
+    lecam: Weights | None
+    optimizer: dict[str, Any]
+    disc_optimizer: dict[str, Any] | None
+    scaler: dict[str, Any]
+    step: int                                                    # this and what follows: fields of train.State
+    best: float | None
+    best_loss: float
+    bad_validations: int
+    plateau: list[float]
+    bad_steps: int
+    finished: bool
+    validated: int
+    sampled: int
+    latent: Latent | None
+    usage: Tensor | None
+    norms: list[float]
+    log_scale: float
+    global_batch: int
+
+
+class Shipped(TypedDict):
+    """best.pt: what predict.py and --init need; and `metrics`, of the validation that made it the best."""
+    config: dict[str, Any]
+    data: Facts
+    step: int
+    latent: Latent | None                                        # None until the run has ended
+    model: Weights
+
+
+class Channels(TypedDict):
+    channels: list[int]
+
+
+class Features(TypedDict):
+    """best.pt of --task features."""
+    config: Channels
+    model: Weights
+
+
+CONTENT = {"vae3d.train": Train, "vae3d.weights": Shipped, "vae3d.features": Features}
 VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
 TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
          "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
@@ -119,9 +188,41 @@ def load(path: str | Path, *kinds: str) -> dict:
                          f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
     if found not in kinds:
         raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
-    if lacking := [name for name in ("config", "model") if not isinstance(content.get(name), dict)]:
-        raise ValueError(f"{path}: holds no {' and no '.join(lacking)}; use the file as train.py wrote it")
+    wanted = typing.get_type_hints(CONTENT[found])
+    if lacking := [name for name in wanted if name not in content]:
+        raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")
+    if wrong := [name for name, kind in wanted.items() if not is_a(content[name], kind)]:
+        raise ValueError(f"{path}: its {wrong[0]} is not what train.py writes there, found {brief(content[wrong[0]])}; use the file as "
+                         f"train.py wrote it")
     return content
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value of a file is of a type: a TypedDict, X | None, dict[X, Y], list[X], Tensor (dense, real), float (or int), Any ..."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if typing.is_typeddict(kind):
+        return type(value) is dict and all(name in value and is_a(value[name], k) for name, k in typing.get_type_hints(kind).items())
+    if origin in (typing.Union, types.UnionType):
+        return any(is_a(value, k) for k in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(is_a(v, inner[0]) for v in value)
+    if kind is Tensor:
+        return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+    return kind is Any or type(value) is kind or kind is float and type(value) is int
+
+
+def is_like(value: Any, ours: Any) -> bool:
+    """Whether a value of a file has the structure of one of ours: keys, lengths, shapes, and what kind of value each leaf is."""
+    if isinstance(ours, dict):
+        return isinstance(value, dict) and value.keys() == ours.keys() and all(is_like(value[k], v) for k, v in ours.items())
+    if isinstance(ours, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(value) == len(ours) and all(map(is_like, value, ours))
+    if isinstance(ours, Tensor):
+        real = is_a(value, Tensor) and value.shape == ours.shape
+        return real and (value.dtype == ours.dtype or value.is_floating_point() and ours.is_floating_point())
+    return type(value) is type(ours) or {type(value), type(ours)} in ({int, float}, {bool, type(None)})
 
 
 def read(path: str | Path) -> Any:
@@ -193,20 +294,21 @@ def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
 
 # --------------------------------------------------------------------------------------------------------------------- one process a folder
 
-def lock_folder(out: Path) -> typing.IO | None:
-    """The run folder for this process alone, while the returned file is open. ValueError where another process has it.
+@contextlib.contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """The run folder for this process alone. ValueError where another process has it; no lock on a file system without them.
 
     The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds, have no part in it (flock would
-    be theirs too). None on a file system without locks.
+    be theirs too).
     """
-    file = open(out / ".lock", "a")                              # never reopened: closing any handle of a file gives such a lock up
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
-    except OSError:
-        return None
-    return file
+    with open(out / ".lock", "a") as file:                       # never reopened: closing any handle of a file gives such a lock up
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
+        except OSError:
+            pass
+        yield
 
 
 def remove_temporaries(out: Path) -> None:

@@ -274,8 +274,8 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
     result = {}
     for key, value in values.items():
         current = getattr(base, key) if key in [f.name for f in SECTIONS] else None
-        if key in ("task", "preset"):                            # load_config has looked at them
-            result[key] = value
+        if key in ("task", "preset"):
+            result[key] = convert(value, str, f"{source}: {key}")
             continue
         if not dataclasses.is_dataclass(current):
             known = [f.name for f in dataclasses.fields(base)]
@@ -289,6 +289,7 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
             if name not in hints:
                 raise ValueError(f"{source}: unknown key {key}.{data.one_line(name)}{closest(str(name), hints, key + '.')}")
         result[key] = dataclasses.replace(current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()})
+    one_of(f"{source}: task", result.get("task", base.task), TASKS)
     return dataclasses.replace(base, **result)
 
 
@@ -1370,10 +1371,14 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
     if state.masters is not None:
         for (name, _), master in zip(state.model.named_parameters(), state.masters):
             master.data.copy_(checkpoint["model"][name])
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    if state.disc_optimizer is not None:
-        state.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-    state.scaler.load_state_dict(checkpoint["scaler"])
+    optimizers = {"optimizer": state.optimizer} | ({"disc_optimizer": state.disc_optimizer} if state.disc_optimizer else {})
+    for name, ours in {"usage": state.usage, **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}.items():
+        if ours is not None and not checkpoints.is_like(checkpoint[name], ours):
+            raise ValueError(f"{path} ({name}): does not fit this run; use the config that made it")
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(checkpoint[name])
+    if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):  # else it was of use then and is not now, or the reverse
+        state.scaler.load_state_dict(checkpoint["scaler"])
     device = next(state.model.parameters()).device
     for name in COUNTERS:
         value = checkpoint[name]
@@ -1384,7 +1389,7 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
 def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source: str) -> None:
     theirs = theirs or {}
     missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    reshaped = sorted(k for k in ours.keys() & theirs.keys() if ours[k].shape != theirs[k].shape)
+    reshaped = sorted(k for k in ours.keys() & theirs.keys() if not checkpoints.is_like(theirs[k], ours[k]))
     if missing or unexpected or reshaped:
         raise ValueError(f"{source}: does not fit this network: missing {missing[:5]}, unexpected {unexpected[:5]}, of another shape "
                          f"{reshaped[:5]} ({len(missing)}, {len(unexpected)}, {len(reshaped)} in all); use the config that made it")
@@ -1432,7 +1437,8 @@ class Log:
         tell(f"\r\x1b[K{text}" if self.live else text)
 
     def close(self) -> None:
-        self.file.close()
+        with checkpoints.naming(self.path):                      # what a full disk did not take is tried once more
+            self.file.close()
         for sink in self.sinks:
             sink.close()
 
@@ -1553,7 +1559,6 @@ class Run:
     log: Log
     total: int                                                   # optimizer steps
     per_epoch: int                                               # of them
-    lock: typing.IO | None                                       # of the run folder
     received: list[int] = field(default_factory=list)            # signals
 
 
@@ -1651,49 +1656,49 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: checkpoints.
                              f"{cfg.vae.num_codes}; run --train.stage 1 first")
     shape = (cfg.train.batch, dataset.channels, *dataset.patch)
     turn_dial(cfg, state, parallel.chosen(0, lambda: settled(cfg.memory, state, shape)))
-    lock = parallel.together(lambda: open_folder(cfg, out, resumed) if parallel.first() else None)
-    sinks = open_sinks(cfg, out)
-    log = Log(cfg, out, total, state.step, sinks, state.validated)
-    held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
-    run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch, lock)
-    save_config(run)
-    names = {"vae": cfg.preset, "seg": cfg.preset, "features": "feature network"}
-    log.say(f"{names[cfg.task]}: {sum(p.numel() for p in state.model.parameters()):,} parameters, "
-            + (f"discriminator {sum(p.numel() for p in state.disc.parameters()):,}, " if state.disc is not None else "")
-            + f"memory mode {dial_text(cfg.memory)}; {device}, "
-            + ("16-bit weights, float32 masters" if state.masters is not None else pick_precision(cfg.train.amp, device)[1]))
-    for text in started_from:
-        log.say(text)
-    for text in memtest.environment_warnings() if device.type == "cuda" else []:
-        log.say(f"warning: {text}")
-    log.say(f"{total} steps of {state.global_batch} crops{f' on {parallel.world()} ranks' * (parallel.world() > 1)}, {per_epoch} an epoch; "
-            f"run folder {out}")
-    stopped_by = 0
-    with caught_signals() as run.received:
-        if not has_codebook:
-            start_codebook(run)
-        parallel.take_from_first(tensors_of(state))
-        try:
-            replaced = checkpoint is not None and state.best is not None and check_best(run)
-            if (settle(run) or replaced) and parallel.first():   # at step 0, and what a stopped run left undone
-                save_last(run)
-            steps = range(state.step, state.step if state.finished else total)
-            for step, micro_batches in step_batches(cfg, crops, steps, device, state.global_batch):
-                train_and_log(run, step, micro_batches)
-                if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
-                    compare_ranks(state)
-                settle(run)
-                stopped_by = int(parallel.largest(run.received[0] if run.received else 0))  # one rank's signal ends all after the same step
-                if parallel.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
+    with contextlib.ExitStack() as opened:                       # the lock of the run folder, the log: closed however the run ends
+        parallel.together(lambda: open_folder(cfg, out, resumed, opened) if parallel.first() else None)
+        log = opened.enter_context(contextlib.closing(Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated)))
+        held_out = data.WholeVolumes(dataset) if cfg.train.val_whole else data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
+        run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
+        save_config(run)
+        names = {"vae": cfg.preset, "seg": cfg.preset, "features": "feature network"}
+        log.say(f"{names[cfg.task]}: {sum(p.numel() for p in state.model.parameters()):,} parameters, "
+                + (f"discriminator {sum(p.numel() for p in state.disc.parameters()):,}, " if state.disc is not None else "")
+                + f"memory mode {dial_text(cfg.memory)}; {device}, "
+                + ("16-bit weights, float32 masters" if state.masters is not None else pick_precision(cfg.train.amp, device)[1]))
+        for text in started_from:
+            log.say(text)
+        for text in memtest.environment_warnings() if device.type == "cuda" else []:
+            log.say(f"warning: {text}")
+        ranks = f" on {parallel.world()} ranks" * (parallel.world() > 1)
+        log.say(f"{total} steps of {state.global_batch} crops{ranks}, {per_epoch} an epoch; run folder {out}")
+        stopped_by = 0
+        with caught_signals() as run.received:
+            if not has_codebook:
+                start_codebook(run)
+            parallel.take_from_first(tensors_of(state))
+            try:
+                replaced = checkpoint is not None and state.best is not None and check_best(run)
+                if (settle(run) or replaced) and parallel.first():   # at step 0, and what a stopped run left undone
                     save_last(run)
-                if state.finished or stopped_by:
-                    break
-        except Stopped as stop:
-            stopped_by = stop.args[0]
-            if parallel.first():
-                save_last(run, keep=False)
-        log.close()                                              # here: a signal to this rank must not stop it any more
-        parallel.barrier()                                       # torchrun ends the others as soon as one has left: not before it is saved
+                steps = range(state.step, state.step if state.finished else total)
+                for step, micro_batches in step_batches(cfg, crops, steps, device, state.global_batch):
+                    train_and_log(run, step, micro_batches)
+                    if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
+                        compare_ranks(state)
+                    settle(run)
+                    stopped_by = int(parallel.largest(run.received[0] if run.received else 0))  # one rank's ends all after the same step
+                    if parallel.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
+                        save_last(run)
+                    if state.finished or stopped_by:
+                        break
+            except Stopped as stop:
+                stopped_by = stop.args[0]
+                if parallel.first():
+                    save_last(run, keep=False)
+            opened.close()                                       # here: a signal to this rank must not stop it any more
+            parallel.barrier()                                   # torchrun ends the others as soon as one has left: not before it is saved
     if state.finished:
         tell(f"done at step {state.step}: best {metric_of(cfg)} {shown(state.best)}; weights in {out / 'best.pt'}, "
              f"pictures in {out / 'samples'}")
@@ -1702,10 +1707,11 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: checkpoints.
     return SIGNALS[stopped_by]
 
 
-def open_folder(cfg: TrainConfig, out: Path, resumed: checkpoints.Resumed | None) -> typing.IO | None:
-    """Take the run folder for this process and clear it of what a killed run left; returns its lock. ValueError where another has it."""
+def open_folder(cfg: TrainConfig, out: Path, resumed: checkpoints.Resumed | None, opened: contextlib.ExitStack) -> None:
+    """Take the run folder for this process, until `opened` is closed, and clear it of what a killed run left. ValueError where another has
+    it."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = checkpoints.lock_folder(out)
+    opened.enter_context(checkpoints.lock_folder(out))
     checkpoints.remove_temporaries(out)
     if resumed is None:
         run_folder(cfg)                                          # the run of another process may have come and gone by now
@@ -1714,7 +1720,6 @@ def open_folder(cfg: TrainConfig, out: Path, resumed: checkpoints.Resumed | None
         raise ValueError(f"{resumed.path}: was replaced by another process while this one began; give the same command again")
     elif resumed.path.name != "last.pt":                         # what comes after it is taken back, so that a kill goes on from here too;
         checkpoints.copy(resumed.path, out / "last.pt")          # no link: damage to one leaves the other
-    return lock
 
 
 def compare_ranks(state: State) -> None:

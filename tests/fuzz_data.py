@@ -21,6 +21,7 @@ import pickle
 import random
 import resource
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -491,9 +492,13 @@ class Evil:
 
 def make_pt(rng: random.Random, folder: Path, name: str) -> Path:
     path, what = folder / f"{name}.pt", rng.random()
-    content = {"kind": rng.choice(("vae3d.train", "vae3d.weights")), "version": 2, "config": {"train": {"seed": 0}}, "step": 3,
-               "model": {"w": torch.zeros(3, 4), "b": torch.ones(2, dtype=torch.float16)}, "ema": []}
-    content["version"] = checkpoints.VERSIONS[content["kind"]]
+    kind = rng.choice(("vae3d.train", "vae3d.weights"))
+    content = {"kind": kind, "version": checkpoints.VERSIONS[kind], "config": {"train": {"seed": 0}}, "step": 3, "ema": [], "best": None,
+               "model": {"w": torch.zeros(3, 4), "b": torch.ones(2, dtype=torch.float16)}, "disc": None, "lecam": None, "latent": None,
+               "data": {"modality": "ct", "channels": 1, "classes": 0, "label_values": None, "background": -1.0, "spacing": [1, 1.0, 1.0],
+                        "training": ["a"]}, "optimizer": {}, "disc_optimizer": None, "scaler": {}, "best_loss": 0.5, "bad_validations": 0,
+               "plateau": [1.0, 1.0, 0], "bad_steps": 0, "finished": False, "validated": 0, "sampled": 0, "usage": torch.zeros(4),
+               "norms": [0.5], "log_scale": 16.0, "global_batch": 2}
     if what < 0.15:
         place = rng.choice(("kind", "version", "config", "model", "step", "x"))
         content[place] = rng.choice((torch.zeros(3), Evil(), [Evil()], {"a": Evil()}, slice(1), np.float64(1), Path("x"),
@@ -523,6 +528,46 @@ def make_pt(rng: random.Random, folder: Path, name: str) -> Path:
     elif 0.65 <= what < 0.9:
         packed = common(rng, packed)
     path.write_bytes(packed)
+    return path
+
+
+@functools.cache
+def finished_run() -> dict:
+    """The last.pt of a small run with a codebook, a discriminator and an average."""
+    flags = ["--data.synthetic_count", "3", "--data.synthetic_size", "8,16,16", "--patch", "4,8,8", "--data.crops_per_volume", "3",
+             "--batch", "1", "--vae.base_channels", "4", "--vae.bottleneck", "vq", "--vae.num_codes", "16", "--loss.adv_weight", "0.3",
+             "--loss.disc_channels", "4", "--loss.disc_layers", "1", "--loss.disc_strides", "1,2,2", "--loss.lecam_weight", "0.1",
+             "--optim.clip_percentile", "90", "--optim.clip_window", "3", "--train.ema", "0.9", "--train.val_crops", "1",
+             "--train.latent_crops", "1", "--log.sample_every", "0", "--log.samples", "1", "--device", "cpu", "--steps", "2"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        assert train.main([*flags, "--out", f"{folder}/run"]) == 0
+        return checkpoints.read(Path(folder) / "run/last.pt")
+
+
+def replaced(rng: random.Random, value: object) -> object:
+    """A tree of plain values and tensors with one of them, at any depth, replaced, left out or given a neighbour."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.25:
+        return rng.choice((hostile(rng), torch.zeros(()), torch.full((3,), math.nan), torch.zeros(0), torch.zeros(2, 2).to_sparse(),
+                           torch.zeros(2, dtype=torch.complex64), torch.ones(1).expand(5), torch.ones(16, dtype=torch.int8), b"x", 7, 0.5))
+    value, place = value.copy(), rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if rng.random() < 0.1:
+        del value[place]
+    elif rng.random() < 0.1 and isinstance(value, dict):
+        value[rng.choice((*TEXTS, 7, None, 0.5))] = hostile(rng)
+    else:
+        value[place] = replaced(rng, value[place])
+    return value
+
+
+def make_run(rng: random.Random, folder: Path, name: str) -> Path:
+    """A last.pt whose checksums are right and whose contents are not. Its config is left alone: that is the format yaml."""
+    content = dict(finished_run())
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        place = rng.choice([key for key in content if key != "config"])
+        content |= {place: replaced(rng, content[place])}
+    path = folder / name / "last.pt"
+    path.parent.mkdir()
+    torch.save(content, path)
     return path
 
 
@@ -670,6 +715,22 @@ def judge_pt(path: Path, rng: random.Random) -> str:
     return outcome
 
 
+def judge_run(path: Path, rng: random.Random) -> str:
+    """train.py goes on from it by a step, or says in a line why not."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = train.main(["--resume", str(path), "--steps", "3"])
+    if code == 0 and not errors.getvalue():
+        outcome = "accepted"
+    elif code in (1, 2) and errors.getvalue().count("\n") == 1:
+        check_line(errors.getvalue().removesuffix("\n"))
+        outcome = "refused"
+    else:
+        raise Failed(f"code {code}, stderr {errors.getvalue()[:2000]!r}")
+    shutil.rmtree(path.parent)
+    return outcome
+
+
 class Format(NamedTuple):
     make: Callable[[random.Random, Path, str], Path]
     judge: Callable[[Path, random.Random], str]
@@ -677,7 +738,7 @@ class Format(NamedTuple):
 
 FORMATS = {"nii": Format(make_nii, judge_volume), "nii.gz": Format(make_nii_gz, judge_volume), "pair": Format(make_pair, judge_volume),
            "npy": Format(make_npy, judge_volume), "npz": Format(make_npz, judge_volume), "json": Format(make_json, judge_json),
-           "yaml": Format(make_yaml, judge_yaml), "pt": Format(make_pt, judge_pt)}
+           "yaml": Format(make_yaml, judge_yaml), "pt": Format(make_pt, judge_pt), "run": Format(make_run, judge_run)}
 
 
 class Result(NamedTuple):

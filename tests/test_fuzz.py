@@ -22,7 +22,7 @@ from data import DataConfig, DataError, read_volume
 
 
 @pytest.mark.parametrize("name, count", [("nii", 120), ("nii.gz", 100), ("pair", 100), ("npy", 100), ("npz", 100), ("json", 60),
-                                         ("yaml", 25), ("pt", 60)])
+                                         ("yaml", 25), ("pt", 60), ("run", 40)])
 def test_mutated_files_end_as_they_should(name, count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = [fuzz_data.run_case(name, 11, number, tmp_path) for number in range(count)]

@@ -361,6 +361,20 @@ def flip(path, place=0.5):
     path.write_bytes(content)
 
 
+def test_a_loss_scale_is_taken_over_only_where_both_runs_have_one(tmp_path):
+    """A run of a card with bf16 goes on on one without, and the reverse: fp16's GradScaler begins anew, or is left out."""
+    assert run("--steps", "2", out=tmp_path / "r") == 0
+    content = load(tmp_path / "r/last.pt")
+    state = train.new_state(train.config_from(content["config"], train.TrainConfig(), "last.pt"), torch.device("cpu"))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    train.restore(state, content, tmp_path / "r/last.pt")        # {}: nothing to take over
+    assert state.scaler.get_scale() == 8.0 and state.step == 2
+    train.restore(state, content | {"scaler": state.scaler.state_dict() | {"scale": 2.0}}, tmp_path / "r/last.pt")
+    assert state.scaler.get_scale() == 2.0
+    state.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train.restore(state, content | {"scaler": torch.amp.GradScaler("cpu").state_dict()}, tmp_path / "r/last.pt")
+
+
 def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_anew(tmp_path, capsys, monkeypatch):
     flags, whole, out = ["--steps", "6", "--train.save_every", "2", "--train.val_every", "3"], tmp_path / "whole", tmp_path / "cut"
     assert run(*flags, out=whole) == 0 and run(*flags, out=out) == 0
