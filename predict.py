@@ -443,7 +443,10 @@ def read_latents(path: Path, vae: VAE3D) -> Latents:
         with np.load(path, allow_pickle=False) as content:
             about = json.loads(str(content["about"]))
             origin, fingerprint = latent_origin(about), str(about["weights"])
-            size, affine = tuple(int(n) for n in content["size"]), content["affine"]
+            for name, kinds in (("size", "iu"), ("affine", "f"), ("low", "f"), ("high", "f")):
+                if content[name].dtype.kind not in kinds or not np.isfinite(content[name]).all():
+                    raise ValueError(f"its {name} is not of finite numbers")
+            size, affine = tuple(int(n) for n in content["size"]), content["affine"].reshape(4, 4)
             intensities = [Intensity(about["modality"], tuple(low), tuple(high)) for low, high in zip(content["low"], content["high"])]
             stack = content["latent" if "latent" in content else "index"]
     except FileNotFoundError:
@@ -460,6 +463,8 @@ def read_latents(path: Path, vae: VAE3D) -> Latents:
         if stack.min() < 0 or stack.max() >= vae.quantizer.num_codes:
             raise DataError(f"{path}: holds code {stack.max()}, the codebook has {vae.quantizer.num_codes}; decode it with the checkpoint "
                             f"that encoded it")
+    elif not np.isfinite(stack).all():
+        raise DataError(f"{path}: holds NaN or infinite latents; encode its source again")
     return Latents(list(stack), intensities, affine, size, fingerprint, origin)
 
 

@@ -578,6 +578,26 @@ def test_files_that_do_not_fit_the_network_are_told_in_one_line(tmp_path, runs, 
     assert len(lines) == 3 and "holds kl latents" in lines[0] and "is no latent" in lines[1] and lines[2].endswith("2 of 2 failed")
 
 
+def test_latents_that_lie_are_refused_in_one_line(tmp_path, runs, capsys):
+    path = ct_file(tmp_path / "a.nii.gz")
+    assert predict.main(["encode", "--checkpoint", str(runs("kl")), "--input", str(path), "--output", str(tmp_path)]) == 0
+    with np.load(tmp_path / "a_latent.npz") as content:
+        good = dict(content)
+    about = json.loads(str(good["about"]))
+    for number, (name, value, words) in enumerate([
+            ("size", good["size"] + 0.5, "its size"), ("size", good["size"] * 10**6, "decode it with the checkpoint"),
+            ("affine", good["affine"] * math.nan, "its affine"), ("affine", np.eye(3), "is no latent"), ("low", good["low"] * 1j, "low"),
+            ("high", good["high"] + math.inf, "its high"), ("latent", good["latent"] * math.nan, "NaN or infinite latents"),
+            ("latent", np.array("x"), "decode it"), ("about", np.array(json.dumps(about | {"origin": 3})), "is no latent"),
+            ("about", np.array("{"), "is no latent"), ("about", np.array(json.dumps({**about, "origin": {}})), "is no latent")]):
+        np.savez(tmp_path / f"{number}.npz", **good | {name: value})
+        capsys.readouterr()
+        assert predict.main(["decode", "--checkpoint", str(runs("kl")), "--input", str(tmp_path / f"{number}.npz"), "--output",
+                             str(tmp_path / "o")]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and f"{number}.npz" in lines[0] and words in lines[0] and lines[1].endswith("1 of 1 failed"), lines
+
+
 def test_last_checkpoint_and_averages_load(tmp_path, runs):
     """last.pt serves too, with the weights that would ship."""
     out = tmp_path / "run"
