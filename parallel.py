@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(minutes=30)                         # that a rank waits for another, such as for its part of the cache
-LEAVING = datetime.timedelta(seconds=5)                          # that the first rank waits for the others at the end
+LEAVING = 5.0                                                    # seconds that the first rank waits for the others at the end
 Value = TypeVar("Value")
 _here: dict = {}                                                 # of this process: local rank, store
 
@@ -58,7 +59,7 @@ def started(number: int, of: int, local: int = 0) -> Iterator[None]:
     if of == 1:
         yield
         return
-    importlib.import_module("torch.distributed.nn")              # its defaults keep the group of the moment, and its threads, to the end
+    importlib.import_module("torch.distributed.nn")              # later, by the first optimizer, its defaults would keep the group alive
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu:gloo"
     try:
         store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
@@ -73,12 +74,19 @@ def started(number: int, of: int, local: int = 0) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()                             # who still waits for this one notices
-        with contextlib.suppress(RuntimeError):
-            if _here["store"].add("left", 1) == of:
-                _here["store"].set("all left", "")
-            if number == 0:
-                _here["store"].wait(["all left"], LEAVING)
+        if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and not _here.get("store_lost"):  # else torchrun's agent is its host
+            leave_last(number, of)
         _here.clear()
+
+
+def leave_last(number: int, of: int) -> None:
+    """The first process waits for the others, whom it may not know to be gone, at most LEAVING seconds."""
+    store, until = _here["store"], time.monotonic() + LEAVING
+    with contextlib.suppress(RuntimeError):
+        if store.add("left", 1) == of:
+            store.set("all left", "")
+        while number == 0 and not store.check(["all left"]) and time.monotonic() < until:
+            time.sleep(0.02)                                     # store.wait() prints when its time is up
 
 
 def world() -> int:
@@ -122,10 +130,12 @@ def speaks(code: int) -> bool:
     """True in the first process that has an error to tell, which all will end with: one line, however many notice."""
     if world() == 1:
         return True
-    with contextlib.suppress(RuntimeError):                      # the store may be gone with its process
+    try:
         if _here["store"].add("speakers", 1) > 1:
             return False
         _here["store"].set("code", str(code))
+    except RuntimeError:                                         # it is gone with its process
+        _here["store_lost"] = True
     return True
 
 

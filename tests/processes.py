@@ -56,7 +56,7 @@ class Pool:
 
     def end(self, ranks: Sequence[int], seconds: float = 120) -> list:
         """What the function returned on each of these ranks. If one takes longer, the test fails and all tell where they stand."""
-        results = []
+        answers = []
         for rank in ranks:
             if not self.pipes[rank].poll(seconds):
                 for process in self.processes:
@@ -65,10 +65,10 @@ class Pool:
                 time.sleep(2)
                 self.hangs = True
                 raise AssertionError(f"rank {rank} hangs")
-            fine, result = self.pipes[rank].recv()
+            answers.append(self.pipes[rank].recv())
+        for rank, (fine, result) in zip(ranks, answers):
             assert fine, f"rank {rank}:\n{result}"
-            results.append(result)
-        return results
+        return [result for _, result in answers]
 
     def __call__(self, world: int, function: Callable, *arguments: Any) -> list:
         self.begin(world, function, *arguments)
