@@ -49,16 +49,26 @@ class Latent(TypedDict):
     scale_factor: float
 
 
+class Rate(TypedDict):
+    lr: float
+
+
+class Optimizer(TypedDict):
+    """The moments; of the groups' settings the rate alone is taken, the others are the config's."""
+    state: dict[int, dict[str, Any]]                             # number of a weight -> name of a moment -> tensor
+    param_groups: list[Rate]
+
+
 class Train(TypedDict):
-    """last.pt: all that a run needs to go on to the bit. `features`, of a feature network, is there where one is used."""
+    """last.pt: all that a run needs to go on to the bit; and `features` (Features) where a feature network is used."""
     config: dict[str, Any]                                       # section -> field -> value
     data: Facts
     model: Weights
     ema: list[Weights]
     disc: Weights | None
     lecam: Weights | None
-    optimizer: dict[str, Any]
-    disc_optimizer: dict[str, Any] | None
+    optimizer: Optimizer
+    disc_optimizer: Optimizer | None
     scaler: dict[str, Any]
     step: int                                                    # this and what follows: fields of train.State
     best: float | None
@@ -188,7 +198,7 @@ def load(path: str | Path, *kinds: str) -> dict:
                          f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
     if found not in kinds:
         raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
-    wanted = typing.get_type_hints(CONTENT[found])
+    wanted = typing.get_type_hints(CONTENT[found]) | ({"features": Features} if "features" in content else {})
     if lacking := [name for name in wanted if name not in content]:
         raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")
     if wrong := [name for name, kind in wanted.items() if not is_a(content[name], kind)]:
@@ -198,7 +208,7 @@ def load(path: str | Path, *kinds: str) -> dict:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of a file is of a type: a TypedDict, X | None, dict[X, Y], list[X], Tensor (dense, real), float (or int), Any ..."""
+    """Whether a value of a file is of a type: a TypedDict, X | None, dict[X, Y], list[X], Tensor (dense, real), float (or int) ..."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
         return type(value) is dict and all(name in value and is_a(value[name], k) for name, k in typing.get_type_hints(kind).items())
@@ -209,12 +219,13 @@ def is_a(value: Any, kind: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(is_a(v, inner[0]) for v in value)
     if kind is Tensor:
-        return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+        plain = isinstance(value, Tensor) and value.layout == torch.strided
+        return plain and not (value.is_complex() or value.is_quantized or value.is_meta)
     return kind is Any or type(value) is kind or kind is float and type(value) is int
 
 
 def is_like(value: Any, ours: Any) -> bool:
-    """Whether a value of a file has the structure of one of ours: keys, lengths, shapes, and what kind of value each leaf is."""
+    """Whether a value of a file has the structure of one of ours: keys, lengths, shapes, kinds of number."""
     if isinstance(ours, dict):
         return isinstance(value, dict) and value.keys() == ours.keys() and all(is_like(value[k], v) for k, v in ours.items())
     if isinstance(ours, (list, tuple)):
@@ -222,7 +233,7 @@ def is_like(value: Any, ours: Any) -> bool:
     if isinstance(ours, Tensor):
         real = is_a(value, Tensor) and value.shape == ours.shape
         return real and (value.dtype == ours.dtype or value.is_floating_point() and ours.is_floating_point())
-    return type(value) is type(ours) or {type(value), type(ours)} in ({int, float}, {bool, type(None)})
+    return type(value) is type(ours) or {type(value), type(ours)} == {int, float}
 
 
 def read(path: str | Path) -> Any:

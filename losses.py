@@ -663,7 +663,10 @@ class FeatureNet3d(nn.Module):
         missing = [key for key in ("config", "model") if not isinstance(content.get(key), dict)]
         if missing or set(content["config"]) != {"channels"}:
             raise ValueError(f"feature file: needs config with channels, and model with weights, got the keys {sorted(content)}")
-        network, weights = cls(content["config"]["channels"]), content["model"]
+        channels, weights = content["config"]["channels"], content["model"]
+        if not isinstance(channels, (list, tuple)) or not set(channels) <= {len(w) for w in weights.values() if w.dim()}:
+            raise ValueError(f"feature file: its weights do not fit channels={channels}; write it again with train.py --task features")
+        network = cls(channels)
         wanted = network.state_dict()
         wrong = sorted(set(wanted) ^ set(weights)) or [k for k in wanted if wanted[k].shape != weights[k].shape]
         if wrong:

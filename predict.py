@@ -434,6 +434,7 @@ def write_latents(path: Path, latents: Latents, checkpoint: Checkpoint, sampled:
 def latent_origin(about: dict) -> Origin:
     values = dict(about["origin"])
     values |= {"shape": tuple(values["shape"]), "size": tuple(values["size"]), "affine": tuple(map(tuple, values["affine"]))}
+    np.dtype(values["dtype"])                                    # TypeError where it names none
     return Origin(**values)
 
 
@@ -447,15 +448,17 @@ def read_latents(path: Path, vae: VAE3D) -> Latents:
                 if content[name].dtype.kind not in kinds or not np.isfinite(content[name]).all():
                     raise ValueError(f"its {name} is not of finite numbers")
             size, affine = tuple(int(n) for n in content["size"]), content["affine"].reshape(4, 4)
-            intensities = [Intensity(about["modality"], tuple(low), tuple(high)) for low, high in zip(content["low"], content["high"])]
+            if not content["low"].shape == content["high"].shape == (len(content["low"]), vae.cfg.in_channels) or not len(content["low"]):
+                raise ValueError(f"its low and high are not of {vae.cfg.in_channels} channels")
+            intensities = [Intensity(str(about["modality"]), tuple(low), tuple(high)) for low, high in zip(content["low"], content["high"])]
             stack = content["latent" if "latent" in content else "index"]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:                                   # damaged bytes may raise anything at all; the cause stays chained
-        raise DataError(f"{path}: is no latent of predict.py encode ({type(error).__name__}: {train.one_line(error)[:120]})") from error
+        raise DataError(f"{path}: is no latent of predict.py encode ({type(error).__name__}: {train.line_of(error)[:120]})") from error
     z, cfg = vae.latent_size(size), vae.cfg
     wanted = (len(intensities), cfg.z_channels, *z) if vae.quantizer is None else (len(intensities), *z)
-    if stack.shape != wanted or (stack.dtype.kind == "f") != (vae.quantizer is None):
+    if stack.shape != wanted or stack.dtype.kind not in ("f" if vae.quantizer is None else "iu"):
         raise DataError(f"{path}: holds {about.get('bottleneck')} latents {stack.dtype} {stack.shape}, this checkpoint "
                         f"({cfg.bottleneck}) makes {wanted} of {data._sizes(size)}; decode it with the checkpoint that encoded it")
     if vae.quantizer is not None:
@@ -565,9 +568,9 @@ def failures_in(failed: list[dict], path: Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        failed.append({"file": str(path), "error": train.one_line(error)})
+        failed.append({"file": str(path), "error": train.line_of(error)})
     except (ValueError, OSError) as error:
-        failed.append({"file": str(path), "error": f"{path}: {train.one_line(error)}"})
+        failed.append({"file": str(path), "error": f"{path}: {train.line_of(error)}"})
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not train.is_out_of_memory(error):
             raise
@@ -1137,10 +1140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped by {signal.Signals(number).name}; what is written is whole, and the same command goes on from there")
         return train.SIGNALS[number]
     except (ValueError, DataError) as error:
-        print(f"predict.py: {data.show(train.one_line(error))}", file=sys.stderr)
+        print(f"predict.py: {data.show(train.line_of(error))}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"predict.py: {data.show(train.one_line(error))}", file=sys.stderr)
+        print(f"predict.py: {data.show(train.line_of(error))}", file=sys.stderr)
         return EXIT_ERROR
 
 

@@ -220,7 +220,7 @@ def metric_of(cfg: TrainConfig) -> str:
 
 def one_of(name: str, value, choices: Sequence) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {brief(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {data.brief(value, 200)}")
 
 
 def at_least(section: str, config, **bounds: float) -> None:
@@ -233,7 +233,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"{name} must be free of NUL, got {brief(value)}")
+        raise ValueError(f"{name} must be free of NUL, got {data.brief(value, 200)}")
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto", "")):
             return None
@@ -251,7 +251,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             value = [value]
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {brief(value)}")
+            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {data.brief(value, 200)}")
         return tuple(convert(part, args[0], name) for part in value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
     if hint is bool:
@@ -266,7 +266,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
             pass
         if hint is float and str(value).lower() == "nan":
             raise ValueError(f"{name} must be a number, got nan")
-    raise ValueError(f"{name} must be {kind}, got {brief(value)}")
+    raise ValueError(f"{name} must be {kind}, got {data.brief(value, 200)}")
 
 
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
@@ -283,7 +283,7 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {brief(value)}")
+            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {data.brief(value, 200)}")
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
@@ -384,7 +384,7 @@ def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | No
         except HintError as error:
             errors.append(f"{path}: {error} ({flag} NAME=VALUE,NAME=VALUE,... or the original's CONFIG.json)")
         except (ValueError, TypeError) as error:                 # TypeError: of strides that are no lists, and the like
-            errors.append(f"{path}: {one_line(error)}" + f" (given {flag} {hints})" * isinstance(error, TypeError))
+            errors.append(f"{path}: {line_of(error)}" + f" (given {flag} {hints})" * isinstance(error, TypeError))
     raise ValueError(errors[0])
 
 
@@ -403,7 +403,7 @@ def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[s
             try:
                 named[name.strip()] = with_numbers(yaml.safe_load(value if "[" in value or "," not in value else f"[{value.strip('() ')}]"))
             except yaml.YAMLError as error:
-                raise ValueError(f"{flag}: {part} cannot be read: {one_line(error)}") from None
+                raise ValueError(f"{flag}: {part} cannot be read: {line_of(error)}") from None
     for arguments in several:
         for name, value in arguments.items():
             if isinstance(value, str) and value[:1] in ("@", "$") and name not in named:
@@ -425,7 +425,7 @@ def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
     try:                                                         # JSON may be indented by tabs, YAML not
         content = json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else read_yaml(path)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read: {line_of(error)}") from None
 
     def entries(value: Any) -> Iterator[dict]:
         if isinstance(value, dict) and value.keys() & {"latent_channels", "latent_dim"} and value.keys() & {
@@ -456,7 +456,7 @@ class ConfigLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise yaml.YAMLError(f"the key {brief(max(names, key=names.count))} stands twice in one section")
+            raise yaml.YAMLError(f"the key {data.brief(max(names, key=names.count), 200)} stands twice in one section")
         return super().construct_mapping(node, deep)
 
 
@@ -469,22 +469,18 @@ def read_yaml(path: str) -> dict:
             raise ValueError(f"{size} bytes, a config has {MAX_CONFIG} at most")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), ConfigLoader)
     except Exception as error:  # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, by the tag
-        raise ValueError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read as YAML: {line_of(error)}") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got {type(values).__name__}")
     return values or {}
 
 
-def one_line(error: object) -> str:
-    """Of what a DataLoader's worker raised, the last line of its traceback, which is the message."""
+def line_of(error: object) -> str:
+    """Its message as one line; of what a DataLoader's worker raised, the last line of its traceback, which is the message."""
     text = str(error)
     if "in DataLoader worker process" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
     return data.one_line(text, 1000) or type(error).__name__
-
-
-def brief(value: object) -> str:
-    return data.brief(value, 200)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1316,14 +1312,15 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
     foreign = load_foreign(path, hints, "--train.init_hints")
     content = {"model": foreign.weights} if foreign else checkpoints.load(path, "vae3d.weights", "vae3d.train", "vae3d.features")
-    theirs = content["ema"][0] if content.get("ema") else content["model"]
+    theirs = content["ema"][0] if content.get("kind") == "vae3d.train" and content["ema"] else content["model"]
     ours = full_weights(state)
     fits, reshaped = {}, []
+    section = content.get("config", {}).get("vae")
     gaussian = [isinstance(state.model, VAE3D) and state.model.cfg.bottleneck == "kl",
-                content.get("config", {}).get("vae", {}).get("bottleneck", "kl") == "kl"]
+                not isinstance(section, dict) or section.get("bottleneck", "kl") == "kl"]
     for name in sorted(ours.keys() & theirs.keys()):
         new, old = ours[name], theirs[name]
-        if new.shape == old.shape:
+        if checkpoints.is_like(old, new):
             fits[name] = old
             continue
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
@@ -1371,12 +1368,19 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
     if state.masters is not None:
         for (name, _), master in zip(state.model.named_parameters(), state.masters):
             master.data.copy_(checkpoint["model"][name])
-    optimizers = {"optimizer": state.optimizer} | ({"disc_optimizer": state.disc_optimizer} if state.disc_optimizer else {})
-    for name, ours in {"usage": state.usage, **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}.items():
-        if ours is not None and not checkpoints.is_like(checkpoint[name], ours):
-            raise ValueError(f"{path} ({name}): does not fit this run; use the config that made it")
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(checkpoint[name])
+    for optimizer, name in ((state.optimizer, "optimizer"), (state.disc_optimizer, "disc_optimizer")):
+        if optimizer is not None:
+            ours, theirs = optimizer.state_dict(), checkpoint[name] or {"state": None}
+            if not checkpoints.is_like(theirs["state"], ours["state"]):
+                raise ValueError(f"{path} ({name}): its moments are not those of {type(optimizer).__name__} for this network; use the "
+                                 f"config that made it")
+            groups = [group | {"lr": their["lr"]} for group, their in zip(ours["param_groups"], theirs["param_groups"])]
+            optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
+    possible = {"usage": checkpoints.is_like(checkpoint["usage"], state.usage), "step": checkpoint["step"] >= 0,
+                "plateau": checkpoints.is_like(checkpoint["plateau"], state.plateau) and 0 < checkpoint["plateau"][1] <= 1,
+                "global_batch": checkpoint["global_batch"] > 0, "log_scale": abs(checkpoint["log_scale"]) <= 64}
+    for name in (name for name, fits in possible.items() if not fits):
+        raise ValueError(f"{path} ({name}): does not fit this run, found {data.brief(checkpoint[name])}; use the config that made it")
     if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):  # else it was of use then and is not now, or the reverse
         state.scaler.load_state_dict(checkpoint["scaler"])
     device = next(state.model.parameters()).device
@@ -1437,10 +1441,12 @@ class Log:
         tell(f"\r\x1b[K{text}" if self.live else text)
 
     def close(self) -> None:
-        with checkpoints.naming(self.path):                      # what a full disk did not take is tried once more
-            self.file.close()
-        for sink in self.sinks:
-            sink.close()
+        try:
+            with checkpoints.naming(self.path):                  # what a full disk did not take is tried once more
+                self.file.close()
+        finally:
+            for sink in self.sinks:
+                sink.close()
 
 
 def tell(text: str, end: str = "\n") -> None:
@@ -1588,7 +1594,7 @@ def predicted_peak(cfg: TrainConfig, device: torch.device) -> str:
     try:
         peak = memtest.predict(lambda d: make_step(cfg, d), device)
     except RuntimeError as error:
-        return f"predicted peak: none, {one_line(error)}"
+        return f"predicted peak: none, {line_of(error)}"
     return f"predicted peak of a step on {device.type}: {peak.bytes / memtest.GIB:.2f} GiB; {' '.join(memtest.LEFT_OUT.split())}"
 
 
@@ -1708,8 +1714,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: checkpoints.
 
 
 def open_folder(cfg: TrainConfig, out: Path, resumed: checkpoints.Resumed | None, opened: contextlib.ExitStack) -> None:
-    """Take the run folder for this process, until `opened` is closed, and clear it of what a killed run left. ValueError where another has
-    it."""
+    """Take the run folder until `opened` is closed, and clear it of what a killed run left. ValueError where another process has it."""
     out.mkdir(parents=True, exist_ok=True)
     opened.enter_context(checkpoints.lock_folder(out))
     checkpoints.remove_temporaries(out)
@@ -1819,7 +1824,7 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
         path, images = run.out / f"nan_step_{state.step:06d}.pt", parallel.gathered([m.image.cpu() for m in micro_batches])
         if parallel.first():
             checkpoints.save(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(cfg), "step": step, "files": files,
-                                   "model": full_weights(state), "images": images})
+                                    "model": full_weights(state), "images": images})
         raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
                          f"try a lower --optim.lr, or look at the files that log.jsonl names")
 
@@ -2024,7 +2029,7 @@ def save_samples(run: Run) -> None:
         done.add(name)
         stop_if_signalled(run)
         x = to_device(crop.image[None], run.device)
-        is_picture = crop.entry.intensity.modality == "picture"
+        is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
         network = segmented if cfg.task == "seg" else lambda cfg, *inputs: forward(*inputs)
         out = recovered(run, x.shape, lambda x=x, network=network: parallel.agreed(network(cfg, run.state, model, x)))
         if not parallel.first():
@@ -2132,7 +2137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with parallel.started(*map(int, given)):
             return command(argv)
     except parallel.CannotStart as error:
-        print(f"train.py: {one_line(error)}", file=sys.stderr)
+        print(f"train.py: {line_of(error)}", file=sys.stderr)
         return EXIT_USAGE
 
 
@@ -2184,18 +2189,18 @@ def command(argv: Sequence[str]) -> int:
     except parallel.Elsewhere:
         return parallel.exit_code(EXIT_ERROR)
     except (RunStopped, data.StoreError) as error:
-        return told(one_line(error), EXIT_ERROR)
+        return told(line_of(error), EXIT_ERROR)
     except OSError as error:
         return told(disk_text(error, out), EXIT_ERROR)
     except (ValueError, DataError) as error:
-        return told(one_line(error), EXIT_USAGE)
+        return told(line_of(error), EXIT_USAGE)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
-            return told(f"{one_line(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", EXIT_ERROR)
+            return told(f"{line_of(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", EXIT_ERROR)
         if not parallel.is_lost(error):
             raise
         saved = out is not None and (out / "last.pt").exists()
-        why = "" if "gloo" in str(error) else f" ({one_line(error)[:160]})"  # gloo knows no more; NCCL's may be about the card
+        why = "" if "gloo" in str(error) else f" ({line_of(error)[:160]})"  # gloo knows no more; NCCL's may be about the card
         return told(f"another rank is gone or does not answer{why}" + f"; go on with: {resume_command(out)}" * saved, EXIT_ERROR)
 
 
@@ -2235,7 +2240,7 @@ def disk_text(error: OSError, out: Path | None) -> str:
               errno.EFBIG: "raise the limit on a file's size", errno.EROFS: "make it writable", errno.EACCES: "make it writable",
               errno.EPERM: "make it writable"}.get(error.errno, "see to it")
     after = f"go on with: {resume_command(out)}" if state else "start the run again"
-    return f"{error.filename or 'disk or network'}: {error.strerror or one_line(error)}; {remedy}, then {after}"
+    return f"{error.filename or 'disk or network'}: {error.strerror or line_of(error)}; {remedy}, then {after}"
 
 
 def set_backend(cfg: TrainConfig) -> list[str]:

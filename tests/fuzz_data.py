@@ -496,9 +496,9 @@ def make_pt(rng: random.Random, folder: Path, name: str) -> Path:
     content = {"kind": kind, "version": checkpoints.VERSIONS[kind], "config": {"train": {"seed": 0}}, "step": 3, "ema": [], "best": None,
                "model": {"w": torch.zeros(3, 4), "b": torch.ones(2, dtype=torch.float16)}, "disc": None, "lecam": None, "latent": None,
                "data": {"modality": "ct", "channels": 1, "classes": 0, "label_values": None, "background": -1.0, "spacing": [1, 1.0, 1.0],
-                        "training": ["a"]}, "optimizer": {}, "disc_optimizer": None, "scaler": {}, "best_loss": 0.5, "bad_validations": 0,
-               "plateau": [1.0, 1.0, 0], "bad_steps": 0, "finished": False, "validated": 0, "sampled": 0, "usage": torch.zeros(4),
-               "norms": [0.5], "log_scale": 16.0, "global_batch": 2}
+                        "training": ["a"]}, "optimizer": {"state": {}, "param_groups": []}, "disc_optimizer": None, "scaler": {},
+               "best_loss": 0.5, "bad_validations": 0, "plateau": [1.0, 1.0, 0], "bad_steps": 0, "finished": False, "validated": 0,
+               "sampled": 0, "usage": torch.zeros(4), "norms": [0.5], "log_scale": 16.0, "global_batch": 2}
     if what < 0.15:
         place = rng.choice(("kind", "version", "config", "model", "step", "x"))
         content[place] = rng.choice((torch.zeros(3), Evil(), [Evil()], {"a": Evil()}, slice(1), np.float64(1), Path("x"),
@@ -533,11 +533,12 @@ def make_pt(rng: random.Random, folder: Path, name: str) -> Path:
 
 @functools.cache
 def finished_run() -> dict:
-    """The last.pt of a small run with a codebook, a discriminator and an average."""
+    """The last.pt of a small run with a codebook, a discriminator, a feature network and an average."""
     flags = ["--data.synthetic_count", "3", "--data.synthetic_size", "8,16,16", "--patch", "4,8,8", "--data.crops_per_volume", "3",
              "--batch", "1", "--vae.base_channels", "4", "--vae.bottleneck", "vq", "--vae.num_codes", "16", "--loss.adv_weight", "0.3",
              "--loss.disc_channels", "4", "--loss.disc_layers", "1", "--loss.disc_strides", "1,2,2", "--loss.lecam_weight", "0.1",
              "--optim.clip_percentile", "90", "--optim.clip_window", "3", "--train.ema", "0.9", "--train.val_crops", "1",
+             "--optim.schedule", "plateau", "--loss.perceptual_weight", "0.1",
              "--train.latent_crops", "1", "--log.sample_every", "0", "--log.samples", "1", "--device", "cpu", "--steps", "2"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         assert train.main([*flags, "--out", f"{folder}/run"]) == 0
@@ -545,8 +546,16 @@ def finished_run() -> dict:
 
 
 def replaced(rng: random.Random, value: object) -> object:
-    """A tree of plain values and tensors with one of them, at any depth, replaced, left out or given a neighbour."""
-    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.25:
+    """A tree of plain values and tensors with one of them, at any depth, replaced, left out, doubled or changed within its type."""
+    if isinstance(value, bool) and rng.random() < 0.5:
+        return not value
+    if isinstance(value, (int, float)) and rng.random() < 0.5:
+        return rng.choice((0, -1, 10**9, 2**70) if isinstance(value, int) else (0.0, -1.0, 1e300, math.nan, math.inf))
+    if isinstance(value, list) and rng.random() < 0.15:
+        return value[:-1] if rng.random() < 0.5 else value * 2
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and rng.random() < 0.5:
+        return rng.choice((value.flatten(), value[None], value.to(torch.int8), value.to("meta"), value * math.nan, value.half()))
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
         return rng.choice((hostile(rng), torch.zeros(()), torch.full((3,), math.nan), torch.zeros(0), torch.zeros(2, 2).to_sparse(),
                            torch.zeros(2, dtype=torch.complex64), torch.ones(1).expand(5), torch.ones(16, dtype=torch.int8), b"x", 7, 0.5))
     value, place = value.copy(), rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
@@ -566,6 +575,7 @@ def make_run(rng: random.Random, folder: Path, name: str) -> Path:
         place = rng.choice([key for key in content if key != "config"])
         content |= {place: replaced(rng, content[place])}
     path = folder / name / "last.pt"
+    shutil.rmtree(path.parent, ignore_errors=True)               # of a case that failed
     path.parent.mkdir()
     torch.save(content, path)
     return path
@@ -691,7 +701,7 @@ def judge_yaml(path: Path, rng: random.Random) -> str:
     try:
         cfg = train.load_config(["--config", str(path)])
     except ValueError as error:
-        check_line(train.one_line(error))                        # as main prints it
+        check_line(train.line_of(error))                        # as main prints it
         return "refused"
     again = path.with_name("again.yaml")
     again.write_text(train.to_yaml(cfg), encoding="utf-8")
@@ -704,7 +714,7 @@ def judge_pt(path: Path, rng: random.Random) -> str:
     try:
         content = checkpoints.load(path, "vae3d.train", "vae3d.weights")
     except ValueError as error:
-        check_line(train.one_line(error), train.one_line(path))
+        check_line(train.line_of(error), train.line_of(path))
         outcome = "refused"
     else:
         outcome = "accepted"
@@ -727,7 +737,6 @@ def judge_run(path: Path, rng: random.Random) -> str:
         outcome = "refused"
     else:
         raise Failed(f"code {code}, stderr {errors.getvalue()[:2000]!r}")
-    shutil.rmtree(path.parent)
     return outcome
 
 
@@ -783,8 +792,7 @@ def run_case(name: str, seed: int, number: int, folder: Path) -> Result:
     if not outcome.startswith("FAILED") and mib > MEMORY:
         outcome = f"FAILED took {mib:.0f} MiB"
     if not outcome.startswith("FAILED"):
-        for file in sorted(place.iterdir()):
-            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+        shutil.rmtree(place)
     return Result(number, outcome, seconds, mib)
 
 

@@ -1,8 +1,10 @@
 """checkpoints.py: damage is found, errors of the disk are told by name. Kills, fallbacks and locks of runs: test_train.py, soak.py."""
 import errno
 import io
+import math
 import os
 import random
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         path.write_bytes(bad)
         try:
-            read = checkpoints.load(path, "vae3d.train")
+            read = checkpoints.read(path)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             found += 1
@@ -29,7 +31,34 @@ def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
     assert found > 300, found                                    # the rest: padding, dates
     path.write_bytes(good[:len(good) // 2])
     with pytest.raises(ValueError, match="cut short"):
-        checkpoints.load(path, "vae3d.train")
+        checkpoints.read(path)
+
+
+class Inner(TypedDict):
+    weights: dict[str, torch.Tensor]
+    rate: float | None
+
+
+@pytest.mark.parametrize("kind, right, wrong", [
+    (int, [3, -2**70], [True, 3.0, "3", None]), (float, [3, 0.5, math.nan], [True, "x"]), (bool, [True], [1, None]),
+    (str, ["x"], [b"x", 1]), (float | None, [None, 1], ["x", [1.0]]), (list[int], [[], [1, 2]], [(1, 2), [1.5], [[1]], {}]),
+    (dict[str, int], [{}, {"a": 1}], [{1: 1}, {"a": "b"}, []]), (Any, [None, 3], []),
+    (torch.Tensor, [torch.zeros(2), torch.tensor(1), torch.zeros(0)],
+     [0, [0.0], torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.complex64)]),
+    (Inner, [{"weights": {"a": torch.zeros(1)}, "rate": None}, {"weights": {}, "rate": 1, "more": 2}],
+     [{"weights": {}}, {"weights": {"a": 1}, "rate": None}, {"weights": {}, "rate": "x"}, []])])
+def test_types_of_what_a_file_holds(kind, right, wrong):
+    assert [checkpoints.is_a(value, kind) for value in [*right, *wrong]] == [True] * len(right) + [False] * len(wrong)
+
+
+@pytest.mark.parametrize("ours, right, wrong", [
+    (1, [2, 2.5], [True, None, "1"]), (True, [False], [1, None]), (None, [None], [0, False]), ("a", ["b"], [1]),
+    ((1, 2.0), [[3, 4], (1, 2)], [[1], [1, 2, 3], [1, "x"], 1]), ({"a": 1}, [{"a": 2}], [{}, {"a": 1, "b": 2}, {"b": 1}, [1]]),
+    (torch.zeros(2, 3), [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.half)],
+     [torch.zeros(3, 2), torch.zeros(6), torch.zeros(2, 3, dtype=torch.int64), 0.0, torch.zeros(2, 3, device="meta")]),
+    (torch.zeros(2, dtype=torch.int64), [torch.ones(2, dtype=torch.int64)], [torch.ones(2, dtype=torch.int8), torch.ones(2)])])
+def test_structure_like_ours(ours, right, wrong):
+    assert [checkpoints.is_like(value, ours) for value in [*right, *wrong]] == [True] * len(right) + [False] * len(wrong)
 
 
 def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path, monkeypatch):

@@ -34,6 +34,12 @@ def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres()
     assert picture[:260, :260].max() == 255 and picture[2:258, 522:778].max() == 0
 
 
+def test_the_error_runs_from_black_over_red_to_yellow():
+    assert pictures.error(torch.tensor([0.0, 0.25, 0.5, 2.0]), torch.zeros(4)).tolist() == [
+        [0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 0]]
+    assert pictures.grey(torch.tensor([-2.0, -1.0, 0.0, 1.0])).tolist() == [[0] * 3, [0] * 3, [127.5] * 3, [255] * 3]
+
+
 def test_slices_look_from_above_from_the_front_and_from_the_side():
     """One bright voxel high up, at the back, on the patient's right (RAS: low index along W): of each axis its slice is shown."""
     volume, spacing = torch.full((4, 6, 8), -1.0), (3.0, 1.0, 1.0)

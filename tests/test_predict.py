@@ -586,10 +586,13 @@ def test_latents_that_lie_are_refused_in_one_line(tmp_path, runs, capsys):
     about = json.loads(str(good["about"]))
     for number, (name, value, words) in enumerate([
             ("size", good["size"] + 0.5, "its size"), ("size", good["size"] * 10**6, "decode it with the checkpoint"),
-            ("affine", good["affine"] * math.nan, "its affine"), ("affine", np.eye(3), "is no latent"), ("low", good["low"] * 1j, "low"),
+            ("affine", good["affine"] * math.nan, "its affine"), ("affine", np.eye(3), "is no latent"),
+            ("low", good["low"] * 1j, "its low"), ("low", good["low"][:0], "low and high"),
+            ("high", good["high"].repeat(3, 1), "low and high"),
             ("high", good["high"] + math.inf, "its high"), ("latent", good["latent"] * math.nan, "NaN or infinite latents"),
-            ("latent", np.array("x"), "decode it"), ("about", np.array(json.dumps(about | {"origin": 3})), "is no latent"),
-            ("about", np.array("{"), "is no latent"), ("about", np.array(json.dumps({**about, "origin": {}})), "is no latent")]):
+            ("latent", np.array("x"), "decode it"), ("about", np.array("{"), "is no latent"),
+            *(("about", np.array(json.dumps(about | {"origin": origin})), "is no latent")
+              for origin in (3, {}, about["origin"] | {"dtype": "zz"}, about["origin"] | {"more": 1}))]):
         np.savez(tmp_path / f"{number}.npz", **good | {name: value})
         capsys.readouterr()
         assert predict.main(["decode", "--checkpoint", str(runs("kl")), "--input", str(tmp_path / f"{number}.npz"), "--output",
