@@ -56,6 +56,7 @@ from unet import UNet
 from vae3d import VAE3D
 
 BUDGET = 4.0                                                     # GiB for which tiles are chosen; fixed, so that every run chooses alike
+MOST_CLASSES = 12                                                # that are printed with their share of the voxels
 LATENT = "_latent.npz"                                           # ending of what `encode` writes
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d")  # of section `data`, where a file asks for them
 DATA_FLAGS += ("window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")  # what a foreign checkpoint does not know
@@ -722,7 +723,10 @@ def segment(options: argparse.Namespace) -> int:
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
             write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
         shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
-        text += "; " + (", ".join(f"{values[k]}: {100 * share:.3g} %" for k, share in enumerate(shares) if share and k) or "no foreground")
+        largest = sorted(k for k in 1 + np.argsort(-shares[1:], kind="stable")[:MOST_CLASSES] if shares[k])
+        more = int(np.count_nonzero(shares[1:])) - len(largest)
+        text += "; " + (", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest) or "no foreground")
+        text += f" and {more} smaller" * (more > 0)
         return text + f" -> {job.output}" * (not options.no_save)
     items = list_inputs(options.input, output=options.output)
     jobs = [Job(item, Path()) for item in items] if options.output is None else make_jobs(items, options.input, options.output,
