@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FRAME = 64                                                       # the grey around and between the slices
+LARGEST = 4096                                                   # pixels of a slice's longer side, whatever spacing a header claims
 
 
 def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], background: float, is_picture: bool = False) -> Tensor:
@@ -67,10 +68,11 @@ def slices(volumes: Sequence[Tensor], weight: Tensor, spacing: Sequence[float], 
         others = [a for a in range(3) if a != axis]
         if min(shape[a] for a in others) == 1 < sorted(shape)[1]:  # edge-on
             continue
-        at, pixel = int(weight.sum(others).argmax()), min(spacing[a] for a in others)
+        at, extent = int(weight.sum(others).argmax()), [shape[a] * spacing[a] for a in others]       # mm
         image = colour(*(volume.select(axis, at) for volume in volumes)).float()
         image = image if is_picture else image.flip(0, 1)        # from RAS
-        size = [max(1, round(shape[a] * spacing[a] / pixel)) for a in others]
+        pixel = max(min(spacing[a] for a in others), max(extent) / LARGEST)
+        size = [max(1, round(mm / pixel)) for mm in extent]
         factor = max(1, 256 // max(size))
         found.append(F.interpolate(image.movedim(-1, 0)[None], [n * factor for n in size], mode="nearest")[0].movedim(0, -1))
     return found

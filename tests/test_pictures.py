@@ -51,6 +51,13 @@ def test_slices_look_from_above_from_the_front_and_from_the_side():
         assert lit.min(0).values.tolist() == pytest.approx([row * image.shape[0], column * image.shape[1]])
 
 
+@pytest.mark.parametrize("spacing", [(1e-6, 1.0, 1e6), (1e3, 1e-3, 1.0), (0.1, 0.1, 100.0)])
+def test_a_spacing_that_cannot_be_meant_makes_no_giant_picture(spacing):
+    volume = torch.zeros(4, 6, 8)
+    for image in pictures.slices([volume], volume, spacing, pictures.grey):
+        assert 200 <= max(image.shape[:2]) <= pictures.LARGEST and min(image.shape) >= 1
+
+
 def test_a_flat_volume_is_one_picture_and_a_picture_is_not_turned():
     plane = torch.zeros(1, 5, 7)
     plane[0, 0, 0] = 1.0
