@@ -375,6 +375,7 @@ def write_volume(path: Path, array: np.ndarray, origin: Origin, slope: float = 1
             Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(file, "PNG")
         else:
             header = nib.Nifti1Header(bytes.fromhex(origin.header), check=False)
+            header["sizeof_hdr"] = 348                           # nibabel keeps that of a NIfTI-2 source, and complains of it
             header.set_data_shape(stored.shape)
             header.set_data_dtype(stored.dtype)
             header["cal_min"] = header["cal_max"] = 0            # the display range of other values
