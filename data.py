@@ -435,7 +435,7 @@ def read_volume(path: str | os.PathLike, *, volume: int | None = None, nan: str 
 def _read(path: Path, volume: int | None, nan: str, channel_axis: int | None, max_gib: float, label: bool = False) -> Source:
     try:
         _check_is_file(path)
-        with _quiet(), np.errstate(all="ignore"):
+        with quiet(), np.errstate(all="ignore"):
             kind = _suffix(path)[0]
             if kind == ".bin":
                 raise DataError("raw .bin rows carry no shape; turn the points into a voxel grid (.npy or .npz) first")
@@ -458,7 +458,7 @@ def _check_is_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """nibabel logs and warns about headers that it then reads or refuses; the one line that matters is ours."""
     logger = logging.getLogger("nibabel.global")
     level = logger.level
@@ -800,8 +800,9 @@ def denormalise(array: np.ndarray, intensity: Intensity) -> np.ndarray:
 
 def write_nifti(path: str | os.PathLike, array: np.ndarray, affine: np.ndarray) -> None:
     """Write (C, D, H, W) as NIfTI, atomically: axes x, y, z and, for several channels, a fourth. The name ends in .nii or .nii.gz."""
-    image = nib.Nifti1Image(np.squeeze(array.transpose(3, 2, 1, 0), -1) if len(array) == 1 else array.transpose(3, 2, 1, 0), affine)
-    content = image.to_bytes()
+    with quiet():                                                # an affine beyond float32 is no news
+        image = nib.Nifti1Image(np.squeeze(array.transpose(3, 2, 1, 0), -1) if len(array) == 1 else array.transpose(3, 2, 1, 0), affine)
+        content = image.to_bytes()
     content = gzip.compress(content, 4, mtime=0) if str(path).endswith(".gz") else content
     _write(Path(path), lambda file: file.write(content))
 

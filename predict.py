@@ -289,7 +289,8 @@ def origin_of(path: Path, source: data.Source, cfg: data.DataConfig) -> Origin:
             return Origin(kind, (*array.shape[:0:-1], len(array)), source.dtype, size, key, -1)
         axis = data._channel_axis(shape, cfg.channel_axis) if len(shape) == 4 else None
         return Origin(kind, shape, source.dtype, size, key, axis)
-    image = nib.load(path)
+    with data.quiet():
+        image = nib.load(path)
     header = nib.Nifti1Header.from_header(image.header, check=False).as_byteswapped("<")
     is_plain = type(image.dataobj) is nib.arrayproxy.ArrayProxy  # others scale by slice: their values are no integers of one scale
     dtype, slope, inter = (source.dtype, float(image.dataobj.slope), float(image.dataobj.inter)) if is_plain else ("float32", 1.0, 0.0)
@@ -375,11 +376,11 @@ def write_volume(path: Path, array: np.ndarray, origin: Origin, slope: float = 1
             Image.fromarray(stored if stored.dtype == np.uint8 else stored.astype(np.uint16)).save(file, "PNG")
         else:
             header = nib.Nifti1Header(bytes.fromhex(origin.header), check=False)
-            header["sizeof_hdr"] = 348                           # nibabel keeps that of a NIfTI-2 source, and complains of it
             header.set_data_shape(stored.shape)
             header.set_data_dtype(stored.dtype)
             header["cal_min"] = header["cal_max"] = 0            # the display range of other values
-            image = nib.Nifti1Image(stored, np.array(origin.affine), header, dtype=stored.dtype)
+            with data.quiet():
+                image = nib.Nifti1Image(stored, np.array(origin.affine), header, dtype=stored.dtype)
             image.header.set_slope_inter(slope, inter)
             with gzip.GzipFile("", "wb", 4, file, mtime=0) as packed:
                 image.to_stream(packed)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import types
@@ -138,6 +139,18 @@ def test_odd_files_come_back_on_their_grid(tmp_path, name, caplog):
     assert b.get_data_dtype() == (wanted if wanted.kind in "iu" else np.float32)
     x, y = np.asarray(a.dataobj, dtype=np.float64), np.asarray(b.dataobj, dtype=np.float64)
     assert np.abs(x - y).max() <= 1e-6 * np.abs(x).max(), np.abs(x - y).max()
+
+
+@pytest.mark.parametrize("field, value", [(254, 7), (252, -32767), (80, -2.0), (84, 1e30), (296, 3e38)])
+def test_headers_that_nibabel_complains_of_are_read_and_written_without_a_word(tmp_path, runs, capfd, field, value):
+    """sform_code, qform_code, pixdim, an affine; each makes nibabel log or numpy warn where nobody stops them."""
+    path = ct_file(tmp_path / "in" / "a.nii", "RAS")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<h" if field > 250 and field < 280 else "<f", content, field, value)
+    path.write_bytes(content)
+    capfd.readouterr()
+    assert predict.main(["reconstruct", "--checkpoint", str(runs("kl")), "--input", str(path), "--output", str(tmp_path / "o")]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_whole_numbers_are_rounded_and_clipped_to_their_type(tmp_path):
