@@ -164,8 +164,8 @@ def save(path: Path, content: dict) -> None:
     def write(file: typing.BinaryIO) -> None:
         try:
             torch.save(canonical(content), file)
-        except RuntimeError as error:                            # torch closes its archive after the disk's error, and fails at that
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:                            # torch closes its archive after the first error (a full disk, a DataLoader
+            raise error.__context__ or error from None           # worker whose death raises here), and fails at that too
     write_atomic(path, write)
 
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import random
+import re
 from typing import Any, TypedDict
 
 import pytest
@@ -61,22 +62,26 @@ def test_structure_like_ours(ours, right, wrong):
     assert [checkpoints.is_like(value, ours) for value in [*right, *wrong]] == [True] * len(right) + [False] * len(wrong)
 
 
-def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path, monkeypatch):
+def test_the_disks_error_is_told_where_torch_fails_on_top_of_it(tmp_path):
     (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device.*x.pt"):
         checkpoints.save(tmp_path / "x.pt", {"a": torch.zeros(2_000_000)})
     assert not list(tmp_path.iterdir())
 
-    class Full(io.RawIOBase):                                    # closing it raises nothing, so torch's own error would be left
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("DataLoader worker (pid 3) is killed")])
+def test_the_first_error_is_told_where_torch_fails_to_close_its_archive(error, tmp_path, monkeypatch):
+    """As on a disk that raises nothing at closing; torch raises the death of a DataLoader worker wherever the process is at that moment."""
+    class Full(io.RawIOBase):
         room = 100
 
         def write(self, part):
             self.room -= len(part)
             if self.room < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise error
             return len(part)
     monkeypatch.setattr(checkpoints, "write_atomic", lambda path, write: write(Full()))
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         checkpoints.save(tmp_path / "x.pt", {"a": torch.zeros(1000)})
 
 
