@@ -1378,7 +1378,7 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
             optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
     possible = {"usage": checkpoints.is_like(checkpoint["usage"], state.usage), "step": checkpoint["step"] >= 0,
                 "plateau": checkpoints.is_like(checkpoint["plateau"], state.plateau) and 0 < checkpoint["plateau"][1] <= 1,
-                "global_batch": checkpoint["global_batch"] > 0, "log_scale": abs(checkpoint["log_scale"]) <= 64}
+                "global_batch": checkpoint["global_batch"] > 0, "log_scale": abs(checkpoint["log_scale"]) <= 127}
     for name in (name for name, fits in possible.items() if not fits):
         raise ValueError(f"{path} ({name}): does not fit this run, found {data.brief(checkpoint[name])}; use the config that made it")
     if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):  # else it was of use then and is not now, or the reverse
