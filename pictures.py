@@ -23,8 +23,8 @@ def comparison(image: Tensor, recon: Tensor, spacing: Sequence[float], backgroun
     the error runs from black (0) over red to yellow (0.5).
     """
     image, recon = image[0], recon[0]
-    columns = ([image], grey), ([recon], grey), ([recon, image], error)
-    return sheet([slices(volumes, (image - background).abs(), spacing, colour, is_picture) for volumes, colour in columns])
+    weight, columns = (image - background).abs(), (([image], grey), ([recon], grey), ([recon, image], error))
+    return sheet([slices(volumes, weight, spacing, colour, is_picture) for volumes, colour in columns])
 
 
 def label_comparison(image: Tensor, labels: Sequence[Tensor], spacing: Sequence[float], is_picture: bool = False) -> Tensor:

@@ -1379,8 +1379,9 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
     possible = {"usage": checkpoints.is_like(checkpoint["usage"], state.usage), "step": checkpoint["step"] >= 0,
                 "plateau": checkpoints.is_like(checkpoint["plateau"], state.plateau) and 0 < checkpoint["plateau"][1] <= 1,
                 "global_batch": checkpoint["global_batch"] > 0, "log_scale": abs(checkpoint["log_scale"]) <= 127}
-    for name in (name for name, fits in possible.items() if not fits):
-        raise ValueError(f"{path} ({name}): does not fit this run, found {data.brief(checkpoint[name])}; use the config that made it")
+    if wrong := [name for name, fits in possible.items() if not fits]:
+        raise ValueError(f"{path} ({wrong[0]}): does not fit this run, found {data.brief(checkpoint[wrong[0]])}; use the config that made "
+                         f"it")
     if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):  # else it was of use then and is not now, or the reverse
         state.scaler.load_state_dict(checkpoint["scaler"])
     device = next(state.model.parameters()).device
