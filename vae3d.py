@@ -1274,7 +1274,7 @@ class VAE3D(nn.Module):
         return cls(dataclasses.replace(PRESETS[name], **changes))
 
     def memory(self, mode: str, tile: Sequence[int] | str | None = None, stretch: str = "auto", budget: float | None = None,
-               group: torch.distributed.ProcessGroup | None = None) -> VAE3D:
+               group: torch.distributed.ProcessGroup | None = None, rehearsal: bool = False) -> VAE3D:
         """Set the memory dial and return self; may be called again at any time. It changes peak memory and time, never the result.
 
         none: what precedes a convolution (norm, SiLU, upsampling) is computed again in backward, everything else is kept. checkpoint:
@@ -1319,6 +1319,11 @@ class VAE3D(nn.Module):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"group": None}                   # for copy and pickle, which know no process groups
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """Of the last convolution: where gradients of reconstruction terms are compared (losses.adaptive_weight)."""
+        return self.decoder.head.conv.weight
 
     def tile_plans(self, size: Sequence[int], batch: int = 1, dtype: torch.dtype = torch.float32) -> list[TilePlan]:
         """Settings of the tile mode for inputs (batch, C, *size), by rising work and falling predicted peak; what was set stays.

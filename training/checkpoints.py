@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from data import brief, one_line
-from vae3d import is_out_of_memory
-from weights import LAYOUTS, is_foreign
+from tiles import is_out_of_memory
 
 Weights = dict[str, Tensor]
 
@@ -108,7 +107,7 @@ class Features(TypedDict):
 CONTENT = {"vae3d.train": Train, "vae3d.weights": Shipped, "vae3d.features": Features}
 VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
 TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
-         "vae3d.weights": f"it takes a run folder, its best.pt or last.pt, or an autoencoder's weights named as by {', '.join(LAYOUTS)}",
+         "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
          "vae3d.features": "train.py --task features writes one as best.pt"}
 TEMPORARY = re.compile(r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp|last\.next\.pt"
                        r"|\.?step_\d{6,}_.*\.tmp")                # the last: of pictures and volumes in samples/
@@ -184,6 +183,13 @@ class Damaged(ValueError):
     """A checkpoint that is missing, cut short or changed on the disk."""
 
 
+class OtherKind(ValueError):
+    """A file that can be read and is no checkpoint of the kind that is wanted; what it holds instead goes with it."""
+    def __init__(self, path: Path, content: Any, text: str):
+        super().__init__(f"{path}: {text}")
+        self.path, self.content = path, content
+
+
 def load(path: str | Path, *kinds: str) -> dict:
     """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
     path = Path(path)
@@ -193,11 +199,8 @@ def load(path: str | Path, *kinds: str) -> dict:
     if found in kinds and (type(content.get("version")) is not int or content["version"] != VERSIONS[found]):
         raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this code reads {VERSIONS[found]}; "
                          f"use the code that wrote it")
-    if found not in kinds and (layout := is_foreign(content)):
-        raise ValueError(f"{path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes it, and so does "
-                         f"predict.py reconstruct, encode, decode and evaluate --checkpoint")
     if found not in kinds:
-        raise ValueError(f"{path}: is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
+        raise OtherKind(path, content, f"is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
     wanted = typing.get_type_hints(CONTENT[found]) | ({"features": Features} if "features" in content else {})
     if lacking := [name for name in wanted if name not in content]:
         raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")

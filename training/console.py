@@ -1,0 +1,27 @@
+"""What a run says on the console, in single lines. Version 0.3 (2026-11)."""
+from __future__ import annotations
+
+import os
+import sys
+
+import data
+
+
+def line_of(error: object) -> str:
+    """Its message as one line; of what a DataLoader's worker raised, the last line of its traceback, which is the message."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return data.one_line(text, 1000) or type(error).__name__
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """To the console. A reader that is gone (Ctrl-C ends the `tee` behind it too) stops no run: log.jsonl has it all."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def shown(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4g}"

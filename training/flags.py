@@ -1,0 +1,117 @@
+"""The command line of train.py: flags from the dataclasses of the config, their help from the comments beside the fields.
+
+Later beats earlier: defaults, preset, YAML file, flags. Version 0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
+from training.foreign import foreign_init
+from training.task import named
+
+DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
+SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
+    f"--{name}": f"train.{name}" for name in ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")}
+COMMANDS = ("config", "resume", "dry_run", "fit")
+
+
+def load_config(argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None) -> TrainConfig:
+    """Defaults, preset, YAML file, flags: later beats earlier.
+
+    tasks: the table of tasks/. base: a checkpoint's config, which takes the place of defaults and preset. Where train.init is a file that
+    another library made, what it says of the network takes the place of the preset.
+    Raises ValueError with one line: which flag or key, what was found, what to do.
+    """
+    options = vars(build_parser(tasks).parse_args(list(argv)))
+    flags: dict = {}
+    for name, value in options.items():
+        section, _, key = name.rpartition(".")
+        if name in COMMANDS:
+            continue
+        if section:
+            flags.setdefault(section, {})[key] = value
+        else:
+            flags[key] = value
+    from_file = read_yaml(options["config"]) if options.get("config") else {}
+    if base is None:
+        base = starting_point(flags, from_file, tasks)
+    elif "train.init" in options or "train.init_hints" in options:
+        raise ValueError("--init and --resume exclude one another: a resumed run goes on with its own weights")
+    for name in ("task", "preset"):
+        wanted = flags.get(name, from_file.get(name, getattr(base, name)))
+        if wanted != getattr(base, name):
+            raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; leave it out")
+    cfg = config_from(flags, config_from(from_file, base, str(options.get("config"))), "command line")
+    task = named(tasks, cfg.task, "command line")
+    one_of("train.metric", cfg.train.metric, ("auto", *dict.fromkeys(name for each in tasks.values() for name in each.METRICS)))
+    task.check(cfg)
+    return cfg
+
+
+def starting_point(flags: dict, from_file: dict, tasks: Mapping[str, ModuleType]) -> TrainConfig:
+    """Defaults and preset. A preset that the file names is taken out of it where a foreign network stands in its place."""
+    task = named(tasks, flags.get("task", from_file.get("task", TrainConfig.task)))
+    presets = task.PRESETS or {TrainConfig.preset: None}
+    preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
+    if foreign := foreign_init(flags, from_file, task):
+        preset, presets = foreign.layout, {foreign.layout: foreign.vae}
+        from_file.pop("preset", None)
+    elif "preset" not in flags and preset in task.FILE_PRESETS:
+        presets = task.FILE_PRESETS
+    one_of("preset", preset, tuple(presets))
+    return TrainConfig(task.name, preset, **task.sections(presets[preset]))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with house errors: one line that names the closest flag."""
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        if unknown.startswith("-") and message.startswith("unrecognized"):
+            message = f"unknown flag {unknown}{closest(unknown, self._option_string_actions, '')[:300]}"
+        raise ValueError(message)
+
+
+def build_parser(tasks: Mapping[str, ModuleType]) -> Parser:
+    """The flags of DESIGN.md; those of the sections come from the dataclasses, their help from the comments beside the fields."""
+    parser = Parser(prog="train.py", description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140))
+    parser.add_argument("--config", metavar="YAML", help="experiment file, see config/")
+    parser.add_argument("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out come from it")
+    parser.add_argument("--dry-run", action="store_true", dest="dry_run",
+                        help="print the resolved config and the predicted peak, then stop")
+    parser.add_argument("--fit", metavar="GIB", nargs="?", const="free",
+                        help="choose the cheapest memory settings that fit; without a number: into the card's free memory")
+    short = {path: flag for flag, path in SHORT_FLAGS.items()}
+    parser.add_argument("--task", metavar="NAME", help=" | ".join(tasks) + " [vae]")
+    presets = {name: named(tasks, name).PRESETS for name in tasks}
+    presets = "; ".join(f"{name}: {' | '.join(names)}" for name, names in presets.items() if names)
+    parser.add_argument("--preset", metavar="NAME", help=presets)
+    for section in SECTIONS:
+        group = parser.add_argument_group(f"section {section.name}")
+        cls = section.default_factory
+        comments, hints = field_comments(cls), typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            path = f"{section.name}.{f.name}"
+            names = [short[path]] if path in short else []
+            names += [f"--{path}"]
+            options = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
+            text = comments.get(f.name, "") + ("" if f.default is dataclasses.MISSING else f" [{f.default}]")
+            group.add_argument(*names, dest=path, metavar=f.name.upper(), help=text.replace("%", "%%"), **options)
+    return parser
+
+
+@functools.cache                                                 # 0.4 s for all sections: inspect parses a module for each
+def field_comments(cls) -> dict[str, str]:
+    """Field name -> the comment beside it in the source."""
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines if ":" in line and "# " in line}

@@ -1,0 +1,97 @@
+"""What a run does when: the crops, the random numbers and the learning rate of each optimizer step, functions of its number alone.
+
+Version 0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+from training import ranks
+from training.config import OptimConfig, TrainConfig
+from training.devices import to_device
+from training.signals import SIGNALS
+
+
+class MicroBatch(NamedTuple):
+    image: Tensor                                                # (b, C, D, H, W) in [-1, 1]
+    seeds: list[int]                                             # one per sample, of its random numbers
+    volumes: list[int]                                           # where the crops come from
+    label: Tensor | None = None                                  # (b, D, H, W) int64, for segmentation
+    crops_in_step: int | None = None                             # of all ranks; none: those of the micro-batches at hand
+
+
+def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:
+    """The rate of step `step` in [0, total): linear warm-up to o.lr, then the schedule as a function of the part t in [0, 1) done.
+
+    cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period); exponential: lr gamma^t;
+    step: lr gamma^floor(drops t); plateau: lr times the factor that the validations gave.
+    """
+    warm = int(o.warmup * total)
+    if step < warm:
+        return o.lr * (step + 1) / warm
+    t = (step - warm) / max(1, total - warm)
+    if o.schedule in ("cosine", "cosine_restarts"):
+        t = t * o.restarts % 1 if o.schedule == "cosine_restarts" else t
+        return o.lr_min + (o.lr - o.lr_min) * (1 + math.cos(math.pi * t)) / 2
+    return o.lr * {"constant": 1.0, "exponential": o.gamma ** t, "step": o.gamma ** int(o.drops * t), "plateau": plateau_factor}[o.schedule]
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit seed that is a function of its arguments alone, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def crops_of_step(step: int, epoch_length: int, global_batch: int) -> range:
+    """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an epoch as short as it is."""
+    per_epoch = steps_per_epoch(epoch_length, global_batch)
+    epoch, place = divmod(step, per_epoch)
+    first = epoch * epoch_length + place * global_batch
+    return range(first, min(first + global_batch, (epoch + 1) * epoch_length))
+
+
+def steps_per_epoch(epoch_length: int, global_batch: int) -> int:
+    return -(-epoch_length // global_batch)
+
+
+def micro_windows(window: range, batch: int) -> list[range]:
+    """This rank's share of the micro-batches that a window is cut into. It may be none of a short one."""
+    return [window[batch * i:batch * (i + 1)] for i in ranks.shared(-(-len(window) // batch))]
+
+
+def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device,
+                 global_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed, step, place in the window)."""
+    def shares() -> Iterator[tuple[range, list[range]]]:
+        windows = (crops_of_step(step, len(crops), global_batch) for step in steps)
+        return ((window, micro_windows(window, cfg.train.batch)) for window in windows)
+    loader = torch.utils.data.DataLoader(
+        crops, batch_sampler=[list(part) for _, parts in shares() for part in parts], num_workers=cfg.data.workers,
+        pin_memory=cfg.data.pin_memory and device.type == "cuda",
+        worker_init_fn=(lambda _: os.setpgid(0, 0)) if ranks.world() > 1 else None)  # torchrun's signals reach a rank's whole group
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for the workers, who inherit it: Ctrl-C and batch systems signal all of a
+    try:                                                         # process group, and the run would end by the loss of its workers
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for step, (window, parts) in zip(steps, shares()):
+        micro_batches = []
+        for part in parts:
+            image, *label, volumes = next(batches)
+            seeds = [seed_of(cfg.train.seed, "noise", step, number - window.start) for number in part]
+            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist(), *(x.to(device) for x in label),
+                                            crops_in_step=len(window)))
+        yield step, micro_batches
+
+
+def ramp(step: int, start: int, warmup: int) -> float:
+    """0 before `start`, then rising linearly to 1 over `warmup` steps."""
+    return 0.0 if step < start else min(1.0, (step - start + 1) / max(1, warmup))

@@ -1,0 +1,210 @@
+"""One optimizer step: forward, loss and backward of each micro-batch, then one update of everything.
+
+The task says what the loss is (its `objective`); a discriminator, where there is one, adds its terms (adversary.py). Which crops come in, and
+the random numbers, are given (order.py). Recovery from out of memory is around this (memory.py). Version 0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training import adversary, memory, ranks
+from training.config import OptimConfig, TrainConfig
+from training.forward import scaled
+from training.order import MicroBatch, seed_of
+from training.state import State, quantizer_of, running_statistics
+
+
+class StepResult(NamedTuple):
+    terms: dict[str, Tensor]                                     # each () on the device, the mean over the step's crops
+    norm: Tensor                                                 # of the gradient before clipping
+    updated: bool                                                # False: something was not finite, the weights are as before
+
+
+def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
+    """One update of the network, and of the discriminator where there is one. Peak memory is one micro-batch's: no graph outlives its backward().
+
+    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail (loss.adaptive_weight is the
+    exception: a ratio of each micro-batch's own). Weights, codebook and averages change only after all is known to be finite; what the
+    forward pass moves, the running statistics of batch norm, is put back where the step fails.
+    """
+    with statistics_put_back(state.model) as failed:
+        gan = adversary.is_judging(cfg, state)
+        optimizers = [state.optimizer]
+        if gan:
+            optimizers.append(state.disc_optimizer)
+
+        # First the gradients: every micro-batch adds its own, and the ranks add up theirs.
+        forget_gradients(state, optimizers)
+        terms, usage = accumulate(cfg, state, micro_batches, gan)
+        terms = reduced(state, gan, terms, usage)
+
+        # Then their norm, in true units and clipped, and whether anything is not finite. Norm and loss both count: the gradient of |NaN| is zero.
+        norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
+        finite = norm + terms["loss"]
+        if gan:
+            threshold = cfg.optim.grad_clip or math.inf
+            finite = finite + terms["disc"] + torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
+        updated = bool(torch.isfinite(finite))
+
+        # Then the update, of everything or of nothing.
+        if updated:
+            update(cfg, state, optimizers, gan, terms, usage, norm)
+        if state.masters is not None:
+            state.masters.adapt(updated)
+        if any(has_gradients(optimizer) for optimizer in optimizers):
+            state.scaler.update()
+        state.updating = False
+        failed.value = not updated
+    return StepResult(terms, norm, updated)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+def forget_gradients(state: State, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Also what a step that ran out of memory had begun."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    state.model.zero_grad(set_to_none=True)                      # 16-bit weights are not the optimizer's own
+    if quantizer_of(state.model) is not None:
+        state.model.quantizer.collected = []
+
+
+def accumulate(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch], gan: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Gradients of all micro-batches, in place -> their terms, each the mean over the crops, and how often each code was chosen."""
+    total = sum(len(m.image) for m in micro_batches)
+    sums: dict[str, Tensor] = {}
+    usage = None if state.usage is None else torch.zeros_like(state.usage)
+    for micro in micro_batches:
+        share = len(micro.image) / (micro.crops_in_step or total)
+        generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]  # made here: a repeated step draws the same noise
+
+        # The network's loss and its gradient; none where a codebook learns by averages alone.
+        out, terms, crops = state.task.objective(cfg, state, state.forward, micro, generators)
+        if gan:
+            adversary.generator_terms(cfg, state, crops, terms)
+        if terms["loss"].requires_grad:
+            scaled(state, terms["loss"] * share).backward()
+
+        # The discriminator's, on crops that lead back to no network.
+        if gan:
+            crops = [crop.detach() for crop in crops]
+            critic = adversary.discriminator_terms(cfg, state, crops)
+            scaled(state, critic["disc"] * share).backward()
+            terms |= critic
+
+        # What the log gets stays on the device: reading it would wait for the device at each micro-batch.
+        if usage is not None:
+            index = out.index.flatten()
+            usage = usage + torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach() * share
+        del out, terms, crops                                    # the next forward must not find this graph alive
+    return sums, usage
+
+
+def reduced(state: State, gan: bool, terms: dict[str, Tensor], usage: Tensor | None) -> dict[str, Tensor]:
+    """Gradients and codebook usage (in place) and terms, added up over the ranks, once all of them have theirs.
+
+    Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only what a forward pass moves:
+    the running statistics of batch norm, the vectors of spectral norm.
+    """
+    if ranks.workers() == 1:
+        with memory.shared_failure(state):                       # tile_parallel: no rank updates before all have their gradients
+            pass
+        state.updating = ranks.world() > 1
+        return terms
+    parameters = list(state.model.parameters())
+    if gan:
+        parameters += state.disc.parameters()
+    gradients = ranks.Gradients(parameters)
+    ranks.agreed()
+    state.updating = True                                        # a rank that runs out of memory now cannot have the others repeat
+    gradients.add_up()
+    if usage is not None:
+        ranks.add_up(usage)
+    return ranks.summed(terms, state.device)
+
+
+def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], threshold: float) -> Tensor:
+    """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm before that."""
+    if state.masters is not None:
+        state.masters.take_gradients()
+        if len(optimizers) > 1:
+            state.masters.unscale(state.disc.parameters())
+    for optimizer in optimizers:
+        if has_gradients(optimizer):
+            state.scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(state.weights, threshold)
+
+
+def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
+    """optim.grad_clip, or the percentile of the last norms where that is lower and there are enough of them."""
+    fixed = o.grad_clip or math.inf
+    if not o.clip_percentile or len(norms) < o.clip_window:
+        return fixed
+    return min(fixed, float(torch.tensor(norms, dtype=torch.float64).quantile(o.clip_percentile / 100)))
+
+
+# ------------------------------------------------------------------------------------------------ update
+
+def update(cfg: TrainConfig, state: State, optimizers: Sequence[torch.optim.Optimizer], gan: bool, terms: dict[str, Tensor],
+           usage: Tensor | None, norm: Tensor) -> None:
+    """Weights, then what follows them: running statistics, codebook, averages."""
+    for optimizer in optimizers:
+        if has_gradients(optimizer):
+            state.scaler.step(optimizer)
+            state.updating = True
+    if state.masters is not None:
+        state.masters.give_weights()
+
+    ranks.average(running_statistics(state.model))
+    if gan:
+        ranks.average(running_statistics(state.disc))
+    if usage is not None:
+        state.model.quantizer.update(torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step)))
+        state.usage += usage
+    if state.lecam is not None and gan:
+        state.lecam.update(terms["logits_real"], terms["logits_fake"])
+    for ema, decay in zip(state.emas, cfg.train.ema):
+        update_ema(ema, state, min(decay, (1 + state.step) / (10 + state.step)))
+    if cfg.optim.clip_percentile:
+        state.norms = [*state.norms, float(norm)][-cfg.optim.clip_window:]
+
+
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, state: State, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * weights; buffers (codebooks, running statistics) as they are.
+
+    The decay rises with the step, so that the start is forgotten.
+    """
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in state.weights], 1 - decay)
+    for old, new in zip(ema.buffers(), state.model.buffers()):
+        old.copy_(new)
+
+
+class Outcome:
+    """Of what is tried: failed until it says otherwise."""
+    value = True
+
+
+@contextlib.contextmanager
+def statistics_put_back(model: torch.nn.Module) -> Iterator[Outcome]:
+    """Restore the network's buffers (not the codebook's) after an exception, or where the outcome says that the step failed."""
+    buffers = running_statistics(model)
+    before, failed = [b.clone() for b in buffers], Outcome()
+    try:
+        yield failed
+    finally:
+        if failed.value:
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)

@@ -1,0 +1,189 @@
+"""Validation: figures of held-out crops or volumes without noise, the best weights so far, and pictures of some of them.
+
+The task says what is measured of a crop (`criterion`, `metrics`), what is added up over all of them (`counts`, `figures`), and how one looks
+(`picture`). The ranks share the crops. Version 0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+import data
+import pictures
+from training import checkpoints, ranks
+from training.config import TrainConfig
+from training.devices import peak_gib, to_device
+from training.facts import facts_of
+from training.forward import forward
+from training.log import shown
+from training.order import MicroBatch, seed_of
+from training.resume import full_weights, shared_config
+from training.run import Run, recovered, stop_if_signalled
+from training.state import State
+from training.task import metric_of
+
+
+def validation(run: Run, epoch: int) -> None:
+    """A `val` row; best.pt when it is the best so far."""
+    started, state = time.monotonic(), run.state
+    metrics, voxels = validate(run)
+    seconds = time.monotonic() - started
+    run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
+                 "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
+                 "peak_gib": round(ranks.largest(peak_gib(run.device)), 4)})
+    if update_best(run.cfg, state, metrics):
+        save_best(run, metrics)
+
+
+@torch.no_grad()
+def validate(run: Run) -> tuple[dict[str, float], int]:
+    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise; and the voxels seen."""
+    cfg, state, task = run.cfg, run.state, run.state.task
+    model, rows, counts, voxels = state.shipped.eval(), [], {}, 0
+    criterion = task.criterion or task.objective
+    mine = ranks.shared(len(run.held_out))
+    for turn in range(-(-len(run.held_out) // ranks.workers())):
+        stop_if_signalled(run)
+        if turn >= len(mine):                                    # the others are at their last one
+            recovered(run, (1, run.dataset.channels, *run.dataset.patch), ranks.agreed)
+            continue
+        number = mine[turn]
+        crop = run.held_out[number]
+        label = None if crop.label is None else crop.label[None].to(run.device)
+        micro = MicroBatch(to_device(crop.image[None], run.device), [], [], label)
+
+        # The same noise at each validation, and at each try of it.
+        def work(micro=micro, number=number):
+            generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "validation", number))
+            return ranks.agreed(criterion(cfg, state, model, micro, [generator]))
+        found = recovered(run, micro.image.shape, work)
+        terms = found.terms | task.metrics(cfg, found.out, micro, crop)
+        rows.append({name: float(term) for name, term in terms.items()})
+        for name, count in task.counts(cfg, found.out, micro, run.dataset).items():
+            counts[name] = counts.get(name, 0) + count
+        voxels += micro.image[0, 0].numel()
+    state.shipped.train()
+
+    # Means over all crops, in the order of the ranks; and what was counted over all of them.
+    rows, voxels = ranks.gathered(rows), sum(ranks.gathered([voxels]))
+    metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    every = [part for part in ranks.gathered([counts]) if part]
+    if every:
+        metrics |= task.figures({name: sum(part[name] for part in every) for name in every[0]})
+    return metrics, voxels
+
+
+# ------------------------------------------------------------------------------------------------ the best weights
+
+def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bool:
+    """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so far."""
+    name = metric_of(cfg, state.task)
+    if name not in metrics:
+        raise ValueError(f"train.metric={name} is none of the metrics of --task {state.task.name}: {', '.join(metrics)}")
+    higher_is_better = state.task.METRICS.get(name, True)
+    value, loss = metrics[name], metrics["loss"]
+    if not math.isfinite(value):                                 # such as the Dice of held-out labels without a class
+        value = -math.inf if higher_is_better else math.inf
+    gain = 0.0
+    if state.best not in (None, value):
+        gain = value - state.best if higher_is_better else state.best - value
+
+    # Until all terms have set in, the last validation is the best: what came before was measured on another criterion.
+    first = state.best is None or state.step <= state.task.last_start(cfg)
+    tie = gain == 0 and loss < state.best_loss
+    better = math.isfinite(loss) and (first or gain > 0 or tie)
+    counts_as_gain = better and (first or gain > cfg.train.min_delta)
+    state.bad_validations = 0 if counts_as_gain else state.bad_validations + 1
+    if better:
+        state.best, state.best_loss = value, loss
+
+    # The plateau schedule looks at the loss alone.
+    lowest, factor, waited = state.plateau
+    if metrics["loss"] < lowest:
+        lowest, waited = metrics["loss"], 0
+    elif waited + 1 >= cfg.optim.plateau_patience:
+        factor, waited = factor * cfg.optim.gamma, 0
+    else:
+        waited += 1
+    state.plateau = (lowest, factor, waited)
+    return better
+
+
+def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
+    """The content of best.pt: what predict.py and --init need, and nothing else."""
+    if run.state.task.ship is not None:
+        return run.state.task.ship(model) | {"step": run.state.step}
+    weights = full_weights(run.state) if model is run.state.model else model.state_dict()
+    return {"kind": "vae3d.weights", "version": 1, "config": shared_config(run.settings), "step": run.state.step, "latent": run.state.latent,
+            "data": facts_of(run.dataset), "model": weights}
+
+
+def save_best(run: Run, metrics: dict[str, float]) -> None:
+    if ranks.first():
+        checkpoints.save(run.out / "best.pt", weights_to_ship(run, run.state.shipped) | {"metrics": metrics})
+
+
+def load_best(run: Run) -> dict:
+    return checkpoints.load(run.out / "best.pt", "vae3d.weights", "vae3d.features")
+
+
+def check_best(run: Run) -> bool:
+    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the weights at hand replace it.
+
+    Returns whether they did.
+    """
+    def look() -> str | None:
+        try:
+            step = load_best(run)["step"]
+        except ValueError as error:
+            return str(error)
+        return None if step <= run.total else f"{run.out / 'best.pt'}: is of a later step than {run.total}"
+    wrong = ranks.from_rank(0, look)
+    if wrong is not None:
+        metrics, _ = validate(run)
+        name = metric_of(run.cfg, run.state.task)
+        value = metrics[name]
+        run.state.best, run.state.best_loss = value if math.isfinite(value) else None, metrics["loss"]
+        save_best(run, metrics)
+        run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {name} {shown(run.state.best)}")
+    return wrong is not None
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+@torch.no_grad()
+def save_samples(run: Run) -> None:
+    """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI, of the first crop of up to log.samples held-out volumes."""
+    cfg, state, task = run.cfg, run.state, run.state.task
+    if task.picture is None:
+        return
+    model, folder = state.shipped.eval(), run.out / "samples"
+    if ranks.first():
+        folder.mkdir(exist_ok=True)
+    done: set[str] = set()
+    for crop in run.held_out:
+        name = crop.entry.name
+        if name in done or len(done) == cfg.log.samples:
+            continue
+        done.add(name)
+        stop_if_signalled(run)
+        x = to_device(crop.image[None], run.device)
+
+        def work(x=x):
+            out = task.output(cfg, state, model, x) if task.output is not None else forward(state, model, x)
+            return ranks.agreed(out)
+        out = recovered(run, x.shape, work)
+        if not ranks.first():
+            continue
+        picture = task.picture(cfg, crop, out)
+        stem = f"step_{state.step:06d}_{name}"
+        content = pictures.png(picture.image)
+        checkpoints.write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
+        path = folder / f"{stem}_{picture.kind}.nii.gz"
+        with checkpoints.naming(path):
+            data.write_nifti(path, picture.volume, crop.affine)
+        for sink in run.log.sinks:
+            sink.picture(f"samples/{name}", picture.image, state.step)
+    model.train()
