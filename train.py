@@ -1,26 +1,29 @@
-"""Train a 3D VAE, VQ-VAE or U-Net with one command: the one place that wires configuration, data, networks, step, loop, checkpoints, logs.
+"""Train a 3D VAE, VQ-VAE or U-Net with one command: the one place that wires configuration, data, networks,
+step, loop, checkpoints, logs.
 
-    python train.py --preset ultra_lightweight --amp --accum 8          # no data named: built-in synthetic volumes
-    python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct
-    python train.py --resume runs/ct                                    # goes on bit for bit
-    python train.py --task seg --data FOLDER                            # a U-Net on image/label pairs
-    python train.py --task features --data FOLDER                       # a feature network for loss.perceptual_features
-    torchrun --nproc_per_node 4 train.py --data FOLDER                  # on 4 GPUs: the batch of a step is batch x accum x 4
+    python train.py --preset ultra_lightweight --amp --accum 8          # no data named: built-in synthetic
+    volumes python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct python train.py --resume
+    runs/ct                                    # goes on bit for bit python train.py --task seg --data FOLDER
+    # a U-Net on image/label pairs python train.py --task features --data FOLDER                       # a
+    feature network for loss.perceptual_features torchrun --nproc_per_node 4 train.py --data FOLDER
+    # on 4 GPUs: the batch of a step is batch x accum x 4
 
-It reads top to bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
-Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2. Memory is in GiB.
-Version 0.3 (2026-11).
+It reads top to bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is
+training/step.py's. Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and
+SSIM have data range 2. Memory is in GiB. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads: on a shared core steps were 5 times slower without
+# Before torch loads: on a shared core steps were 5 times slower without.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # until main catches it: no traceback out of an import
+    # Until main catches it: no traceback out of an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
 import dataclasses
@@ -64,12 +67,16 @@ EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 # ------------------------------------------------------------------------------------------------ the command
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a signal."""
+    """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a
+    signal.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    given = [os.environ.get(name, alone) for name, alone in numbers.items()]
     try:
         if not all(value.isdecimal() for value in given):
-            raise ranks.CannotStart(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(given)}: numbers that torchrun sets; unset them")
+            raise ranks.CannotStart(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(given)}: numbers that "
+                                    "torchrun sets; unset them")
         with ranks.started(*map(int, given)):
             return command(argv)
     except ranks.CannotStart as error:
@@ -84,7 +91,8 @@ def command(argv: Sequence[str]) -> int:
             return start(argv)
     except Stopped as stop:
         number = stop.args[0]
-        tell(f"stopped by {signal.Signals(number).name} before there was anything new to save; the same command begins again")
+        tell(f"stopped by {signal.Signals(number).name} before there was anything new to save; the same "
+             "command begins again")
         return SIGNALS[number]
     except ranks.Elsewhere:
         return ranks.exit_code(EXIT_ERROR)
@@ -96,14 +104,17 @@ def command(argv: Sequence[str]) -> int:
         return told(explained(error), EXIT_USAGE)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
-            return told(f"{line_of(error)}; out of memory? go on with --resume and fewer --workers, 0 for none", EXIT_ERROR)
+            return told(f"{line_of(error)}; out of memory? go on with --resume and fewer --workers, 0 for "
+                        "none", EXIT_ERROR)
         if not ranks.is_lost(error):
             raise
         return told(lost_text(error, None), EXIT_ERROR)
 
 
 def start(argv: Sequence[str]) -> int:
-    """From the flags to a run. The first rank reads and chooses; what it found goes to the others, which need the data and no more."""
+    """From the flags to a run. The first rank reads and chooses; what it found goes to the others, which need
+    the data and no more.
+    """
     # First what is asked for: flags, and where a run is resumed its config.
     options = ranks.together(lambda: vars(build_parser(TASKS).parse_args(argv)))
     dry = options.get("dry_run", False)
@@ -111,7 +122,8 @@ def start(argv: Sequence[str]) -> int:
     resumed, base, out = None, None, None
     if "resume" in options:
         resumed = ranks.from_rank(0, lambda: checkpoints.load_resumed(Path(options["resume"]), say))
-        out, base = resumed.path.parent, config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
+        out = resumed.path.parent
+        base = config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
     cfg = ranks.from_rank(0, lambda: load_config(argv, TASKS, base))
     task = named(TASKS, cfg.task)
     out = out or ranks.from_rank(0, lambda: run_folder(cfg))
@@ -131,10 +143,11 @@ def start(argv: Sequence[str]) -> int:
 
         # Then the data, and what they say of the config, which nothing changes from here on.
         cfg, dataset = ranks.together(lambda: open_data(cfg, task, say))
-        seen = [len(names) for names in dict.fromkeys(map(tuple, ranks.of_every_rank([facts_of(dataset)["training"]])))]
+        every = ranks.of_every_rank([tuple(facts_of(dataset)["training"])])
+        seen = [len(names) for names in dict.fromkeys(every)]
         if len(seen) > 1:
-            raise DataError(f"{cfg.data.path}: the ranks see different training volumes ({', '.join(map(str, seen))} of them); give "
-                            f"every machine the same data")
+            raise DataError(f"{cfg.data.path}: the ranks see different training volumes "
+                            f"({', '.join(map(str, seen))} of them); give every machine the same data")
         if resumed is not None:
             keep_global_batch(cfg, base, resumed.content, say)
         if "fit" in options:
@@ -156,7 +169,9 @@ def say_as_comment(text: str) -> None:
 
 @contextlib.contextmanager
 def endings_of(out: Path) -> Iterator[None]:
-    """What a disk or a lost rank does to the run in folder `out` leaves as RunStopped, which says how to go on."""
+    """What a disk or a lost rank does to the run in folder `out` leaves as RunStopped, which says how to go
+    on.
+    """
     try:
         yield
     except OSError as error:
@@ -179,18 +194,24 @@ def disk_text(error: OSError, out: Path | None) -> str:
     """An OSError as a line: the file, what is wrong, what to do."""
     if error.errno == errno.ENOENT and out is not None and not out.is_dir():
         return f"{out}: the run folder is gone, and the state with it; start the run again"
-    make_writable = "make it writable"
-    remedies = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space or have the quota raised",
-                errno.EFBIG: "raise the limit on a file's size", errno.EROFS: make_writable, errno.EACCES: make_writable,
-                errno.EPERM: make_writable}
+    remedies = {
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space or have the quota raised",
+        errno.EFBIG: "raise the limit on a file's size",
+        errno.EROFS: "make it writable",
+        errno.EACCES: "make it writable",
+        errno.EPERM: "make it writable",
+    }
     has_state = out is not None and any((out / name).is_file() for name in ("last.pt", "last.prev.pt"))
     after = f"go on with: {resume_command(out)}" if has_state else "start the run again"
-    what = error.strerror or line_of(error)
-    return f"{error.filename or 'disk or network'}: {what}; {remedies.get(error.errno, 'see to it')}, then {after}"
+    where, what = error.filename or "disk or network", error.strerror or line_of(error)
+    return f"{where}: {what}; {remedies.get(error.errno, 'see to it')}, then {after}"
 
 
 def lost_text(error: RuntimeError, out: Path | None) -> str:
-    """A collective that failed, as a line. gloo knows no more than that a rank is gone; NCCL's message may be about the card."""
+    """A collective that failed, as a line. gloo knows no more than that a rank is gone; NCCL's message may be
+    about the card.
+    """
     why = "" if "gloo" in str(error) else f" ({line_of(error)[:160]})"
     text = f"another rank is gone or does not answer{why}"
     if out is not None and (out / "last.pt").exists():
@@ -217,7 +238,8 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     # First the state: as at step 0, as in the checkpoint, or from weights that are there.
     checkpoint = resumed and resumed.content
     if cfg.train.stage and cfg.train.init is None and checkpoint is None:
-        raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run folder or checkpoint with --init")
+        raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run "
+                         "folder or checkpoint with --init")
     crops = data.Crops(dataset, cfg.train.seed)
     state = memory.begin(cfg, task, device, checkpoint and checkpoint.get("features"))
     if checkpoint is not None:
@@ -229,21 +251,24 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
         if checkpoint["data"]["training"] != facts_of(dataset)["training"]:
-            print(f"{out}: the training volumes are not those that the run began with, so it goes on, but not bit for bit")
+            print(f"{out}: the training volumes are not those that the run began with, so it goes on, but "
+                  "not bit for bit")
         state.finished = False
     started_from, has_codebook = [], checkpoint is not None
     if cfg.train.init is not None and checkpoint is None:
-        started_from, has_codebook = ranks.from_rank(0, lambda: start_from(state, Path(cfg.train.init), cfg.train.init_hints))
+        source, hints = Path(cfg.train.init), cfg.train.init_hints
+        started_from, has_codebook = ranks.from_rank(0, lambda: start_from(state, source, hints))
         if cfg.train.stage == 2 and not has_codebook:
-            raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook of vae.num_codes="
-                             f"{cfg.vae.num_codes}; run --train.stage 1 first")
+            raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook "
+                             f"of vae.num_codes={cfg.vae.num_codes}; run --train.stage 1 first")
     shape = (cfg.train.batch, dataset.channels, *dataset.patch)
     memory.turn_dial(state, ranks.chosen(0, lambda: memory.settled(cfg, state, cfg.memory, shape)))
 
     # Then the run folder: its lock and the log are closed however the run ends.
     with contextlib.ExitStack() as opened:
         ranks.together(lambda: open_folder(cfg, out, resumed, opened) if ranks.first() else None)
-        log = opened.enter_context(contextlib.closing(Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated)))
+        log = Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated)
+        opened.enter_context(contextlib.closing(log))
         held_out = data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
         if cfg.train.val_whole:
             held_out = data.WholeVolumes(dataset)
@@ -251,16 +276,19 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         save_config(run)
         introduce(run, started_from)
 
-        # Then the loop, and a last barrier: torchrun ends the other ranks as soon as one has left, so none leaves before all is saved.
+        # Then the loop, and a last barrier: torchrun ends the other ranks as soon as one has left, so none
+        # leaves before all is saved.
         with caught_signals() as run.received:
             stopped_by = loop(run, has_codebook, resumed is not None)
-            opened.close()                                       # here: a signal to this rank must not stop it any more
+            # Here: a signal to this rank must not stop it any more.
+            opened.close()
             ranks.barrier()
     if state.finished:
-        tell(f"done at step {state.step}: best {metric_of(cfg, task)} {shown(state.best)}; weights in {out / 'best.pt'}, "
-             f"pictures in {out / 'samples'}")
+        tell(f"done at step {state.step}: best {metric_of(cfg, task)} {shown(state.best)}; weights in "
+             f"{out / 'best.pt'}, pictures in {out / 'samples'}")
         return EXIT_DONE
-    tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: {resume_command(out)}")
+    tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: "
+         f"{resume_command(out)}")
     return SIGNALS[stopped_by]
 
 
@@ -273,15 +301,16 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
     precision = pick_precision(cfg.train.amp, run.device)[1]
     if state.masters is not None:
         precision = "16-bit weights, float32 masters"
-    log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode {memory.dial_text(state.dial)}; "
-            f"{run.device}, {precision}")
+    log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "
+            f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
     for text in started_from:
         log.say(text)
     if run.device.type == "cuda":
         for text in peaks.environment_warnings():
             log.say(f"warning: {text}")
     of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
-    log.say(f"{run.total} steps of {state.global_batch} crops{of_ranks}, {run.per_epoch} an epoch; run folder {run.out}")
+    log.say(f"{run.total} steps of {state.global_batch} crops{of_ranks}, {run.per_epoch} an epoch; run "
+            f"folder {run.out}")
 
 
 def count(network: torch.nn.Module) -> int:
@@ -314,7 +343,8 @@ def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
                 save_last(run)
             if state.finished or stopped_by:
                 return stopped_by
-    except Stopped as stop:                                      # in what settle does: the state says what is undone
+    # In what settle does: the state says what is undone.
+    except Stopped as stop:
         if ranks.first():
             save_last(run, keep=False)
         return stop.args[0]
@@ -335,9 +365,10 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
 
     # The row: terms, rate, speed and memory.
     voxels = crops * math.prod(run.dataset.patch)
-    row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate, "grad_norm": float(result.norm),
-           "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
-           "peak_gib": round(ranks.largest(peak_gib(run.device)), 4), **gpu_use(run.device)}
+    row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate}
+    row |= {"grad_norm": float(result.norm), "seconds": round(seconds, 4)}
+    row |= {"voxels_per_second": round(voxels / seconds)}
+    row |= {"peak_gib": round(ranks.largest(peak_gib(run.device)), 4), **gpu_use(run.device)}
     if result.updated:
         state.bad_steps = 0
     else:
@@ -369,7 +400,9 @@ def files_of(run: Run, micro_batches: Sequence[MicroBatch]) -> list[str]:
 
 
 def note_bad_step(run: Run, loss: float, files: Sequence[str]) -> None:
-    """Count a step without update. An overflow of 16 bits does not count: the scale falls and the run goes on; at a scale below 1 it is none."""
+    """Count a step without update. An overflow of 16 bits does not count: the scale falls and the run goes
+    on; at a scale below 1 it is none.
+    """
     state, scale = run.state, 0.0
     if state.masters is not None:
         scale = 2.0 ** state.masters.log_scale
@@ -381,21 +414,26 @@ def note_bad_step(run: Run, loss: float, files: Sequence[str]) -> None:
     run.log.say(f"step {state.step}: {what}, no update; crops of {', '.join(files)}")
 
 
-def stop_with_reproducer(run: Run, step: int, files: Sequence[str], micro_batches: Sequence[MicroBatch]) -> None:
+def stop_with_reproducer(run: Run, step: int, files: Sequence[str],
+                         micro_batches: Sequence[MicroBatch]) -> None:
+    """Keep what it takes to see the failure again, and end the run."""
     state = run.state
-    path, images = run.out / f"nan_step_{state.step:06d}.pt", ranks.gathered([m.image.cpu() for m in micro_batches])
+    path = run.out / f"nan_step_{state.step:06d}.pt"
+    images = ranks.gathered([m.image.cpu() for m in micro_batches])
     if ranks.first():
-        checkpoints.save(path, {"kind": "vae3d.nan", "version": 1, "config": config_dict(run.settings), "step": step, "files": files,
-                                "model": full_weights(state), "images": images})
-    raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of the last one are in {path}; "
-                     f"try a lower --optim.lr, or look at the files that log.jsonl names")
+        content = {"kind": "vae3d.nan", "version": 1, "config": config_dict(run.settings), "step": step}
+        checkpoints.save(path, content | {"files": files, "model": full_weights(state), "images": images})
+    raise RunStopped(f"{state.bad_steps} non-finite steps in a row (train.nan_limit); weights and crops of "
+                     f"the last one are in {path}; try a lower --optim.lr, or look at the files that "
+                     "log.jsonl names")
 
 
 def settle(run: Run) -> bool:
-    """What is due at this step and not done yet: validation, the end's measurements, pictures. Returns whether anything was.
+    """What is due at this step and not done yet: validation, the end's measurements, pictures. Returns
+    whether anything was.
 
-    Stopped leaves it between two crops; the state then says what is undone, and a run that is resumed from it does that first.
-    """
+    Stopped leaves it between two crops; the state then says what is undone, and a run that is resumed from it
+    does that first."""
     cfg, state = run.cfg, run.state
     before = state.validated, state.sampled, state.finished
     if (state.step % cfg.train.val_every == 0 or state.step >= run.total) and state.validated < state.step:
@@ -404,7 +442,8 @@ def settle(run: Run) -> bool:
     at_end = state.step >= run.total or stopped_early(cfg, state)
     if at_end and ranks.first():
         finish(run)
-    if (at_end or cfg.log.sample_every and state.step % cfg.log.sample_every == 0) and state.sampled < state.step:
+    is_due = at_end or (cfg.log.sample_every and state.step % cfg.log.sample_every == 0)
+    if is_due and state.sampled < state.step:
         save_samples(run)
         state.sampled = state.step
     state.finished = at_end
@@ -415,15 +454,18 @@ def finish(run: Run) -> None:
     """What the task measures at the end; and the averages beyond the first, beside best.pt."""
     run.state.task.finish(run)
     for ema, rate in list(zip(run.state.emas, run.cfg.train.ema))[1:]:
-        checkpoints.save(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})  # measured for best.pt alone
+        # Measured for best.pt alone.
+        checkpoints.save(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})
 
 
 def compare_ranks(state: State) -> None:
-    """Raises RunStopped where weights, averages or codebooks have drifted apart: from there on each rank would train another network."""
+    """Raises RunStopped where weights, averages or codebooks have drifted apart: from there on each rank
+    would train another network.
+    """
     found = ranks.difference(tensors_of(state))
     if found is not None:
-        raise RunStopped(f"step {state.step}: {found} (log.ddp_check); go on from last.pt, on machines with the same GPUs and the "
-                         f"same torch")
+        raise RunStopped(f"step {state.step}: {found} (log.ddp_check); go on from last.pt, on machines with "
+                         f"the same GPUs and the same torch")
 
 
 if __name__ == "__main__":

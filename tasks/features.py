@@ -1,6 +1,7 @@
 """Task `features`: a feature network for the perceptual loss, trained on one's own volumes without labels.
 
-It learns to tell what was done to a crop (noise, blur, loss of resolution), as perceptual.FeatureTrainer says. Version 0.3 (2026-11).
+It learns to tell what was done to a crop (noise, blur, loss of resolution), as perceptual.FeatureTrainer
+says. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -28,10 +29,17 @@ def build(cfg: TrainConfig) -> perceptual.FeatureTrainer:
 
 def check(cfg: TrainConfig) -> None:
     if cfg.train.precision == "master16":
-        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 bits already")
+        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 "
+                         "bits already")
 
 
-def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator]) -> Objective:
+def objective(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+) -> Objective:
     """What was done to each crop, and how much of it the network explains."""
     out = forward(state, network, micro.image, *perceptual.degrade(micro.image, generators))
     return Objective(out, {"loss": out.loss, "explained": out.explained.mean()})

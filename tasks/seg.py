@@ -1,4 +1,5 @@
-"""Task `seg`: a U-Net on image/label pairs (nnU-Net's recipe in short, doi:10.1038/s41592-020-01008-z). Version 0.3 (2026-11).
+"""Task `seg`: a U-Net on image/label pairs (nnU-Net's recipe in short, doi:10.1038/s41592-020-01008-z).
+Version 0.3 (2026-11).
 
 Shapes: B batch, C channels, K classes, D H W depth height width; labels (B, D, H, W) int64.
 """
@@ -25,7 +26,8 @@ from unet import UNet, UNetConfig
 PRESETS = unet.PRESETS
 METRICS = {"dice": True, "loss": False}
 LABELS = True
-FOREGROUND = 0.33                                                # share of crops that are placed to hold a class, as nnU-Net's
+# Share of crops that are placed to hold a class, as nnU-Net's.
+FOREGROUND = 0.33
 
 
 # ------------------------------------------------------------------------------------------------ the config
@@ -36,19 +38,22 @@ def sections(preset: UNetConfig) -> dict:
 
 def check(cfg: TrainConfig) -> None:
     if cfg.train.precision == "master16":
-        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 bits already")
+        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 "
+                         "bits already")
 
 
 def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Channels and classes from the data. ValueError where the config asks for others."""
     binary = cfg.unet.out_channels == 1 and dataset.classes == 2
     if cfg.unet.out_channels not in (UNetConfig.out_channels, dataset.classes) and not binary:
-        raise ValueError(f"unet.out_channels={cfg.unet.out_channels}, but the data has {dataset.classes} classes; leave it out, or set "
-                         f"data.classes")
+        raise ValueError(f"unet.out_channels={cfg.unet.out_channels}, but the data has {dataset.classes} "
+                         f"classes; leave it out, or set data.classes")
     if cfg.loss.class_weights is not None and len(cfg.loss.class_weights) != dataset.classes:
-        raise ValueError(f"loss.class_weights has {len(cfg.loss.class_weights)} factors, the data has {dataset.classes} classes; "
-                         f"give one for each")
-    return changed(cfg, unet={"in_channels": dataset.channels, "out_channels": 1 if binary else dataset.classes})
+        raise ValueError(f"loss.class_weights has {len(cfg.loss.class_weights)} factors, the data has "
+                         f"{dataset.classes} classes; give one for each")
+    return changed(
+        cfg, unet={"in_channels": dataset.channels, "out_channels": 1 if binary else dataset.classes}
+    )
 
 
 def channels(cfg: TrainConfig) -> int:
@@ -59,33 +64,53 @@ def build(cfg: TrainConfig) -> UNet:
     return UNet(cfg.unet)
 
 
-# ------------------------------------------------------------------------------------------------ training and validation
+# ------------------------------------------------------------------------------------------------ training
+# and validation
 
-def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator]) -> Objective:
+def objective(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+) -> Objective:
     out = forward(state, network, micro.image)
     return Objective(out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)))
 
 
-def criterion(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator]) -> Objective:
+def criterion(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+) -> Objective:
     """The same of a whole volume too."""
     out = output(cfg, state, network, micro.image)
     return Objective(out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)))
 
 
 def output(cfg: TrainConfig, state: State, network: Callable, image: Tensor) -> unet.UNetOutput:
-    """A crop in one pass, a whole volume in windows of the crop's size, as predict.py does; those logits are on the CPU."""
+    """A crop in one pass, a whole volume in windows of the crop's size, as predict.py does; those logits are
+    on the CPU.
+    """
     if tuple(image.shape[2:]) == tuple(cfg.data.patch):
         return forward(state, network, image)
-    slabs = unet.window_logits(lambda x: forward(state, network, x).logits, image, cfg.data.patch, background=cfg.loss.background)
+    slabs = unet.window_logits(
+        lambda x: forward(state, network, x).logits, image, cfg.data.patch, background=cfg.loss.background
+    )
     return unet.UNetOutput(torch.cat(list(slabs), 1)[None], ())
 
 
 def segmentation_terms(cfg: TrainConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of the one above (nnU-Net)."""
+    """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of
+    the one above (nnU-Net).
+    """
     options = cfg.loss.dice_share, cfg.loss.class_weights, cfg.data.ignore_label
     loss, ce, dice_loss = losses.segmentation_loss(out.logits, label, *options)
     weights = [0.5 ** (level + 1) for level in range(len(out.deep))]
-    if out.deep:                                                 # on an axis below the stride the U-Net repeats the border; so here
+    # On an axis below the stride the U-Net repeats the border; so here.
+    if out.deep:
         least = [s if n < s else 1 for n, s in zip(label.shape[1:], cfg.unet.total_stride)]
         label = vae3d.pad_to_multiple(label[:, None].float(), least)[:, 0]
     for logits, weight in zip(out.deep, weights):
@@ -99,7 +124,9 @@ def predicted_classes(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def counts(cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: data.Data) -> dict[str, Tensor]:
+def counts(
+    cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: data.Data
+) -> dict[str, Tensor]:
     """Of one crop: what Dice is made of, (2, K), and in which classes its label has voxels, (K,)."""
     found, label = predicted_classes(out.logits).cpu(), micro.label.cpu()
     scores = torch.stack(losses.dice_scores(found, label, dataset.classes, cfg.data.ignore_label))
@@ -111,7 +138,9 @@ def counts(cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: d
 
 
 def figures(sums: dict[str, Tensor]) -> dict[str, float]:
-    """dice, the mean over the classes but 0 of the held-out labels, from all their voxels together, and dice_1, dice_2 ..."""
+    """dice, the mean over the classes but 0 of the held-out labels, from all their voxels together, and
+    dice_1, dice_2 ...
+    """
     scores, labelled = losses.dice(*sums["dice"]), sums["labelled"] > 0
     labelled[0] = False
     mean = {"dice": float(scores[labelled].mean())}              # nan where the held-out labels hold no class

@@ -1,7 +1,8 @@
 """Task `vae`: an autoencoder, with or without a codebook, a perceptual term and a discriminator.
 
-loss = recon + kl_weight KL (arXiv:1312.6114, Eq. 10), or recon + the codebook's terms (arXiv:1711.00937, Eq. 3), and what the section `loss`
-adds: structure, perceptual, adversarial terms (arXiv:2012.09841). Version 0.3 (2026-11).
+loss = recon + kl_weight KL (arXiv:1312.6114, Eq. 10), or recon + the codebook's terms (arXiv:1711.00937, Eq.
+3), and what the section `loss` adds: structure, perceptual, adversarial terms (arXiv:2012.09841). Version 0.3
+(2026-11).
 
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w of the latent, K codes.
 """
@@ -36,11 +37,13 @@ from vae3d import VAE3D, VAEConfig
 from weights import LAYOUTS
 
 PRESETS = vae3d.PRESETS
-FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}       # the config.yaml of a run from a foreign file, with all of it inside
+# The config.yaml of a run from a foreign file, with all of it inside.
+FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}
 METRICS = {"psnr": True, "ssim": True, "l1": False, "loss": False}
 
 
-# ------------------------------------------------------------------------------------------------ the config and the networks
+# ------------------------------------------------------------------------------------------------ the config
+# and the networks
 
 def sections(preset: VAEConfig) -> dict:
     return {"vae": preset}
@@ -48,24 +51,27 @@ def sections(preset: VAEConfig) -> dict:
 
 def check(cfg: TrainConfig) -> None:
     if cfg.train.precision == "master16" and cfg.train.amp:
-        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 bits already")
+        raise ValueError("train.precision=master16 is for --task vae, without --amp: its weights have 16 "
+                         "bits already")
     if cfg.train.stage == 1 and (cfg.loss.adv_weight or cfg.loss.perceptual_weight):
-        raise ValueError("train.stage 1 trains the codebook alone; set loss.adv_weight and loss.perceptual_weight to 0")
+        raise ValueError("train.stage 1 trains the codebook alone; set loss.adv_weight and "
+                         "loss.perceptual_weight to 0")
 
 
 def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Raises ValueError where the network of a foreign file is for another number of channels."""
     if cfg.preset in FILE_PRESETS and cfg.vae.in_channels != dataset.channels:
-        raise ValueError(f"--init: channels of the {cfg.preset} network: {cfg.vae.in_channels}, of the data: {dataset.channels}; use "
-                         f"--data.select_channel N, or --vae.in_channels {dataset.channels} for new first and last layers")
+        raise ValueError(f"--init: channels of the {cfg.preset} network: {cfg.vae.in_channels}, of the "
+                         f"data: {dataset.channels}; use --data.select_channel N, or --vae.in_channels "
+                         f"{dataset.channels} for new first and last layers")
     return cfg
 
 
 def build(cfg: TrainConfig) -> VAE3D:
     """Raises ValueError for a stage without a codebook. In stage 1 the codebook alone learns."""
     if cfg.train.stage and cfg.vae.bottleneck != "vq":
-        raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but vae.bottleneck is {cfg.vae.bottleneck}; "
-                         f"add --vae.bottleneck vq")
+        raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but vae.bottleneck is "
+                         f"{cfg.vae.bottleneck}; add --vae.bottleneck vq")
     vae = VAE3D(cfg.vae)
     if cfg.train.stage == 1:
         vae.encoder.requires_grad_(False)
@@ -78,7 +84,8 @@ def helpers(cfg: TrainConfig, device: torch.device, features: dict | None) -> di
     found = {}
     if cfg.loss.adv_weight:
         disc = on_device(build_discriminator(cfg), device)
-        optimizer = torch.optim.Adam(disc.parameters(), disc_rate(cfg), betas=(0.5, 0.9), fused=True)  # as VQGAN's
+        # As VQGAN's.
+        optimizer = torch.optim.Adam(disc.parameters(), disc_rate(cfg), betas=(0.5, 0.9), fused=True)
         found |= {"disc": disc, "disc_optimizer": optimizer}
     if cfg.loss.lecam_weight:
         found["lecam"] = adversarial.LeCam().to(device)
@@ -90,19 +97,23 @@ def helpers(cfg: TrainConfig, device: torch.device, features: dict | None) -> di
 def build_discriminator(cfg: TrainConfig) -> adversarial.PatchDiscriminator3d:
     """Raises ValueError when the crops that it sees are too small for it."""
     loss = cfg.loss
-    disc = adversarial.PatchDiscriminator3d(cfg.vae.in_channels, loss.disc_channels, loss.disc_layers, loss.disc_strides, loss.disc_norm)
+    disc = adversarial.PatchDiscriminator3d(
+        cfg.vae.in_channels, loss.disc_channels, loss.disc_layers, loss.disc_strides, loss.disc_norm
+    )
     seen = disc.least_size
     if cfg.data.patch:
         seen = [min(n, c) for n, c in zip(cfg.data.patch, loss.crop or cfg.data.patch)]
     if any(n < least for n, least in zip(seen, disc.least_size)):
-        raise ValueError(f"the discriminator sees crops of {','.join(map(str, seen))} (--patch, loss.crop), but {loss.disc_layers} layers "
-                         f"of loss.disc_strides {loss.disc_strides} need {','.join(map(str, disc.least_size))}; give strides of 1 to the "
-                         f"short axis, or fewer loss.disc_layers")
+        raise ValueError(f"the discriminator sees crops of {','.join(map(str, seen))} (--patch, loss.crop), "
+                         f"but {loss.disc_layers} layers of loss.disc_strides {loss.disc_strides} need "
+                         f"{','.join(map(str, disc.least_size))}; give strides of 1 to the short axis, or "
+                         "fewer loss.disc_layers")
     return disc
 
 
 def build_perceptual(cfg: TrainConfig, content: dict | None) -> perceptual.PerceptualLoss3d:
-    """loss.perceptual_features, or `content` of such a file, as a frozen network. ValueError for a bad file."""
+    """loss.perceptual_features, or `content` of such a file, as a frozen network. ValueError for a bad file.
+    """
     if cfg.loss.perceptual_features == "random":
         return perceptual.PerceptualLoss3d(perceptual.FeatureNet3d())
     content = content or checkpoints.load(cfg.loss.perceptual_features, "vae3d.features")
@@ -112,7 +123,8 @@ def build_perceptual(cfg: TrainConfig, content: dict | None) -> perceptual.Perce
         raise ValueError(f"{cfg.loss.perceptual_features}: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------ training and validation
+# ------------------------------------------------------------------------------------------------ training
+# and validation
 
 def last_start(cfg: TrainConfig) -> int:
     """The step at which the last of the terms sets in."""
@@ -121,19 +133,41 @@ def last_start(cfg: TrainConfig) -> int:
     return max(adv, features)
 
 
-def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator]) -> Objective:
-    """What a training step lowers, but for the discriminator's terms, which come from the crops (adversary.py)."""
+def objective(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+) -> Objective:
+    """What a training step lowers, but for the discriminator's terms, which come from the crops
+    (adversary.py).
+    """
     warmed = ramp(state.step, cfg.loss.perceptual_start, cfg.loss.perceptual_warmup)
-    return reconstruct_and_compare(cfg, state, network, micro, generators, cfg.loss.perceptual_weight * warmed)
+    return reconstruct_and_compare(
+        cfg, state, network, micro, generators, cfg.loss.perceptual_weight * warmed
+    )
 
 
-def criterion(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator]) -> Objective:
+def criterion(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+) -> Objective:
     """The same with all terms in full, so that validations compare."""
     return reconstruct_and_compare(cfg, state, network, micro, generators, cfg.loss.perceptual_weight)
 
 
-def reconstruct_and_compare(cfg: TrainConfig, state: State, network: Callable, micro: MicroBatch, generators: Sequence[torch.Generator],
-                            perceptual_weight: float) -> Objective:
+def reconstruct_and_compare(
+    cfg: TrainConfig,
+    state: State,
+    network: Callable,
+    micro: MicroBatch,
+    generators: Sequence[torch.Generator],
+    perceptual_weight: float,
+) -> Objective:
     out = forward(state, network, micro.image, generators)
 
     # The networks that judge see a sub-crop of image and reconstruction, so that their memory is bounded.
@@ -149,7 +183,9 @@ def reconstruct_and_compare(cfg: TrainConfig, state: State, network: Callable, m
     return Objective(out, terms, crops)
 
 
-def reconstruction_terms(cfg: LossConfig, out: vae3d.VAEOutput | vae3d.VQOutput, image: Tensor) -> dict[str, Tensor]:
+def reconstruction_terms(
+    cfg: LossConfig, out: vae3d.VAEOutput | vae3d.VQOutput, image: Tensor
+) -> dict[str, Tensor]:
     """The terms that need no other network, and `loss`, their weighted sum."""
     weighting = cfg.channel_weights, cfg.foreground_weight, cfg.background
     recon = losses.reconstruction_loss(out.recon, image, cfg.recon, *weighting)
@@ -166,11 +202,17 @@ def reconstruction_terms(cfg: LossConfig, out: vae3d.VAEOutput | vae3d.VQOutput,
     return terms
 
 
-def metrics(cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, crop: data.Crop) -> dict[str, Tensor]:
+def metrics(
+    cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, crop: data.Crop
+) -> dict[str, Tensor]:
     """psnr, ssim, (unweighted) l1, sharpness, and iou of occupied voxels for voxel grids."""
     x = micro.image
-    found = {"psnr": losses.psnr(out.recon, x), "ssim": losses.ssim(out.recon, x), "l1": losses.reconstruction_loss(out.recon, x, "l1"),
-             "sharpness": losses.sharpness(out.recon, x)}
+    found = {
+        "psnr": losses.psnr(out.recon, x),
+        "ssim": losses.ssim(out.recon, x),
+        "l1": losses.reconstruction_loss(out.recon, x, "l1"),
+        "sharpness": losses.sharpness(out.recon, x),
+    }
     if crop.entry.intensity.modality == "voxel":
         found["iou"] = losses.occupancy_iou(out.recon, x, cfg.loss.background)
     return found
@@ -183,7 +225,8 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: vae3d.VAEOutput | vae3d.VQOu
     return Picture(image, recon.numpy(), "recon")
 
 
-# ------------------------------------------------------------------------------------------------ start and end of a run
+# ------------------------------------------------------------------------------------------------ start and
+# end of a run
 
 @torch.no_grad()
 def start(run: Run) -> None:
@@ -220,15 +263,24 @@ def finish(run: Run) -> None:
 
 @torch.no_grad()
 def latent_statistics(run: Run, vae: VAE3D) -> dict:
-    """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std (arXiv:2112.10752, App. G)."""
+    """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std
+    (arXiv:2112.10752, App. G).
+    """
     count, total, squares = 0, 0, 0
     for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
         if ranks.world() == 1:                                   # of several ranks the first is here alone
             stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         mu = forward(run.state, vae.encode, x)[0].double()
-        count, total, squares = count + mu[0, 0].numel(), total + mu.sum((0, 2, 3, 4)), squares + mu.square().sum((0, 2, 3, 4))
+        count, total, squares = (
+            count + mu[0, 0].numel(),
+            total + mu.sum((0, 2, 3, 4)),
+            squares + mu.square().sum((0, 2, 3, 4)),
+        )
     mean = total / count
     whole = (squares.sum() / count / len(mean) - mean.mean().square()).clamp_min(1e-12).sqrt()
-    return {"mean": mean.float().cpu(), "std": (squares / count - mean.square()).clamp_min(0).sqrt().float().cpu(),
-            "scale_factor": float(1 / whole)}
+    return {
+        "mean": mean.float().cpu(),
+        "std": (squares / count - mean.square()).clamp_min(0).sqrt().float().cpu(),
+        "scale_factor": float(1 / whole),
+    }

@@ -1,7 +1,8 @@
 """What a discriminator adds to a step: its terms in the network's criterion, and its own criterion.
 
-VQGAN (arXiv:2012.09841): the network is judged by a discriminator that learns beside it. The discriminator's gradients are those of its own
-criterion alone: it is frozen while the network's are computed, and sees detached crops while its own are. Version 0.1 (2026-11).
+VQGAN (arXiv:2012.09841): the network is judged by a discriminator that learns beside it. The discriminator's
+gradients are those of its own criterion alone: it is frozen while the network's are computed, and sees
+detached crops while its own are. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -27,15 +28,20 @@ def disc_rate(cfg: TrainConfig) -> float:
 
 
 def judge(state: State, crop: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits and features, in the run's precision; the discriminator's weights are float32 also where the network's are not."""
+    """Logits and features, in the run's precision; the discriminator's weights are float32 also where the
+    network's are not.
+    """
     return forward(state, state.disc, crop if state.masters is None else crop.float())
 
 
-def generator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor], terms: dict[str, Tensor]) -> None:
-    """Add what the discriminator says of the reconstruction to terms["loss"]; it is left without gradients itself.
+def generator_terms(
+    cfg: TrainConfig, state: State, crops: Sequence[Tensor], terms: dict[str, Tensor]
+) -> None:
+    """Add what the discriminator says of the reconstruction to terms["loss"]; it is left without gradients
+    itself.
 
-    loss + w adv_weight adv, w the ramp after disc_start; with loss.adaptive_weight times |d loss| / |d adv| at the last layer (VQGAN, Eq. 7).
-    """
+    loss + w adv_weight adv, w the ramp after disc_start; with loss.adaptive_weight times |d loss| / |d adv|
+    at the last layer (VQGAN, Eq. 7)."""
     loss, (real, fake) = cfg.loss, crops
     state.disc.requires_grad_(False)
     logits, features = judge(state, fake)
@@ -65,9 +71,14 @@ def discriminator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor])
     if state.lecam is not None:
         total = total + loss.lecam_weight * state.lecam(logits_real, logits_fake)
 
-    # R1 (arXiv:1801.04406) at every r1_every-th step, weighted for all of them; in float32, since squares of 16-bit gradients underflow.
+    # R1 (arXiv:1801.04406) at every r1_every-th step, weighted for all of them; in float32, since squares of
+    # 16-bit gradients underflow.
     if loss.r1_weight and state.step % loss.r1_every == 0:
         real = adversarial.wide(real).detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):
             total = total + loss.r1_every * loss.r1_weight * adversarial.r1_penalty(state.disc(real)[0], real)
-    return {"disc": total, "logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
+    return {
+        "disc": total,
+        "logits_real": logits_real.float().mean(),
+        "logits_fake": logits_fake.float().mean(),
+    }

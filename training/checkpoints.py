@@ -1,8 +1,8 @@
-"""The files of a run folder: written so that a kill at any moment leaves the old file or the new one, read so that nothing in them can
-do harm, for one process at a time.
+"""The files of a run folder: written so that a kill at any moment leaves the old file or the new one, read so
+that nothing in them can do harm, for one process at a time.
 
-A checkpoint is a file of torch.save with tensors and plain values only; its `kind` and `version` say what it is, and equal contents give
-equal bytes. Version 0.1 (2026-11).
+A checkpoint is a file of torch.save with tensors and plain values only; its `kind` and `version` say what it
+is, and equal contents give equal bytes. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Facts(TypedDict):
     classes: int
     label_values: list[int] | None
     background: float
-    spacing: list[float]                                         # mm, D H W
-    training: list[str]                                          # names of the volumes
+    spacing: list[float]                      # mm, D H W
+    training: list[str]                       # names of the volumes
 
 
 class Latent(TypedDict):
-    mean: Tensor                                                 # (Z,)
-    std: Tensor                                                  # (Z,)
+    mean: Tensor                              # (Z,)
+    std: Tensor                               # (Z,)
     scale_factor: float
 
 
@@ -54,13 +54,15 @@ class Rate(TypedDict):
 
 class Optimizer(TypedDict):
     """The moments; of the groups' settings the rate alone is taken, the others are the config's."""
-    state: dict[int, dict[str, Any]]                             # number of a weight -> name of a moment -> tensor
+    state: dict[int, dict[str, Any]]          # number of a weight -> name of a moment -> tensor
     param_groups: list[Rate]
 
 
 class Train(TypedDict):
-    """last.pt: all that a run needs to go on to the bit; and `features` (Features) where a feature network is used."""
-    config: dict[str, Any]                                       # section -> field -> value
+    """last.pt: all that a run needs to go on to the bit; and `features` (Features) where a feature network is
+    used.
+    """
+    config: dict[str, Any]                    # section -> field -> value
     data: Facts
     model: Weights
     ema: list[Weights]
@@ -69,7 +71,7 @@ class Train(TypedDict):
     optimizer: Optimizer
     disc_optimizer: Optimizer | None
     scaler: dict[str, Any]
-    step: int                                                    # this and what follows: fields of train.State
+    step: int                                 # this and what follows: fields of train.State
     best: float | None
     best_loss: float
     bad_validations: int
@@ -90,7 +92,7 @@ class Shipped(TypedDict):
     config: dict[str, Any]
     data: Facts
     step: int
-    latent: Latent | None                                        # None until the run has ended
+    latent: Latent | None                     # None until the run has ended
     model: Weights
 
 
@@ -109,15 +111,22 @@ VERSIONS = {"vae3d.train": 3, "vae3d.weights": 1, "vae3d.features": 1}
 TAKES = {"vae3d.train": "--resume takes a run folder or its last.pt",
          "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
          "vae3d.features": "train.py --task features writes one as best.pt"}
-TEMPORARY = re.compile(r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp|last\.next\.pt"
-                       r"|\.?step_\d{6,}_.*\.tmp")                # the last: of pictures and volumes in samples/
-PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)  # errors that say nothing about a file's content
+TEMPORARY = re.compile(
+    r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp"
+    r"|last\.next\.pt"
+    # The last: of pictures and volumes in samples/.
+    r"|\.?step_\d{6,}_.*\.tmp"
+)
+# Errors that say nothing about a file's content.
+PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------------- writing
 
 def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
-    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the new one."""
+    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the
+    new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with naming(path):
@@ -127,7 +136,8 @@ def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):                       # a vanished folder, a disk that is read-only by now
+        # A vanished folder, a disk that is read-only by now.
+        with contextlib.suppress(OSError):
             temporary.unlink()
         raise
 
@@ -142,7 +152,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def place(source: Path, target: Path) -> None:
-    """`target` becomes the same file as `source`, atomically: by a hard link, by a copy where the file system has none."""
+    """`target` becomes the same file as `source`, atomically: by a hard link, by a copy where the file system
+    has none.
+    """
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -150,7 +162,8 @@ def place(source: Path, target: Path) -> None:
     except OSError:
         return copy(source, target)
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)                            # rename() does nothing where both are one file already
+    # Rename() does nothing where both are one file already.
+    temporary.unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -163,13 +176,17 @@ def save(path: Path, content: dict) -> None:
     def write(file: typing.BinaryIO) -> None:
         try:
             torch.save(canonical(content), file)
-        except RuntimeError as error:                            # torch closes its archive after the first error (a full disk, a DataLoader
-            raise error.__context__ or error from None           # worker whose death raises here), and fails at that too
+        # Torch closes its archive after the first error (a full disk, a DataLoader.
+        except RuntimeError as error:
+            # Worker whose death raises here), and fails at that too.
+            raise error.__context__ or error from None
     write_atomic(path, write)
 
 
 def canonical(value: Any) -> Any:
-    """Plain dicts and lists, equal strings one object: pickle marks what it met before by identity, which a resumed run does not share."""
+    """Plain dicts and lists, equal strings one object: pickle marks what it met before by identity, which a
+    resumed run does not share.
+    """
     if isinstance(value, dict):
         return {canonical(k): canonical(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -177,48 +194,59 @@ def canonical(value: Any) -> Any:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------------- reading
 
 class Damaged(ValueError):
     """A checkpoint that is missing, cut short or changed on the disk."""
 
 
 class OtherKind(ValueError):
-    """A file that can be read and is no checkpoint of the kind that is wanted; what it holds instead goes with it."""
+    """A file that can be read and is no checkpoint of the kind that is wanted; what it holds instead goes
+    with it.
+    """
     def __init__(self, path: Path, content: Any, text: str):
         super().__init__(f"{path}: {text}")
         self.path, self.content = path, content
 
 
 def load(path: str | Path, *kinds: str) -> dict:
-    """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never runs code from the file."""
+    """A checkpoint of ours, of one of `kinds`, as plain values and CPU tensors. ValueError in one line; never
+    runs code from the file.
+    """
     path = Path(path)
     content = read(path)
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
     found = found if isinstance(found, str) else brief(found, 200)
     if found in kinds and (type(content.get("version")) is not int or content["version"] != VERSIONS[found]):
-        raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this code reads {VERSIONS[found]}; "
-                         f"use the code that wrote it")
+        raise ValueError(f"{path}: is a {found} checkpoint of version {brief(content.get('version'))}, this "
+                         f"code reads {VERSIONS[found]}; use the code that wrote it")
     if found not in kinds:
-        raise OtherKind(path, content, f"is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; {TAKES.get(kinds[0], '')}")
+        raise OtherKind(path, content, f"is no checkpoint of kind {' or '.join(kinds)}, found {found!r}; "
+                                       f"{TAKES.get(kinds[0], '')}")
     wanted = typing.get_type_hints(CONTENT[found]) | ({"features": Features} if "features" in content else {})
     if lacking := [name for name in wanted if name not in content]:
         raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")
     if wrong := [name for name, kind in wanted.items() if not is_a(content[name], kind)]:
-        raise ValueError(f"{path}: its {wrong[0]} is not what train.py writes there, found {brief(content[wrong[0]])}; use the file as "
-                         f"train.py wrote it")
+        raise ValueError(f"{path}: its {wrong[0]} is not what train.py writes there, found "
+                         f"{brief(content[wrong[0]])}; use the file as train.py wrote it")
     return content
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of a file is of a type: a TypedDict, X | None, dict[X, Y], list[X], Tensor (dense, real), float (or int) ..."""
+    """Whether a value of a file is of a type: a TypedDict, X | None, dict[X, Y], list[X], Tensor (dense,
+    real), float (or int) ...
+    """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
-        return type(value) is dict and all(name in value and is_a(value[name], k) for name, k in typing.get_type_hints(kind).items())
+        return type(value) is dict and all(
+            name in value and is_a(value[name], k) for name, k in typing.get_type_hints(kind).items()
+        )
     if origin in (typing.Union, types.UnionType):
         return any(is_a(value, k) for k in inner)
     if origin is dict:
-        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items()
+        )
     if origin is list:
         return isinstance(value, list) and all(is_a(v, inner[0]) for v in value)
     if kind is Tensor:
@@ -230,7 +258,11 @@ def is_a(value: Any, kind: Any) -> bool:
 def is_like(value: Any, ours: Any) -> bool:
     """Whether a value of a file has the structure of one of ours: keys, lengths, shapes, kinds of number."""
     if isinstance(ours, dict):
-        return isinstance(value, dict) and value.keys() == ours.keys() and all(is_like(value[k], v) for k, v in ours.items())
+        return (
+            isinstance(value, dict)
+            and value.keys() == ours.keys()
+            and all(is_like(value[k], v) for k, v in ours.items())
+        )
     if isinstance(ours, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(value) == len(ours) and all(map(is_like, value, ours))
     if isinstance(ours, Tensor):
@@ -240,7 +272,9 @@ def is_like(value: Any, ours: Any) -> bool:
 
 
 def read(path: str | Path) -> Any:
-    """A file of torch.save as plain values and CPU tensors. Damaged or ValueError in one line; never runs code from the file."""
+    """A file of torch.save as plain values and CPU tensors. Damaged or ValueError in one line; never runs
+    code from the file.
+    """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
@@ -248,10 +282,16 @@ def read(path: str | Path) -> Any:
         broken = None
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
-                    raise ValueError("its parts are compressed, which torch.save does not do")  # and which could fill the memory
-                folders = (entry.filename for entry in archive.infolist() if entry.external_attr)  # torch returns memory as it is for them
-                broken = next(folders, None) or archive.testzip()  # torch.load takes flipped bits for weights: it reads no checksum
+                if any(
+                    entry.compress_type or entry.file_size != entry.compress_size
+                    for entry in archive.infolist()
+                ):
+                    # And which could fill the memory.
+                    raise ValueError("its parts are compressed, which torch.save does not do")
+                # Torch returns memory as it is for them.
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr)
+                # Torch.load takes flipped bits for weights: it reads no checksum.
+                broken = next(folders, None) or archive.testzip()
         else:
             with path.open("rb") as file:
                 if file.read(1) != b"\x80":                      # of a pickle, torch's old format
@@ -264,7 +304,9 @@ def read(path: str | Path) -> Any:
     except FileNotFoundError:
         raise Damaged(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error, 120)}") from None
+        raise ValueError(
+            f"{path}: refused, it holds objects other than tensors and plain values: {one_line(error, 120)}"
+        ) from None
     except Damaged:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
@@ -272,9 +314,13 @@ def read(path: str | Path) -> Any:
             raise OSError(errno.ENOMEM, "not enough memory to read it", str(path)) from None
         if isinstance(error, OSError) and error.errno in PASSING:  # the file may be good: nothing falls back
             raise OSError(error.errno, error.strerror, str(path)) from None
-        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}") from None
+        raise Damaged(
+            f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}"
+        ) from None
     except Exception as error:  # a damaged pickle may raise anything at all
-        raise Damaged(f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}") from None
+        raise Damaged(
+            f"{path}: cannot be read as a checkpoint, it may be cut short: {one_line(error, 120)}"
+        ) from None
     return content
 
 
@@ -282,7 +328,7 @@ class Resumed(NamedTuple):
     """A checkpoint that a run goes on from."""
     path: Path
     content: dict
-    stamp: tuple[int, int]                                       # of the file
+    stamp: tuple[int, int]                    # of the file
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -291,7 +337,9 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
-    """The checkpoint of a run folder or file; a damaged last.pt falls back to the one before it. ValueError where none can be read."""
+    """The checkpoint of a run folder or file; a damaged last.pt falls back to the one before it. ValueError
+    where none can be read.
+    """
     path = path / "last.pt" if path.is_dir() else path
     try:
         before = stamp(path) if path.exists() else (0, 0)
@@ -306,20 +354,22 @@ def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
         return Resumed(previous, content, before)
 
 
-# --------------------------------------------------------------------------------------------------------------------- one process a folder
+# ----------------------------------------------------------------------------------------------- one process a folder
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """The run folder for this process alone. ValueError where another process has it; no lock on a file system without them.
+    """The run folder for this process alone. ValueError where another process has it; no lock on a file
+    system without them.
 
-    The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds, have no part in it (flock would
-    be theirs too).
-    """
-    with open(out / ".lock", "a") as file:                       # never reopened: closing any handle of a file gives such a lock up
+    The lock goes with the process, however it ends; its DataLoader workers, who may outlive it by seconds,
+    have no part in it (flock would be theirs too)."""
+    # Never reopened: closing any handle of a file gives such a lock up.
+    with open(out / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait for its end or stop it") from None
+            raise ValueError(f"{out}: another process is training there (it holds {out / '.lock'}); wait "
+                             "for its end or stop it") from None
         except OSError:
             pass
         yield

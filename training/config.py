@@ -1,8 +1,9 @@
 """The configuration of a run: one dataclass per section, from defaults, YAML and text to values and back.
 
-A field is a key of the YAML and a flag of the command line: `kl_weight` of section `loss` is `loss: {kl_weight: ...}` and `--loss.kl_weight`.
-Sections `vae`, `unet`, `loss` and `data` are declared by the rooms that read them. A config is what the user asked for, and is never changed:
-what the data says is put into a new one (a task's `resolve`), and the memory dial of the moment is the state's. Version 0.3 (2026-11).
+A field is a key of the YAML and a flag of the command line: `kl_weight` of section `loss` is `loss:
+{kl_weight: ...}` and `--loss.kl_weight`. Sections `vae`, `unet`, `loss` and `data` are declared by the rooms
+that read them. A config is what the user asked for, and is never changed: what the data says is put into a
+new one (a task's `resolve`), and the memory dial of the moment is the state's. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -27,30 +28,37 @@ from unet import UNetConfig
 from vae3d import VAEConfig
 
 MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
+SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule. Defaults: what learned fastest on CT crops (docs/LOG.md)."""
-    optimizer: str = "adamw"                                     # adamw | adam | sgd (momentum 0.9)
-    lr: float = 5e-4                                             # the highest rate, after warm-up (docs/LOG.md)
-    weight_decay: float = 0.01                                   # decoupled for adamw, L2 for the others
-    schedule: str = "cosine"                                     # cosine | cosine_restarts | constant | exponential | step | plateau
-    warmup: float = 0.05                                         # share of the run in which the rate rises linearly from 0
-    lr_min: float = 0.0                                          # the cosine schedules end here
-    restarts: int = 4                                            # cosine_restarts: number of equal periods
-    gamma: float = 0.1                                           # exponential: factor over the whole run; step, plateau: factor a drop
-    drops: int = 3                                               # step: number of equal stretches of the run, a drop between them
-    plateau_patience: int = 5                                    # plateau: validations without improvement before a drop
-    grad_clip: float = 1.0                                       # largest norm of the whole gradient, after unscaling; 0: no clipping
-    clip_percentile: float = 0.0                                 # adaptive: this percentile of the last norms, at most grad_clip; 0: off
-    clip_window: int = 1000                                      # finite norms that it looks back on; grad_clip until it has them
+    optimizer: str = "adamw"                  # adamw | adam | sgd (momentum 0.9)
+    lr: float = 5e-4                          # the highest rate, after warm-up (docs/LOG.md)
+    weight_decay: float = 0.01                # decoupled for adamw, L2 for the others
+    schedule: str = "cosine"                  # cosine | cosine_restarts | constant | exponential | step |
+                                              # plateau
+    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0
+    lr_min: float = 0.0                       # the cosine schedules end here
+    restarts: int = 4                         # cosine_restarts: number of equal periods
+    gamma: float = 0.1                        # exponential: factor over the whole run; step, plateau: factor
+                                              # a drop
+    drops: int = 3                            # step: number of equal stretches of the run, a drop between
+                                              # them
+    plateau_patience: int = 5                 # plateau: validations without improvement before a drop
+    grad_clip: float = 1.0                    # largest norm of the whole gradient, after unscaling; 0: no
+                                              # clipping
+    clip_percentile: float = 0.0              # adaptive: this percentile of the last norms, at most
+                                              # grad_clip; 0: off
+    clip_window: int = 1000                   # finite norms that it looks back on; grad_clip until it has
+                                              # them
 
     def __post_init__(self):
         one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
-        one_of("optim.schedule", self.schedule, ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau"))
-        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1, plateau_patience=1, grad_clip=0,
-                 clip_percentile=0, clip_window=1)
+        one_of("optim.schedule", self.schedule, SCHEDULES)
+        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1)
+        at_least("optim", self, plateau_patience=1, grad_clip=0, clip_percentile=0, clip_window=1)
         if self.clip_percentile > 100:
             raise ValueError(f"optim.clip_percentile is a percentile up to 100, got {self.clip_percentile}")
         if not 0 < self.gamma <= 1:
@@ -62,39 +70,50 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                                       # run folder; none: runs/PRESET, or the next free runs/PRESET-N
-    init: str | None = None                                      # run folder, checkpoint or foreign autoencoder (weights.py) to start from
-    init_hints: str | None = None                                # what a foreign file cannot say, weights.py's hints: norm_num_groups=8,...
-                                                                 # and / or the JSON or YAML file of its constructor's arguments
-    stage: int = 0                                               # 1: the codebook alone (needs init); 2: all, on from stage 1; 0: all
-    seed: int = 0                                                # weights, split, crops, noise
-    device: str = "auto"                                         # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps | cpu
-    amp: bool = False                                            # bf16 where the device has it, else fp16 with a GradScaler
-    precision: str = "float32"                                   # of the weights: float32 | master16 (fp16, float32 masters, loss scale)
-    batch: int = 2                                               # crops a micro-batch; small crops on a CPU: 1 is 7 times slower a voxel
-    accum: int = 1                                               # micro-batches an optimizer step of a rank
-    steps: int | None = None                                     # optimizer steps; with epochs too, whichever ends first
-    epochs: int | None = None                                    # passes of data.crops_per_volume crops of every volume
-    val_every: int = 50                                          # steps between validations; there is one at step 0 and at the end too
-    val_crops: int = 8                                           # fixed seeded crops over all held-out volumes
-    val_whole: bool = False                                      # validate on whole held-out volumes instead
-    save_every: int = 50                                         # steps between writes of last.pt; there is one at the end too
-    keep: int = 0                                                # older last.pt kept, as step_XXXXXX.pt
-    ema: tuple[float, ...] = ()                                  # decays of averages of the weights; the first is validated and shipped
-    patience: int = 0                                            # early stopping: validations without improvement; 0: off
-    min_delta: float = 0.0                                       # improvement that counts
-    metric: str = "auto"                                         # what best.pt and early stopping look at: psnr | ssim | l1 | loss | dice |
-                                                                 # explained ...; auto: the first of the task's (psnr, dice, explained)
-    nan_limit: int = 5                                           # non-finite steps in a row that stop the run
-    latent_crops: int = 32                                       # training crops over which the latent's mean and std are measured
-    compile: bool = False                                        # torch.compile the network
-    deterministic: bool = True                                   # cuDNN's deterministic kernels, so that a resumed run on CUDA is exact too
+    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    init: str | None = None                   # run folder, checkpoint or foreign autoencoder (weights.py) to
+                                              # start from
+    init_hints: str | None = None             # what a foreign file cannot say, weights.py's hints:
+                                              # norm_num_groups=8,... and / or the JSON or YAML file of its
+                                              # constructor's arguments
+    stage: int = 0                            # 1: the codebook alone (needs init); 2: all, on from stage 1;
+                                              # 0: all
+    seed: int = 0                             # weights, split, crops, noise
+    device: str = "auto"                      # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps |
+                                              # cpu
+    amp: bool = False                         # bf16 where the device has it, else fp16 with a GradScaler
+    precision: str = "float32"                # of the weights: float32 | master16 (fp16, float32 masters,
+                                              # loss scale)
+    batch: int = 2                            # crops a micro-batch; small crops on a CPU: 1 is 7 times slower
+                                              # a voxel
+    accum: int = 1                            # micro-batches an optimizer step of a rank
+    steps: int | None = None                  # optimizer steps; with epochs too, whichever ends first
+    epochs: int | None = None                 # passes of data.crops_per_volume crops of every volume
+    val_every: int = 50                       # steps between validations; there is one at step 0 and at the
+                                              # end too
+    val_crops: int = 8                        # fixed seeded crops over all held-out volumes
+    val_whole: bool = False                   # validate on whole held-out volumes instead
+    save_every: int = 50                      # steps between writes of last.pt; there is one at the end too
+    keep: int = 0                             # older last.pt kept, as step_XXXXXX.pt
+    ema: tuple[float, ...] = ()               # decays of averages of the weights; the first is validated and
+                                              # shipped
+    patience: int = 0                         # early stopping: validations without improvement; 0: off
+    min_delta: float = 0.0                    # improvement that counts
+    metric: str = "auto"                      # what best.pt and early stopping look at: psnr | ssim | l1 |
+                                              # loss | dice | explained ...; auto: the first of the task's
+                                              # (psnr, dice, explained)
+    nan_limit: int = 5                        # non-finite steps in a row that stop the run
+    latent_crops: int = 32                    # training crops over which the latent's mean and std are
+                                              # measured
+    compile: bool = False                     # torch.compile the network
+    deterministic: bool = True                # cuDNN's deterministic kernels, so that a resumed run on CUDA
+                                              # is exact too
 
     def __post_init__(self):
         one_of("train.precision", self.precision, ("float32", "master16"))
         one_of("train.stage", self.stage, (0, 1, 2))
-        at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0, patience=0, min_delta=0, nan_limit=1,
-                 latent_crops=1)
+        at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0)
+        at_least("train", self, patience=0, min_delta=0, nan_limit=1, latent_crops=1)
         for name in ("steps", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -106,36 +125,43 @@ class RunConfig:
 @dataclass(frozen=True)
 class MemoryConfig:
     """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
-    mode: str = "none"                                           # none | checkpoint | tile
-    tile: tuple[int, int, int] | None = None                     # tile: D,H,W in voxels of the input; auto: chosen by a cost model
-    tile_parallel: bool = False                                  # tile: the ranks share the tiles of the same volumes, instead of the batch
-    stretch: str = "auto"                                        # tile: levels a stretch from the finest down, such as 2+1; auto: chosen
-    budget: float | None = None                                  # tile: GiB that a step may take; none: what the card has free
-    recover: bool = True                                         # out of memory: turn the dial one step and repeat the optimizer step
-    expandable_segments: bool = True                             # CUDA allocator: less fragmentation
-    max_split_size_mb: int = 0                                   # CUDA allocator: largest block that is split; 0: no limit
+    mode: str = "none"                        # none | checkpoint | tile
+    tile: tuple[int, int, int] | None = None  # tile: D,H,W in voxels of the input; auto: chosen by a cost
+                                              # model
+    tile_parallel: bool = False               # tile: the ranks share the tiles of the same volumes, instead
+                                              # of the batch
+    stretch: str = "auto"                     # tile: levels a stretch from the finest down, such as 2+1;
+                                              # auto: chosen
+    budget: float | None = None               # tile: GiB that a step may take; none: what the card has free
+    recover: bool = True                      # out of memory: turn the dial one step and repeat the optimizer
+                                              # step
+    expandable_segments: bool = True          # CUDA allocator: less fragmentation
+    max_split_size_mb: int = 0                # CUDA allocator: largest block that is split; 0: no limit
 
     def __post_init__(self):
         one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
-        if self.tile_parallel and self.mode != "tile":           # recovery leads to tile and never away from it
-            raise ValueError(f"memory.tile_parallel shares tiles among ranks, but memory.mode is {self.mode}, which has none; "
-                             f"add --memory.mode tile")
+        # Recovery leads to tile and never away from it.
+        if self.tile_parallel and self.mode != "tile":
+            raise ValueError("memory.tile_parallel shares tiles among ranks, but memory.mode is "
+                             f"{self.mode}, which has none; add --memory.mode tile")
         if self.budget is not None and not self.budget > 0:
             raise ValueError(f"memory.budget is a number of GiB above 0, got {self.budget}")
         if self.max_split_size_mb and self.max_split_size_mb <= 20:
-            raise ValueError(f"memory.max_split_size_mb must be 0 or above 20 (the allocator's smallest), got {self.max_split_size_mb}")
+            raise ValueError("memory.max_split_size_mb must be 0 or above 20 (the allocator's smallest), "
+                             f"got {self.max_split_size_mb}")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = 10                                              # steps between console lines; log.jsonl has every step
-    sample_every: int = 100                                      # steps between pictures; 0: never; there is one at the end too
-    samples: int = 2                                             # held-out volumes of which pictures are made
-    histogram_every: int = 100                                   # steps between histograms for tensorboard and wandb; 0: never
-    tensorboard: bool = False                                    # write OUT/tensorboard (pip install tensorboard)
-    wandb: bool = False                                          # log to Weights & Biases (pip install wandb)
-    wandb_project: str = "vae3d"                                 # its project
-    ddp_check: int = 100                                         # steps between comparisons of all weights across the ranks; 0: never
+    every: int = 10                           # steps between console lines; log.jsonl has every step
+    sample_every: int = 100                   # steps between pictures; 0: never; there is one at the end too
+    samples: int = 2                          # held-out volumes of which pictures are made
+    histogram_every: int = 100                # steps between histograms for tensorboard and wandb; 0: never
+    tensorboard: bool = False                 # write OUT/tensorboard (pip install tensorboard)
+    wandb: bool = False                       # log to Weights & Biases (pip install wandb)
+    wandb_project: str = "vae3d"              # its project
+    ddp_check: int = 100                      # steps between comparisons of all weights across the ranks; 0:
+                                              # never
 
     def __post_init__(self):
         at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
@@ -144,8 +170,10 @@ class LogConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
-    task: str = "vae"                                            # vae | seg (U-Net, image/label pairs) | features (for the perceptual loss)
-    preset: str = "ultra_lightweight"                            # start of section `vae` (vae3d.PRESETS) or `unet` (unet.PRESETS)
+    task: str = "vae"                         # vae | seg (U-Net, image/label pairs) | features (for the
+                                              # perceptual loss)
+    preset: str = "ultra_lightweight"         # start of section `vae` (vae3d.PRESETS) or `unet`
+                                              # (unet.PRESETS)
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -159,7 +187,9 @@ SECTIONS = [f for f in dataclasses.fields(TrainConfig) if f.default_factory is n
 
 def one_of(name: str, value, choices: Sequence) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {data.brief(value, 200)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {data.brief(value, 200)}"
+        )
 
 
 def at_least(section: str, config, **bounds: float) -> None:
@@ -169,7 +199,9 @@ def at_least(section: str, config, **bounds: float) -> None:
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
-    """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples."""
+    """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64),
+    "1,2,2;2,2,2" -> two triples.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name} must be free of NUL, got {data.brief(value, 200)}")
@@ -190,7 +222,8 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             value = [value]
         if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got {data.brief(value, 200)}")
+            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got "
+                             f"{data.brief(value, 200)}")
         return tuple(convert(part, args[0], name) for part in value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
     if hint is bool:
@@ -209,7 +242,9 @@ def convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
-    """`base` with {section: {field: value}} put over it. Raises ValueError for an unknown key, naming the closest one."""
+    """`base` with {section: {field: value}} put over it. Raises ValueError for an unknown key, naming the
+    closest one.
+    """
     result = {}
     for key, value in values.items():
         current = getattr(base, key) if key in [f.name for f in SECTIONS] else None
@@ -222,12 +257,16 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got {data.brief(value, 200)}")
+            raise ValueError(f"{source}: section {key} must hold `field: value` lines, got "
+                             f"{data.brief(value, 200)}")
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
-                raise ValueError(f"{source}: unknown key {key}.{data.one_line(name)}{closest(str(name), hints, key + '.')}")
-        result[key] = dataclasses.replace(current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()})
+                raise ValueError(f"{source}: unknown key "
+                                 f"{key}.{data.one_line(name)}{closest(str(name), hints, key + '.')}")
+        result[key] = dataclasses.replace(
+            current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()}
+        )
     return dataclasses.replace(base, **result)
 
 
@@ -237,17 +276,21 @@ def closest(word: str, words, prefix: str) -> str:
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """SafeLoader that refuses what it would take in silence: a key twice, and aliases that multiply (a billion values in 500 bytes)."""
+    """SafeLoader that refuses what it would take in silence: a key twice, and aliases that multiply (a
+    billion values in 500 bytes).
+    """
     def compose_node(self, parent, index):
         alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
         if alias is not None and not isinstance(self.anchors.get(alias.anchor, parent), yaml.ScalarNode):
-            raise yaml.YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is no single value; write it out")
+            raise yaml.YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is no single value; "
+                                 "write it out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise yaml.YAMLError(f"the key {data.brief(max(names, key=names.count), 200)} stands twice in one section")
+            raise yaml.YAMLError(f"the key {data.brief(max(names, key=names.count), 200)} stands twice in "
+                                 "one section")
         return super().construct_mapping(node, deep)
 
 
@@ -259,10 +302,12 @@ def read_yaml(path: str) -> dict:
         if (size := os.path.getsize(path)) > MAX_CONFIG:
             raise ValueError(f"{size} bytes, a config has {MAX_CONFIG} at most")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), ConfigLoader)
-    except Exception as error:  # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, by the tag
+    # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, by the tag.
+    except Exception as error:
         raise ValueError(f"{path}: cannot be read as YAML: {line_of(error)}") from None
     if not isinstance(values or {}, dict):
-        raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got {type(values).__name__}")
+        raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got "
+                         f"{type(values).__name__}")
     return values or {}
 
 

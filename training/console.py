@@ -8,7 +8,9 @@ import data
 
 
 def line_of(error: object) -> str:
-    """Its message as one line; of what a DataLoader's worker raised, the last line of its traceback, which is the message."""
+    """Its message as one line; of what a DataLoader's worker raised, the last line of its traceback, which is
+    the message.
+    """
     text = str(error)
     if "in DataLoader worker process" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
@@ -16,7 +18,9 @@ def line_of(error: object) -> str:
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """To the console. A reader that is gone (Ctrl-C ends the `tee` behind it too) stops no run: log.jsonl has it all."""
+    """To the console. A reader that is gone (Ctrl-C ends the `tee` behind it too) stops no run: log.jsonl has
+    it all.
+    """
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:

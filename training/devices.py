@@ -1,4 +1,6 @@
-"""The device of a run: which one, in which precision, with which settings, and what it has used. Version 0.3 (2026-11)."""
+"""The device of a run: which one, in which precision, with which settings, and what it has used. Version 0.3
+(2026-11).
+"""
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +20,9 @@ from training.config import TrainConfig
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ValueError when the device does not exist here. Under torchrun each rank of a machine has a GPU of its own."""
+    """Raises ValueError when the device does not exist here. Under torchrun each rank of a machine has a GPU
+    of its own.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -31,13 +35,15 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda", ranks.local_rank())
         found = found and device.index < torch.cuda.device_count()
     if not found:
-        raise ValueError(f"train.device={name}: torch {torch.__version__} sees no such device here; use --device cpu, or install a torch "
-                         f"build for the card")
+        raise ValueError(f"train.device={name}: torch {torch.__version__} sees no such device here; use "
+                         f"--device cpu, or install a torch build for the card")
     return device
 
 
 def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype (None: float32) and why. A CUDA device that is only simulated counts as one with bf16."""
+    """The autocast dtype (None: float32) and why. A CUDA device that is only simulated counts as one with
+    bf16.
+    """
     if not amp:
         return None, "float32"
     if device.type == "cpu":
@@ -47,9 +53,17 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
         if not cpu_bf16_is_right():
             return None, "float32: --amp is off, bf16 convolutions give wrong gradients on this CPU"
         return torch.bfloat16, "bf16 autocast"
-    if device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         return torch.float16, "fp16 autocast with a GradScaler: the card has no native bf16"
-    return (torch.bfloat16, "bf16 autocast") if device.type == "cuda" else (torch.float16, "fp16 autocast with a GradScaler")
+    return (
+        (torch.bfloat16, "bf16 autocast")
+        if device.type == "cuda"
+        else (torch.float16, "fp16 autocast with a GradScaler")
+    )
 
 
 @functools.cache
@@ -64,7 +78,8 @@ def cpu_bf16_is_right() -> bool:
             x, grad = (torch.randn(1, channels, 2, 8, 8, generator=generator) for _ in range(2))
             found = []
             for dtype in (torch.float32, torch.bfloat16):
-                torch.full((3 * 27 * channels ** 2,), 1e30)      # freed at once, so that memory that is read unwritten shows
+                # Freed at once, so that memory that is read unwritten shows.
+                torch.full((3 * 27 * channels ** 2,), 1e30)
                 weight = torch.zeros(channels, channels, 3, 3, 3, dtype=dtype, requires_grad=True)
                 with torch.enable_grad():
                     F.conv3d(x.to(dtype), weight, padding=1).backward(grad.to(dtype))
@@ -76,7 +91,11 @@ def cpu_bf16_is_right() -> bool:
 
 def on_device(module: torch.nn.Module, device: torch.device) -> Any:
     """In channels_last_3d, except on MPS, which has none."""
-    return module.to(device) if device.type == "mps" else module.to(device).to(memory_format=torch.channels_last_3d)
+    return (
+        module.to(device)
+        if device.type == "mps"
+        else module.to(device).to(memory_format=torch.channels_last_3d)
+    )
 
 
 def to_device(image: Tensor, device: torch.device) -> Tensor:
@@ -86,7 +105,10 @@ def to_device(image: Tensor, device: torch.device) -> Tensor:
 
 def set_backend(cfg: TrainConfig) -> list[str]:
     """Process-wide settings, before CUDA starts; returns what to say about them."""
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cfg.train.deterministic, not cfg.train.deterministic
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (
+        cfg.train.deterministic,
+        not cfg.train.deterministic,
+    )
     if not torch.cuda.is_available() or cfg.train.device == "cpu":
         return []
     wanted = [f"expandable_segments:{cfg.memory.expandable_segments}"]
@@ -101,7 +123,9 @@ def set_backend(cfg: TrainConfig) -> list[str]:
 
 
 def gpu_use(device: torch.device) -> dict[str, float]:
-    """Memory that CUDA's allocator holds and, where NVIDIA's library is installed, the share of time in which the card was busy."""
+    """Memory that CUDA's allocator holds and, where NVIDIA's library is installed, the share of time in which
+    the card was busy.
+    """
     if device.type != "cuda":
         return {}
     use = {"gpu_reserved_gib": round(torch.cuda.memory_reserved(device) / 2 ** 30, 4)}
@@ -114,4 +138,4 @@ def peak_gib(device: torch.device) -> float:
     """Peak of this process so far: CUDA's allocator, or the resident memory on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,6 +1,8 @@
-"""Will it fit? The real training step of a config, predicted without a GPU, and the cheapest memory settings within a budget.
+"""Will it fit? The real training step of a config, predicted without a GPU, and the cheapest memory settings
+within a budget.
 
-The step is built from a config alone, on random crops, and handed to peaks.py. train.py (--dry-run, --fit) and memtest.py ask here. Version 0.1 (2026-11).
+The step is built from a config alone, on random crops, and handed to peaks.py. train.py (--dry-run, --fit)
+and memtest.py ask here. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ from training.order import MicroBatch
 from training.step import StepResult, train_step
 from training.task import Task
 
-MOST_WORK = 2.0                                                  # tile plans that take longer, over a checkpointed step, are not considered
+# Tile plans that take longer, over a checkpointed step, are not considered.
+MOST_WORK = 2.0
 
 
-def make_step(cfg: TrainConfig, task: Task, device: torch.device | str, rehearsal: bool = False) -> Callable[[], StepResult]:
+def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
+              rehearsal: bool = False) -> Callable[[], StepResult]:
     """A closure that runs the real train_step on random crops; the call itself builds the networks.
 
     rehearsal: on tensors without data, for a prediction (see vae3d.VAE3D.memory).
@@ -50,7 +54,8 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         peak = predicted(cfg, task, device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {' '.join(peaks.LEFT_OUT.split())}"
+    left_out = " ".join(peaks.LEFT_OUT.split())
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {left_out}"
 
 
 def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:
@@ -65,11 +70,13 @@ def tile_plans(network: torch.nn.Module, size: Sequence[int], batch: int, dtype:
     return [p for p in plans if p.work <= MOST_WORK] or plans[:1]
 
 
-def memory_settings(network: torch.nn.Module, size: Sequence[int], batch: int, dtype: torch.dtype, limit: float = math.inf) -> list[dict]:
-    """Candidates for peaks.plan as fields of section `memory`, by rising recomputation: none, checkpoint, then tile plans.
+def memory_settings(network: torch.nn.Module, size: Sequence[int], batch: int, dtype: torch.dtype,
+                    limit: float = math.inf) -> list[dict]:
+    """Candidates for peaks.plan as fields of section `memory`, by rising recomputation: none, checkpoint,
+    then tile plans.
 
-    dtype: of the activations. Of the tile plans those whose own estimate is within `limit` bytes, or the one of least memory.
-    """
+    dtype: of the activations. Of the tile plans those whose own estimate is within `limit` bytes, or the one
+    of least memory."""
     found = [{"mode": mode} for mode in modes_of(network) if mode != "tile"]
     if "tile" in modes_of(network):
         plans = tile_plans(network, size, batch, dtype)
@@ -91,15 +98,21 @@ def memory_text(memory: dict) -> str:
     return f"tile {size_text(memory['tile'])}, stretches {memory['stretch']}"
 
 
-def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str, say: Callable[[str], None]) -> MemoryConfig:
-    """The cheapest memory settings whose predicted peak leaves 10 % of `budget` (GiB, or `free`) unused. ValueError where none does."""
+def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str,
+        say: Callable[[str], None]) -> MemoryConfig:
+    """The cheapest memory settings whose predicted peak leaves 10 % of `budget` (GiB, or `free`) unused.
+    ValueError where none does.
+    """
     if budget == "free":
         if device.type != "cuda" or not torch.cuda.is_available():
-            raise ValueError("--fit needs a number of GiB where there is no GPU whose free memory it could take: --fit 16")
+            raise ValueError("--fit needs a number of GiB where there is no GPU whose free memory it could "
+                             "take: --fit 16")
         limit = float(torch.cuda.mem_get_info(device)[0])
     else:
         limit = convert(budget, float, "--fit") * peaks.GIB
-    dtype = torch.float16 if cfg.train.precision == "master16" else pick_precision(cfg.train.amp, device)[0] or torch.float32
+    dtype = pick_precision(cfg.train.amp, device)[0] or torch.float32
+    if cfg.train.precision == "master16":
+        dtype = torch.float16
     size = cfg.data.patch
     candidates = memory_settings(network_of(cfg, task), size, cfg.train.batch, dtype, limit)
     if cfg.memory.tile_parallel:
@@ -109,9 +122,10 @@ def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str, say: Ca
         chosen = changed(cfg, data={"patch": size}, memory=memory)
         return lambda d: make_step(chosen, task, d, rehearsal=True)
     plan = peaks.plan(step_with, size, limit, candidates, device)
-    text = f"{plan.bytes / peaks.GIB:.2f} GiB predicted at {size_text(size)}, {limit / peaks.GIB:.2f} given, 10 % kept free"
+    text = (f"{plan.bytes / peaks.GIB:.2f} GiB predicted at {size_text(size)}, "
+            f"{limit / peaks.GIB:.2f} given, 10 % kept free")
     if not plan.fits:
-        raise ValueError(f"--fit: nothing fits: the least is {memory_text(plan.memory)}, {text}; use a smaller --patch or --batch, "
-                         f"or --fit {plan.bytes / 0.9 / peaks.GIB:.2f}")
+        raise ValueError(f"--fit: nothing fits: the least is {memory_text(plan.memory)}, {text}; use a "
+                         f"smaller --patch or --batch, or --fit {plan.bytes / 0.9 / peaks.GIB:.2f}")
     say(f"--fit: memory mode {memory_text(plan.memory)}: {text}")
     return dataclasses.replace(cfg.memory, **plan.memory)

@@ -1,4 +1,5 @@
-"""The command line of train.py: flags from the dataclasses of the config, their help from the comments beside the fields.
+"""The command line of train.py: flags from the dataclasses of the config, their help from the comments beside
+the fields.
 
 Later beats earlier: defaults, preset, YAML file, flags. Version 0.3 (2026-11).
 """
@@ -18,17 +19,20 @@ from training.task import named
 
 DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
 SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
-    f"--{name}": f"train.{name}" for name in ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")}
+    f"--{name}": f"train.{name}"
+    for name in ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")
+}
 COMMANDS = ("config", "resume", "dry_run", "fit")
 
 
-def load_config(argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None) -> TrainConfig:
+def load_config(
+    argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None
+) -> TrainConfig:
     """Defaults, preset, YAML file, flags: later beats earlier.
 
-    tasks: the table of tasks/. base: a checkpoint's config, which takes the place of defaults and preset. Where train.init is a file that
-    another library made, what it says of the network takes the place of the preset.
-    Raises ValueError with one line: which flag or key, what was found, what to do.
-    """
+    tasks: the table of tasks/. base: a checkpoint's config, which takes the place of defaults and preset.
+    Where train.init is a file that another library made, what it says of the network takes the place of the
+    preset. Raises ValueError with one line: which flag or key, what was found, what to do."""
     options = vars(build_parser(tasks).parse_args(list(argv)))
     flags: dict = {}
     for name, value in options.items():
@@ -43,20 +47,29 @@ def load_config(argv: Sequence[str], tasks: Mapping[str, ModuleType], base: Trai
     if base is None:
         base = starting_point(flags, from_file, tasks)
     elif "train.init" in options or "train.init_hints" in options:
-        raise ValueError("--init and --resume exclude one another: a resumed run goes on with its own weights")
+        raise ValueError(
+            "--init and --resume exclude one another: a resumed run goes on with its own weights"
+        )
     for name in ("task", "preset"):
         wanted = flags.get(name, from_file.get(name, getattr(base, name)))
         if wanted != getattr(base, name):
-            raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; leave it out")
+            raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; "
+                             "leave it out")
     cfg = config_from(flags, config_from(from_file, base, str(options.get("config"))), "command line")
     task = named(tasks, cfg.task, "command line")
-    one_of("train.metric", cfg.train.metric, ("auto", *dict.fromkeys(name for each in tasks.values() for name in each.METRICS)))
+    one_of(
+        "train.metric",
+        cfg.train.metric,
+        ("auto", *dict.fromkeys(name for each in tasks.values() for name in each.METRICS)),
+    )
     task.check(cfg)
     return cfg
 
 
 def starting_point(flags: dict, from_file: dict, tasks: Mapping[str, ModuleType]) -> TrainConfig:
-    """Defaults and preset. A preset that the file names is taken out of it where a foreign network stands in its place."""
+    """Defaults and preset. A preset that the file names is taken out of it where a foreign network stands in
+    its place.
+    """
     task = named(tasks, flags.get("task", from_file.get("task", TrainConfig.task)))
     presets = task.PRESETS or {TrainConfig.preset: None}
     preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
@@ -79,15 +92,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(tasks: Mapping[str, ModuleType]) -> Parser:
-    """The flags of DESIGN.md; those of the sections come from the dataclasses, their help from the comments beside the fields."""
-    parser = Parser(prog="train.py", description=DESCRIPTION, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140))
+    """The flags of DESIGN.md; those of the sections come from the dataclasses, their help from the comments
+    beside the fields.
+    """
+    parser = Parser(
+        prog="train.py",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140),
+    )
     parser.add_argument("--config", metavar="YAML", help="experiment file, see config/")
-    parser.add_argument("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out come from it")
+    parser.add_argument("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out "
+                                                                "come from it")
     parser.add_argument("--dry-run", action="store_true", dest="dry_run",
                         help="print the resolved config and the predicted peak, then stop")
     parser.add_argument("--fit", metavar="GIB", nargs="?", const="free",
-                        help="choose the cheapest memory settings that fit; without a number: into the card's free memory")
+                        help="choose the cheapest memory settings that fit; without a number: into the "
+                             "card's free memory")
     short = {path: flag for flag, path in SHORT_FLAGS.items()}
     parser.add_argument("--task", metavar="NAME", help=" | ".join(tasks) + " [vae]")
     presets = {name: named(tasks, name).PRESETS for name in tasks}
@@ -103,15 +125,20 @@ def build_parser(tasks: Mapping[str, ModuleType]) -> Parser:
             names += [f"--{path}"]
             options = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
             text = comments.get(f.name, "") + ("" if f.default is dataclasses.MISSING else f" [{f.default}]")
-            group.add_argument(*names, dest=path, metavar=f.name.upper(), help=text.replace("%", "%%"), **options)
+            group.add_argument(
+                *names, dest=path, metavar=f.name.upper(), help=text.replace("%", "%%"), **options
+            )
     return parser
 
 
-@functools.cache                                                 # 0.4 s for all sections: inspect parses a module for each
+# 0.4 s for all sections: inspect parses a module for each.
+@functools.cache
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment beside it in the source."""
     try:
         lines = inspect.getsource(cls).splitlines()
     except OSError:
         return {}
-    return {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines if ":" in line and "# " in line}
+    return {
+        line.split(":")[0].strip(): line.partition("# ")[2] for line in lines if ":" in line and "# " in line
+    }

@@ -11,7 +11,9 @@ from training.state import State
 
 
 def forward(state: State, network: Callable, *inputs) -> Any:
-    """network(*inputs): under autocast where the run has it, with 16-bit inputs where the weights have 16 bits."""
+    """network(*inputs): under autocast where the run has it, with 16-bit inputs where the weights have 16
+    bits.
+    """
     if state.masters is not None and (network is state.model or network is state.forward):
         inputs = state.masters.inputs(inputs)
     with torch.autocast(inputs[0].device.type, state.amp_dtype, enabled=state.amp_dtype is not None):
@@ -19,7 +21,8 @@ def forward(state: State, network: Callable, *inputs) -> Any:
 
 
 def scaled(state: State, loss: Tensor) -> Tensor:
-    """The loss times the scale that keeps small gradients from vanishing in 16 bits; 1 in float32 and bf16."""
+    """The loss times the scale that keeps small gradients from vanishing in 16 bits; 1 in float32 and bf16.
+    """
     if state.masters is not None:
         return state.masters.scale(loss)
     return state.scaler.scale(loss)

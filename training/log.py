@@ -17,18 +17,42 @@ from training.console import shown, tell
 from training.state import State
 
 VAL_SHOWN = ("psnr", "ssim", "l1", "iou", "sharpness", "dice", "explained", "loss")
-TERMS_SHOWN = ("loss", *losses.RECONSTRUCTION, "kl", "vq", "structure", "perceptual", "adv", "disc", "ce", "dice_loss", "explained",
-               "codebook_usage", "perplexity")
+TERMS_SHOWN = (
+    "loss",
+    *losses.RECONSTRUCTION,
+    "kl",
+    "vq",
+    "structure",
+    "perceptual",
+    "adv",
+    "disc",
+    "ce",
+    "dice_loss",
+    "explained",
+    "codebook_usage",
+    "perplexity",
+)
 
 
 class Log:
-    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases; on other ranks than the first, nothing."""
+    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases; on other ranks than the
+    first, nothing.
+    """
     def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1):
-        self.cfg, self.path, self.total, self.start, self.started = cfg, out / "log.jsonl", total, start, time.monotonic()
+        self.cfg, self.path, self.total, self.start, self.started = (
+            cfg,
+            out / "log.jsonl",
+            total,
+            start,
+            time.monotonic(),
+        )
         self.live, self.sinks = sys.stdout.isatty(), sinks
-        if self.path.exists() and ranks.first():              # rows after the checkpoint belong to steps that are taken again
+        # Rows after the checkpoint belong to steps that are taken again.
+        if self.path.exists() and ranks.first():
             rows = [line for line in self.path.read_text().splitlines() if is_before(line, start, validated)]
-            checkpoints.write_atomic(self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode()))
+            checkpoints.write_atomic(
+                self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode())
+            )
         self.file = open(self.path if ranks.first() else os.devnull, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
@@ -42,7 +66,14 @@ class Log:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.write(row)
         for sink in self.sinks:
-            sink.scalars({f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, row["step"])
+            sink.scalars(
+                {
+                    f"{row['split']}/{k}": v
+                    for k, v in row.items()
+                    if isinstance(v, (int, float)) and k != "step"
+                },
+                row["step"],
+            )
         step = row["step"]
         if row["split"] == "val":
             self.say(f"step {step}/{self.total}  validation  " + "  ".join(
@@ -50,8 +81,8 @@ class Log:
         elif self.live or step % self.cfg.log.every == 0 or step == self.total or "skipped" in row:
             left = (time.monotonic() - self.started) / max(1, step - self.start) * (self.total - step)
             terms = "  ".join(f"{k} {shown(row[k])}" for k in TERMS_SHOWN if k in row)
-            line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} voxels/s  "
-                    f"{row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
+            line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} "
+                    f"voxels/s  {row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
             tell(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n")
 
     def say(self, text: str) -> None:
@@ -59,7 +90,8 @@ class Log:
 
     def close(self) -> None:
         try:
-            with checkpoints.naming(self.path):                  # what a full disk did not take is tried once more
+            # What a full disk did not take is tried once more.
+            with checkpoints.naming(self.path):
                 self.file.close()
         finally:
             for sink in self.sinks:
@@ -70,12 +102,15 @@ def is_before(line: str, step: int, validated: int) -> bool:
     try:
         row = json.loads(line)
         return row["step"] <= (validated if row.get("split") == "val" else step)
-    except (ValueError, KeyError, TypeError, AttributeError):    # the last line of a killed run may be cut short
+    # The last line of a killed run may be cut short.
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def open_sinks(cfg: TrainConfig, out: Path) -> list:
-    """TensorBoard and W&B when asked for, on the first rank. Raises ValueError with the pip command when one is not installed."""
+    """TensorBoard and W&B when asked for, on the first rank. Raises ValueError with the pip command when one
+    is not installed.
+    """
     sinks = []
     if not ranks.first():
         return sinks
@@ -83,14 +118,24 @@ def open_sinks(cfg: TrainConfig, out: Path) -> list:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("log.tensorboard: TensorBoard is not installed; python -m pip install tensorboard") from None
+            raise ValueError("log.tensorboard: TensorBoard is not installed; python -m pip install "
+                             "tensorboard") from None
         sinks.append(TensorBoardSink(SummaryWriter(str(out / "tensorboard"))))
     if cfg.log.wandb:
         try:
             import wandb
         except ImportError:
-            raise ValueError("log.wandb: Weights & Biases is not installed; python -m pip install wandb") from None
-        sinks.append(WandbSink(wandb, wandb.init(project=cfg.log.wandb_project, dir=str(out), config=config_dict(cfg), name=out.name)))
+            raise ValueError(
+                "log.wandb: Weights & Biases is not installed; python -m pip install wandb"
+            ) from None
+        sinks.append(
+            WandbSink(
+                wandb,
+                wandb.init(
+                    project=cfg.log.wandb_project, dir=str(out), config=config_dict(cfg), name=out.name
+                ),
+            )
+        )
     return sinks
 
 

@@ -1,16 +1,19 @@
 """Out of memory: the dial, and how a step survives it.
 
-The dial is the section `memory` of the config: mode none keeps what backward needs, checkpoint computes blocks again, tile computes exact tiles.
-All give the same result, so the dial may be turned in the middle of a run. The config keeps what the user asked for; State.dial is what holds now.
+The dial is the section `memory` of the config: mode none keeps what backward needs, checkpoint computes
+blocks again, tile computes exact tiles. All give the same result, so the dial may be turned in the middle of
+a run. The config keeps what the user asked for; State.dial is what holds now.
 
-How a run survives: `with_recovery` is around whatever may run out of memory (a step, a validation crop). When it does, on any rank,
+How a run survives: `with_recovery` is around whatever may run out of memory (a step, a validation crop). When
+it does, on any rank,
     1. the failed work is left, so that nothing keeps its tensors alive,
-    2. the dial is turned one step: none -> checkpoint -> tile -> a tile that is predicted to take at most 4/5 of the memory,
-    3. the change is told (console, log.jsonl, config.yaml),
-    4. what the failed work had begun is dropped: gradients, collected latents, the loss scaler's marks,
-    5. the same work is done again, with the same crops and the same noise.
-Optimizer, batch and resolution are never touched. All ranks turn their dials together. Where no step of the dial is left, or the weights were
-being written, the run stops in one line, with its last checkpoint as it is. Version 0.3 (2026-11).
+    2. the dial is turned one step: none -> checkpoint -> tile -> a tile that is predicted to take at most 4/5
+    of the memory, 3. the change is told (console, log.jsonl, config.yaml), 4. what the failed work had begun
+    is dropped: gradients, collected latents, the loss scaler's marks, 5. the same work is done again, with
+    the same crops and the same noise.
+Optimizer, batch and resolution are never touched. All ranks turn their dials together. Where no step of the
+dial is left, or the weights were being written, the run stops in one line, with its last checkpoint as it is.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -29,28 +32,33 @@ from training.signals import RunStopped
 from training.state import State, new_state, quantizer_of
 from training.task import Task
 
-SMALLER = 0.8                                                    # of the memory at hand: what the next tile may take
+# Of the memory at hand: what the next tile may take.
+SMALLER = 0.8
 MODES = ("none", "checkpoint", "tile")
 
 
 # ------------------------------------------------------------------------------------------------ the dial
 
 def modes_of(network: torch.nn.Module) -> tuple[str, ...]:
-    """The settings of the dial that a network has: exact tiles where it can plan them, checkpoints where it has a dial at all."""
+    """The settings of the dial that a network has: exact tiles where it can plan them, checkpoints where it
+    has a dial at all.
+    """
     if hasattr(network, "tile_plans"):
         return MODES
     return MODES[:2] if hasattr(network, "memory") else MODES[:1]
 
 
 def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = False) -> torch.nn.Module:
-    """Put the dial on a network. Raises ValueError for a mode that it does not have. rehearsal: for memory prediction, see vae3d.VAE3D.memory.
+    """Put the dial on a network. Raises ValueError for a mode that it does not have. rehearsal: for memory
+    prediction, see vae3d.VAE3D.memory.
 
-    memory.tile_parallel: every rank takes the same micro-batches with the same noise (the global batch is batch x accum), and backward()
-    leaves the whole gradients on each, so a step reduces neither gradients nor terms over the ranks.
-    """
+    memory.tile_parallel: every rank takes the same micro-batches with the same noise (the global batch is
+    batch x accum), and backward() leaves the whole gradients on each, so a step reduces neither gradients nor
+    terms over the ranks."""
     modes = modes_of(network)
     if len(modes) == 1 and dial.mode != "none":
-        raise ValueError(f"memory.mode={dial.mode}: the feature network is small and has no memory dial; leave it at none")
+        raise ValueError(f"memory.mode={dial.mode}: the feature network is small and has no memory dial; "
+                         "leave it at none")
     if len(modes) == 1:
         return network
     if "tile" not in modes:
@@ -61,7 +69,9 @@ def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = Fal
     return network.memory(dial.mode, dial.tile, dial.stretch, dial.budget, group, rehearsal)
 
 
-def begin(cfg: TrainConfig, task: Task, device: torch.device, features: dict | None = None, rehearsal: bool = False) -> State:
+def begin(
+    cfg: TrainConfig, task: Task, device: torch.device, features: dict | None = None, rehearsal: bool = False
+) -> State:
     """state.new_state with the config's dial put on its networks."""
     state = new_state(cfg, task, device, features)
     turn_dial(state, cfg.memory, rehearsal)
@@ -75,7 +85,9 @@ def turn_dial(state: State, dial: MemoryConfig, rehearsal: bool = False) -> None
 
 
 def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[int]) -> MemoryConfig:
-    """The dial with what it leaves to `auto` chosen for good: on CUDA the choice depends on the free memory, and a resumed run must not."""
+    """The dial with what it leaves to `auto` chosen for good: on CUDA the choice depends on the free memory,
+    and a resumed run must not.
+    """
     if dial.mode != "tile" or (dial.tile is not None and dial.stretch != "auto"):
         return dial
     planner = set_dial(state.task.build(cfg), dial)
@@ -113,32 +125,37 @@ def dial_text(dial: MemoryConfig) -> str:
 
 # ------------------------------------------------------------------------------------------------ recovery
 
-def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Callable[[str], None], work: Callable[[], Any]) -> Any:
+def with_recovery(
+    cfg: TrainConfig, state: State, shape: Sequence[int], note: Callable[[str], None], work: Callable[[], Any]
+) -> Any:
     """work(), and after an out-of-memory the same again one step further down the dial.
 
-    shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when there is no step left.
-    The ranks turn the dial together, so each must call this alike, and `work` must end with ranks.agreed, or have it inside; with
-    memory.tile_parallel it is tiles.together that carries one rank's failure to the others.
-    """
+    shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when
+    there is no step left. The ranks turn the dial together, so each must call this alike, and `work` must end
+    with ranks.agreed, or have it inside; with memory.tile_parallel it is tiles.together that carries one
+    rank's failure to the others."""
     while True:
         scaler = state.scaler.state_dict()
         try:
             with shared_failure(state):
                 return work()
-        except RuntimeError as error:                            # torch.OutOfMemoryError is one; the CPU's allocator raises it plain
+        # Torch.OutOfMemoryError is one; the CPU's allocator raises it plain.
+        except RuntimeError as error:
             if not state.dial.recover or not tiles.is_out_of_memory(error):
                 raise
             if state.updating:
-                raise RunStopped(f"out of memory while the weights were being updated, at {dial_text(state.dial)}; go on from "
-                                 f"last.pt, with the next --memory.mode") from None
+                raise RunStopped(
+                    "out of memory while the weights were being updated, at "
+                    f"{dial_text(state.dial)}; go on from last.pt, with the next --memory.mode"
+                ) from None
             where = ranks.ran_out(error)
         # From here on outside of the except clause: its traceback would keep the failed step's tensors alive.
 
         # Turn the dial, by the free memory of the rank that ran out, and tell it.
         softer = ranks.chosen(where, lambda: next_dial(cfg, state, shape))
         if softer is None:
-            raise RunStopped(f"out of memory at {dial_text(state.dial)}, the last step of the dial; use a smaller --patch or --batch "
-                             f"(more --accum keeps the effective batch)")
+            raise RunStopped(f"out of memory at {dial_text(state.dial)}, the last step of the dial; use a "
+                             f"smaller --patch or --batch (more --accum keeps the effective batch)")
         change = f"{dial_text(state.dial)} -> {dial_text(softer)}"
         turn_dial(state, softer)
         note(f"step {state.step + 1}: out of memory, memory dial {change}; the step is repeated")

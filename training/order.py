@@ -1,4 +1,5 @@
-"""What a run does when: the crops, the random numbers and the learning rate of each optimizer step, functions of its number alone.
+"""What a run does when: the crops, the random numbers and the learning rate of each optimizer step, functions
+of its number alone.
 
 Version 0.3 (2026-11).
 """
@@ -22,19 +23,20 @@ from training.signals import SIGNALS
 
 
 class MicroBatch(NamedTuple):
-    image: Tensor                                                # (b, C, D, H, W) in [-1, 1]
-    seeds: list[int]                                             # one per sample, of its random numbers
-    volumes: list[int]                                           # where the crops come from
-    label: Tensor | None = None                                  # (b, D, H, W) int64, for segmentation
-    crops_in_step: int | None = None                             # of all ranks; none: those of the micro-batches at hand
+    image: Tensor                             # (b, C, D, H, W) in [-1, 1]
+    seeds: list[int]                          # one per sample, of its random numbers
+    volumes: list[int]                        # where the crops come from
+    label: Tensor | None = None               # (b, D, H, W) int64, for segmentation
+    crops_in_step: int | None = None          # of all ranks; none: those of the micro-batches at hand
 
 
 def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:
-    """The rate of step `step` in [0, total): linear warm-up to o.lr, then the schedule as a function of the part t in [0, 1) done.
+    """The rate of step `step` in [0, total): linear warm-up to o.lr, then the schedule as a function of the
+    part t in [0, 1) done.
 
-    cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period); exponential: lr gamma^t;
-    step: lr gamma^floor(drops t); plateau: lr times the factor that the validations gave.
-    """
+    cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period);
+    exponential: lr gamma^t; step: lr gamma^floor(drops t); plateau: lr times the factor that the validations
+    gave."""
     warm = int(o.warmup * total)
     if step < warm:
         return o.lr * (step + 1) / warm
@@ -42,7 +44,15 @@ def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float =
     if o.schedule in ("cosine", "cosine_restarts"):
         t = t * o.restarts % 1 if o.schedule == "cosine_restarts" else t
         return o.lr_min + (o.lr - o.lr_min) * (1 + math.cos(math.pi * t)) / 2
-    return o.lr * {"constant": 1.0, "exponential": o.gamma ** t, "step": o.gamma ** int(o.drops * t), "plateau": plateau_factor}[o.schedule]
+    return (
+        o.lr
+        * {
+            "constant": 1.0,
+            "exponential": o.gamma**t,
+            "step": o.gamma ** int(o.drops * t),
+            "plateau": plateau_factor,
+        }[o.schedule]
+    )
 
 
 def seed_of(*parts) -> int:
@@ -51,7 +61,9 @@ def seed_of(*parts) -> int:
 
 
 def crops_of_step(step: int, epoch_length: int, global_batch: int) -> range:
-    """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an epoch as short as it is."""
+    """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an
+    epoch as short as it is.
+    """
     per_epoch = steps_per_epoch(epoch_length, global_batch)
     epoch, place = divmod(step, per_epoch)
     first = epoch * epoch_length + place * global_batch
@@ -69,16 +81,24 @@ def micro_windows(window: range, batch: int) -> list[range]:
 
 def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device,
                  global_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
-    """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed, step, place in the window)."""
+    """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed,
+    step, place in the window).
+    """
     def shares() -> Iterator[tuple[range, list[range]]]:
         windows = (crops_of_step(step, len(crops), global_batch) for step in steps)
         return ((window, micro_windows(window, cfg.train.batch)) for window in windows)
     loader = torch.utils.data.DataLoader(
-        crops, batch_sampler=[list(part) for _, parts in shares() for part in parts], num_workers=cfg.data.workers,
+        crops,
+        batch_sampler=[list(part) for _, parts in shares() for part in parts],
+        num_workers=cfg.data.workers,
         pin_memory=cfg.data.pin_memory and device.type == "cuda",
-        worker_init_fn=(lambda _: os.setpgid(0, 0)) if ranks.world() > 1 else None)  # torchrun's signals reach a rank's whole group
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # for the workers, who inherit it: Ctrl-C and batch systems signal all of a
-    try:                                                         # process group, and the run would end by the loss of its workers
+        # Torchrun's signals reach a rank's whole group.
+        worker_init_fn=(lambda _: os.setpgid(0, 0)) if ranks.world() > 1 else None,
+    )
+    # For the workers, who inherit it: Ctrl-C and batch systems signal all of a.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # Process group, and the run would end by the loss of its workers.
+    try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -87,8 +107,15 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
         for part in parts:
             image, *label, volumes = next(batches)
             seeds = [seed_of(cfg.train.seed, "noise", step, number - window.start) for number in part]
-            micro_batches.append(MicroBatch(to_device(image, device), seeds, volumes.tolist(), *(x.to(device) for x in label),
-                                            crops_in_step=len(window)))
+            micro_batches.append(
+                MicroBatch(
+                    to_device(image, device),
+                    seeds,
+                    volumes.tolist(),
+                    *(x.to(device) for x in label),
+                    crops_in_step=len(window),
+                )
+            )
         yield step, micro_batches
 
 

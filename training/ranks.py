@@ -1,13 +1,14 @@
 """The processes of one run, as torchrun starts them: how they begin, agree, add up, and end together.
 
-No DistributedDataParallel: it reduces in the backward pass of one module, and here a step has two networks, several backward passes,
-recomputed and tiled ones, and micro-batches that only count together. So gradients are added up once an optimizer step, after the last
-backward: accumulation costs no communication, and any way of computing a gradient works. Each micro-batch is weighted by its share of the
-whole window, so that the sum over the ranks is the gradient that one process would have. The price: one more copy of the gradients for a
+No DistributedDataParallel: it reduces in the backward pass of one module, and here a step has two networks,
+several backward passes, recomputed and tiled ones, and micro-batches that only count together. So gradients
+are added up once an optimizer step, after the last backward: accumulation costs no communication, and any way
+of computing a gradient works. Each micro-batch is weighted by its share of the whole window, so that the sum
+over the ranks is the gradient that one process would have. The price: one more copy of the gradients for a
 moment, and no communication during the backward pass.
 
-Small words go over gloo between the CPUs, on which a rank that is gone is noticed at once; tensors on a GPU go over NCCL. With one process
-nothing here does anything. Needs torch alone. Version 0.1 (2026-11).
+Small words go over gloo between the CPUs, on which a rank that is gone is noticed at once; tensors on a GPU
+go over NCCL. With one process nothing here does anything. Needs torch alone. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -26,8 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = datetime.timedelta(minutes=30)                         # that a rank waits for another, such as for its part of the cache
-LEAVING = 5.0                                                    # seconds that the first rank waits for the others at the end
+# That a rank waits for another, such as for its part of the cache.
+TIMEOUT = datetime.timedelta(minutes=30)
+# Seconds that the first rank waits for the others at the end.
+LEAVING = 5.0
 Value = TypeVar("Value")
 _here: dict = {}                                                 # of this process: local rank, store
 
@@ -47,26 +50,32 @@ class OutOfMemoryElsewhere(torch.OutOfMemoryError):
         self.ranks = ranks
 
 
-# --------------------------------------------------------------------------------------------------------------- begin and end
+# ----------------------------------------------------------------------------------------------- begin and end
 
 @contextlib.contextmanager
 def started(number: int, of: int, local: int = 0) -> Iterator[None]:
-    """Process `number` of `of`, the `local`-th of its machine; MASTER_ADDR and MASTER_PORT say where they meet. Only the first prints.
+    """Process `number` of `of`, the `local`-th of its machine; MASTER_ADDR and MASTER_PORT say where they
+    meet. Only the first prints.
 
-    At the end SIGTERM is ignored: torchrun sends it to the others as soon as one process has left, and they are leaving already. Without
-    torchrun the first process is host to the store, in which the others look who speaks: it leaves last, unless one of them is gone.
-    """
+    At the end SIGTERM is ignored: torchrun sends it to the others as soon as one process has left, and they
+    are leaving already. Without torchrun the first process is host to the store, in which the others look who
+    speaks: it leaves last, unless one of them is gone."""
     if of == 1:
         yield
         return
-    importlib.import_module("torch.distributed.nn")              # later, by the first optimizer, its defaults would keep the group alive
+    # Later, by the first optimizer, its defaults would keep the group alive.
+    importlib.import_module("torch.distributed.nn")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu:gloo"
     try:
         store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
-        dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=of, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=of, timeout=TIMEOUT
+        )
     except (ValueError, RuntimeError) as error:
-        raise CannotStart(f"the {of} processes do not meet: {(str(error).splitlines() or [''])[0]}; start them with torchrun, or unset "
-                          f"WORLD_SIZE for one process") from None
+        raise CannotStart(
+            f"the {of} processes do not meet: {(str(error).splitlines() or [''])[0]}; start "
+            f"them with torchrun, or unset WORLD_SIZE for one process"
+        ) from None
     _here.update(local=local, store=dist.PrefixStore("words", store))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first() else nowhere):
@@ -74,7 +83,8 @@ def started(number: int, of: int, local: int = 0) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dist.destroy_process_group()                             # who still waits for this one notices
-        if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and not _here.get("store_lost"):  # else torchrun's agent is its host
+        # Else torchrun's agent is its host.
+        if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and not _here.get("store_lost"):
             leave_last(number, of)
         _here.clear()
 
@@ -94,7 +104,8 @@ def world() -> int:
 
 
 def alike(yes: bool) -> None:
-    """From here on all ranks do the same work, on the same crops: nothing is shared out, gathered or added up, but they end together.
+    """From here on all ranks do the same work, on the same crops: nothing is shared out, gathered or added
+    up, but they end together.
 
     For memory.tile_parallel, which shares what is inside that work (vae3d.py), with its own agreements.
     """
@@ -127,7 +138,9 @@ def place() -> str:
 
 
 def speaks(code: int) -> bool:
-    """True in the first process that has an error to tell, which all will end with: one line, however many notice."""
+    """True in the first process that has an error to tell, which all will end with: one line, however many
+    notice.
+    """
     if world() == 1:
         return True
     try:
@@ -153,17 +166,21 @@ def is_lost(error: BaseException) -> bool:
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- agree
+# ----------------------------------------------------------------------------------------------- agree
 
 def shared(count: int) -> range:
-    """Which of `count` pieces are this rank's: a stretch of them, so that what is gathered in the order of the ranks is in theirs."""
+    """Which of `count` pieces are this rank's: a stretch of them, so that what is gathered in the order of
+    the ranks is in theirs.
+    """
     if workers() == 1:
         return range(count)
     return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """work() on every rank. Where it fails on any of them, the lowest of these raises its error and all others Elsewhere."""
+    """work() on every rank. Where it fails on any of them, the lowest of these raises its error and all
+    others Elsewhere.
+    """
     value, error = None, None
     try:
         value = work()
@@ -178,7 +195,9 @@ def together(work: Callable[[], Value]) -> Value:
 
 
 def from_rank(source: int, work: Callable[[], Value]) -> Value:
-    """work() of one rank, on all of them. Where it fails, that rank raises its error and all others Elsewhere."""
+    """work() of one rank, on all of them. Where it fails, that rank raises its error and all others
+    Elsewhere.
+    """
     if world() == 1:
         return work()
     box = [together(lambda: work() if rank() == source else None)]
@@ -187,12 +206,16 @@ def from_rank(source: int, work: Callable[[], Value]) -> Value:
 
 
 def chosen(source: int, work: Callable[[], Value]) -> Value:
-    """from_rank(), but of every rank for itself where all do the same work and `work` itself has the ranks agree."""
+    """from_rank(), but of every rank for itself where all do the same work and `work` itself has the ranks
+    agree.
+    """
     return together(work) if _here.get("alike") else from_rank(source, work)
 
 
 def agreed(value: Value = None) -> Value:
-    """`value`, once every rank has got so far. Raises OutOfMemoryElsewhere where one of them calls ran_out() instead."""
+    """`value`, once every rank has got so far. Raises OutOfMemoryElsewhere where one of them calls ran_out()
+    instead.
+    """
     short = _ranks_with(False) if workers() > 1 else []
     if short:
         raise OutOfMemoryElsewhere(short)
@@ -200,7 +223,8 @@ def agreed(value: Value = None) -> Value:
 
 
 def ran_out(error: RuntimeError) -> int:
-    """Tell the others of an out-of-memory, unless they told this rank; returns the lowest rank that had it."""
+    """Tell the others of an out-of-memory, unless they told this rank; returns the lowest rank that had it.
+    """
     return (error.ranks if isinstance(error, OutOfMemoryElsewhere) else _ranks_with(True) or [0])[0]
 
 
@@ -217,7 +241,7 @@ def barrier() -> None:
     _ranks_with(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- add up
+# ----------------------------------------------------------------------------------------------- add up
 
 def largest(value: float) -> float:
     if world() == 1:
@@ -241,7 +265,9 @@ def of_every_rank(rows: list) -> list:
 
 
 def summed(terms: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Scalars by name, added up in the order of the ranks; a rank without micro-batches has none and receives them."""
+    """Scalars by name, added up in the order of the ranks; a rank without micro-batches has none and receives
+    them.
+    """
     if workers() == 1:
         return terms
     every = gathered([(list(terms), torch.stack(list(terms.values())).cpu())] if terms else [])
@@ -266,9 +292,9 @@ def average(buffers: Sequence[Tensor]) -> None:
 class Gradients:
     """The gradients of some parameters in one row a dtype, to be added up by one all-reduce each.
 
-    Made before the ranks agree, since it takes memory. Behind the gradients the row counts the ranks that have each of them: one without
-    micro-batches contributes zeros, and a parameter without gradient on all ranks has none afterwards.
-    """
+    Made before the ranks agree, since it takes memory. Behind the gradients the row counts the ranks that
+    have each of them: one without micro-batches contributes zeros, and a parameter without gradient on all
+    ranks has none afterwards."""
     def __init__(self, parameters: Sequence[Tensor]):
         self.rows: list[tuple[list[Tensor], Tensor]] = []
         trained = [p for p in parameters if p.requires_grad] if workers() > 1 else []
@@ -297,10 +323,11 @@ class Gradients:
             if len(have) < len(group):                           # only then look, which waits for the device
                 for p, piece, count in zip(group, pieces, there.tolist()):
                     if p.grad is None and count:
-                        p.grad = torch.empty_like(p).copy_(piece)  # in the layout of p, as fused optimizers take for granted
+                        # In the layout of p, as fused optimizers take for granted.
+                        p.grad = torch.empty_like(p).copy_(piece)
 
 
-# --------------------------------------------------------------------------------------------------------------- be the same
+# ----------------------------------------------------------------------------------------------- be the same
 
 @torch.no_grad()
 def take_from_first(tensors: dict[str, Tensor]) -> None:
@@ -313,7 +340,9 @@ def take_from_first(tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def difference(tensors: dict[str, Tensor]) -> str | None:
-    """The first of the tensors that is not the same to the bit on all ranks, and where it differs from rank 0's."""
+    """The first of the tensors that is not the same to the bit on all ranks, and where it differs from rank
+    0's.
+    """
     if world() == 1 or not tensors:
         return None
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).cpu()
@@ -326,7 +355,9 @@ def difference(tensors: dict[str, Tensor]) -> str | None:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """() int64 of the bits and their places: NaN equals itself, -0 is not 0, and rows that changed places are seen."""
+    """() int64 of the bits and their places: NaN equals itself, -0 is not 0, and rows that changed places are
+    seen.
+    """
     whole: dict[int, Any] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     row = tensor.detach().view(whole[tensor.element_size()]).flatten().long()
     return (row * torch.arange(1, len(row) + 1, device=row.device)).sum()

@@ -29,9 +29,9 @@ class Run:
     held_out: Sequence[data.Crop]
     out: Path
     log: Log
-    total: int                                                   # optimizer steps
-    per_epoch: int                                               # of them
-    received: list[int] = field(default_factory=list)            # signals
+    total: int                                # optimizer steps
+    per_epoch: int                            # of them
+    received: list[int] = field(default_factory=list)  # signals
 
     @property
     def settings(self) -> TrainConfig:
@@ -46,7 +46,9 @@ def save_config(run: Run) -> None:
 
 
 def stop_if_signalled(run: Run) -> None:
-    """Between two crops of what can be begun again. Raises Stopped, on all ranks alike, so each must call it equally often."""
+    """Between two crops of what can be begun again. Raises Stopped, on all ranks alike, so each must call it
+    equally often.
+    """
     number = int(ranks.largest(run.received[0] if run.received else 0))
     if number:
         raise Stopped(number)
@@ -63,7 +65,9 @@ def stopped_early(cfg: TrainConfig, state: State) -> bool:
 
 
 def recovered(run: Run, shape: Sequence[int], work: Callable[[], Any]) -> Any:
-    """work(), with recovery from out-of-memory; each change of the dial goes to the console, log.jsonl and config.yaml."""
+    """work(), with recovery from out-of-memory; each change of the dial goes to the console, log.jsonl and
+    config.yaml.
+    """
     def note(text: str) -> None:
         run.log.say(text)
         run.log.write({"step": run.state.step, "split": "memory", "change": text})

@@ -1,6 +1,7 @@
 """How a run ends before its time: by an error that it cannot go on from, or by SIGINT, SIGTERM or SIGUSR1.
 
-A signal ends a run after the step at hand, and what writes files whole or not at all at once; a second signal ends either without a word.
+A signal ends a run after the step at hand, and what writes files whole or not at all at once; a second signal
+ends either without a word.
 
 Version 0.3 (2026-11).
 """
@@ -18,7 +19,8 @@ from training import ranks
 from training.console import tell
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
-SECOND_SIGNAL = 1.0                                              # seconds; what comes sooner is the same one: `timeout` sends it twice
+# Seconds; what comes sooner is the same one: `timeout` sends it twice.
+SECOND_SIGNAL = 1.0
 
 
 class RunStopped(RuntimeError):
@@ -31,8 +33,8 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 raise Stopped, at once: for what writes files whole or not at all. A second one, after SECOND_SIGNAL
-    seconds, ends the process without a word.
+    """SIGINT, SIGTERM and SIGUSR1 raise Stopped, at once: for what writes files whole or not at all. A second
+    one, after SECOND_SIGNAL seconds, ends the process without a word.
     """
     first: list[float] = []
 
@@ -55,11 +57,11 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT, SIGTERM and SIGUSR1, so that the loop ends after the step at hand. A second one, after SECOND_SIGNAL
-    seconds, ends the process at once.
+    """A list that receives SIGINT, SIGTERM and SIGUSR1, so that the loop ends after the step at hand. A
+    second one, after SECOND_SIGNAL seconds, ends the process at once.
 
-    A thread waits for that one: handlers run in the main thread, between Python's instructions, so not in the middle of a backward().
-    """
+    A thread waits for that one: handlers run in the main thread, between Python's instructions, so not in the
+    middle of a backward()."""
     received: list[int] = []
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -72,12 +74,17 @@ def caught_signals() -> Iterator[list[int]]:
             name = signal.Signals(number).name
             if first is None:
                 first = time.monotonic()
-                tell(f"{name}: ending after the step at hand{', with the state saved' * (ranks.world() == 1)}; another one ends at once")
+                tell(f"{name}: ending after the step at "
+                     f"hand{', with the state saved' * (ranks.world() == 1)}; another one ends at once")
             elif time.monotonic() - first >= SECOND_SIGNAL:
                 for worker in multiprocessing.active_children():  # they would tell how they lost this process
                     worker.kill()
                 with contextlib.suppress(OSError):
-                    os.write(2, f"train.py: {name} again: ended at once, the last checkpoint stays as it is\n".encode())
+                    os.write(
+                        2,
+                        f"train.py: {name} again: ended at once, the last checkpoint stays "
+                        f"as it is\n".encode(),
+                    )
                 os._exit(SIGNALS[number])
     try:
         before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in SIGNALS}
@@ -92,7 +99,8 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         if before:
             signal.set_wakeup_fd(woken)
-            os.write(write, b"\0")                               # the end: workers may hold this pipe too, so closing it is none
+            # The end: workers may hold this pipe too, so closing it is none.
+            os.write(write, b"\0")
             watcher.join()
         os.close(read)
         os.close(write)

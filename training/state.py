@@ -21,32 +21,33 @@ from training.task import Task
 class State:
     """All that changes during a run; `last.pt` holds it."""
     task: Task
-    model: torch.nn.Module                                       # the task's network
-    forward: Callable                                            # model, or its compiled form
+    model: torch.nn.Module                    # the task's network
+    forward: Callable                         # model, or its compiled form
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    amp_dtype: torch.dtype | None                                # None: no autocast
-    emas: list[torch.nn.Module]                                  # one per train.ema
-    masters: Master16 | None                                     # of 16-bit weights
-    dial: MemoryConfig                                           # of this moment; cfg.memory is what the user asked for
+    amp_dtype: torch.dtype | None             # None: no autocast
+    emas: list[torch.nn.Module]               # one per train.ema
+    masters: Master16 | None                  # of 16-bit weights
+    dial: MemoryConfig                        # of this moment; cfg.memory is what the user asked for
     perceptual: perceptual.PerceptualLoss3d | None = None
     disc: adversarial.PatchDiscriminator3d | None = None
     disc_optimizer: torch.optim.Optimizer | None = None
     lecam: adversarial.LeCam | None = None
-    step: int = 0                                                # optimizer steps done
-    best: float | None = None                                    # best value of train.metric so far
-    best_loss: float = math.inf                                  # of that validation: decides where the metric ties
-    bad_validations: int = 0                                     # since the best, for early stopping
-    plateau: tuple[float, float, int] = (math.inf, 1.0, 0)       # best loss, factor of the rate, validations since the best
-    bad_steps: int = 0                                           # non-finite steps in a row
+    step: int = 0                             # optimizer steps done
+    best: float | None = None                 # best value of train.metric so far
+    best_loss: float = math.inf               # of that validation: decides where the metric ties
+    bad_validations: int = 0                  # since the best, for early stopping
+    plateau: tuple[float, float, int] = (math.inf, 1.0, 0)  # best loss, factor of the rate, validations since
+                                                            # the best
+    bad_steps: int = 0                        # non-finite steps in a row
     finished: bool = False
-    validated: int = -1                                          # step of the last whole validation
-    sampled: int = 0                                             # step of the last whole set of pictures
-    latent: dict | None = None                                   # mean, std (Z,), scale_factor
-    usage: Tensor | None = None                                  # (K,) int64: choices of each code in this epoch
-    norms: list[float] = field(default_factory=list)             # the last finite gradient norms before clipping
-    global_batch: int = 0                                        # crops an optimizer step, over all ranks
-    updating: bool = False                                       # between the first and the last write of an update
+    validated: int = -1                       # step of the last whole validation
+    sampled: int = 0                          # step of the last whole set of pictures
+    latent: dict | None = None                # mean, std (Z,), scale_factor
+    usage: Tensor | None = None               # (K,) int64: choices of each code in this epoch
+    norms: list[float] = field(default_factory=list)  # the last finite gradient norms before clipping
+    global_batch: int = 0                     # crops an optimizer step, over all ranks
+    updating: bool = False                    # between the first and the last write of an update
 
     @property
     def shipped(self) -> torch.nn.Module:
@@ -83,9 +84,8 @@ class State:
 def new_state(cfg: TrainConfig, task: Task, device: torch.device, features: dict | None = None) -> State:
     """Networks and optimizers as at step 0, a function of the config alone.
 
-    features: content of the feature network of the run to resume, which takes the place of the file's. The dial is as the config says, and
-    not yet put on the networks (memory.turn_dial).
-    """
+    features: content of the feature network of the run to resume, which takes the place of the file's. The
+    dial is as the config says, and not yet put on the networks (memory.turn_dial)."""
     # First the network; its averages start as copies of it.
     torch.manual_seed(cfg.train.seed)
     model = on_device(task.build(cfg), device)
@@ -122,7 +122,8 @@ def make_optimizer(cfg: TrainConfig, weights: list[Tensor]) -> torch.optim.Optim
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """What the first step would allocate: out of memory there, half of the weights would have moved already."""
+    """What the first step would allocate: out of memory there, half of the weights would have moved already.
+    """
     for group in optimizer.param_groups:
         for p in (p for p in group["params"] if p.requires_grad):
             if isinstance(optimizer, torch.optim.SGD):

@@ -1,7 +1,8 @@
 """One optimizer step: forward, loss and backward of each micro-batch, then one update of everything.
 
-The task says what the loss is (its `objective`); a discriminator, where there is one, adds its terms (adversary.py). Which crops come in, and
-the random numbers, are given (order.py). Recovery from out of memory is around this (memory.py). Version 0.3 (2026-11).
+The task says what the loss is (its `objective`); a discriminator, where there is one, adds its terms
+(adversary.py). Which crops come in, and the random numbers, are given (order.py). Recovery from out of memory
+is around this (memory.py). Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -21,18 +22,19 @@ from training.state import State, quantizer_of, running_statistics
 
 
 class StepResult(NamedTuple):
-    terms: dict[str, Tensor]                                     # each () on the device, the mean over the step's crops
-    norm: Tensor                                                 # of the gradient before clipping
-    updated: bool                                                # False: something was not finite, the weights are as before
+    terms: dict[str, Tensor]                  # each () on the device, the mean over the step's crops
+    norm: Tensor                              # of the gradient before clipping
+    updated: bool                             # False: something was not finite, the weights are as before
 
 
 def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """One update of the network, and of the discriminator where there is one. Peak memory is one micro-batch's: no graph outlives its backward().
+    """One update of the network, and of the discriminator where there is one. Peak memory is one
+    micro-batch's: no graph outlives its backward().
 
-    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail (loss.adaptive_weight is the
-    exception: a ratio of each micro-batch's own). Weights, codebook and averages change only after all is known to be finite; what the
-    forward pass moves, the running statistics of batch norm, is put back where the step fails.
-    """
+    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail
+    (loss.adaptive_weight is the exception: a ratio of each micro-batch's own). Weights, codebook and averages
+    change only after all is known to be finite; what the forward pass moves, the running statistics of batch
+    norm, is put back where the step fails."""
     with statistics_put_back(state.model) as failed:
         gan = adversary.is_judging(cfg, state)
         optimizers = [state.optimizer]
@@ -44,12 +46,15 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
         terms, usage = accumulate(cfg, state, micro_batches, gan)
         terms = reduced(state, gan, terms, usage)
 
-        # Then their norm, in true units and clipped, and whether anything is not finite. Norm and loss both count: the gradient of |NaN| is zero.
+        # Then their norm, in true units and clipped, and whether anything is not finite. Norm and loss both
+        # count: the gradient of |NaN| is zero.
         norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
         finite = norm + terms["loss"]
         if gan:
             threshold = cfg.optim.grad_clip or math.inf
-            finite = finite + terms["disc"] + torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
+            finite = (
+                finite + terms["disc"] + torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
+            )
         updated = bool(torch.isfinite(finite))
 
         # Then the update, of everything or of nothing.
@@ -75,14 +80,19 @@ def forget_gradients(state: State, optimizers: Sequence[torch.optim.Optimizer]) 
         state.model.quantizer.collected = []
 
 
-def accumulate(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch], gan: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Gradients of all micro-batches, in place -> their terms, each the mean over the crops, and how often each code was chosen."""
+def accumulate(
+    cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch], gan: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Gradients of all micro-batches, in place -> their terms, each the mean over the crops, and how often
+    each code was chosen.
+    """
     total = sum(len(m.image) for m in micro_batches)
     sums: dict[str, Tensor] = {}
     usage = None if state.usage is None else torch.zeros_like(state.usage)
     for micro in micro_batches:
         share = len(micro.image) / (micro.crops_in_step or total)
-        generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]  # made here: a repeated step draws the same noise
+        # Made here: a repeated step draws the same noise.
+        generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]
 
         # The network's loss and its gradient; none where a codebook learns by averages alone.
         out, terms, crops = state.task.objective(cfg, state, state.forward, micro, generators)
@@ -104,18 +114,20 @@ def accumulate(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
             usage = usage + torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() * share
-        del out, terms, crops                                    # the next forward must not find this graph alive
+        # The next forward must not find this graph alive.
+        del out, terms, crops
     return sums, usage
 
 
 def reduced(state: State, gan: bool, terms: dict[str, Tensor], usage: Tensor | None) -> dict[str, Tensor]:
-    """Gradients and codebook usage (in place) and terms, added up over the ranks, once all of them have theirs.
+    """Gradients and codebook usage (in place) and terms, added up over the ranks, once all of them have
+    theirs.
 
-    Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only what a forward pass moves:
-    the running statistics of batch norm, the vectors of spectral norm.
-    """
+    Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only
+    what a forward pass moves: the running statistics of batch norm, the vectors of spectral norm."""
     if ranks.workers() == 1:
-        with memory.shared_failure(state):                       # tile_parallel: no rank updates before all have their gradients
+        # Tile_parallel: no rank updates before all have their gradients.
+        with memory.shared_failure(state):
             pass
         state.updating = ranks.world() > 1
         return terms
@@ -124,7 +136,8 @@ def reduced(state: State, gan: bool, terms: dict[str, Tensor], usage: Tensor | N
         parameters += state.disc.parameters()
     gradients = ranks.Gradients(parameters)
     ranks.agreed()
-    state.updating = True                                        # a rank that runs out of memory now cannot have the others repeat
+    # A rank that runs out of memory now cannot have the others repeat.
+    state.updating = True
     gradients.add_up()
     if usage is not None:
         ranks.add_up(usage)
@@ -136,7 +149,9 @@ def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], threshold: float) -> Tensor:
-    """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm before that."""
+    """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm
+    before that.
+    """
     if state.masters is not None:
         state.masters.take_gradients()
         if len(optimizers) > 1:
@@ -148,7 +163,8 @@ def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], thr
 
 
 def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
-    """optim.grad_clip, or the percentile of the last norms where that is lower and there are enough of them."""
+    """optim.grad_clip, or the percentile of the last norms where that is lower and there are enough of them.
+    """
     fixed = o.grad_clip or math.inf
     if not o.clip_percentile or len(norms) < o.clip_window:
         return fixed
@@ -157,8 +173,15 @@ def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
 
 # ------------------------------------------------------------------------------------------------ update
 
-def update(cfg: TrainConfig, state: State, optimizers: Sequence[torch.optim.Optimizer], gan: bool, terms: dict[str, Tensor],
-           usage: Tensor | None, norm: Tensor) -> None:
+def update(
+    cfg: TrainConfig,
+    state: State,
+    optimizers: Sequence[torch.optim.Optimizer],
+    gan: bool,
+    terms: dict[str, Tensor],
+    usage: Tensor | None,
+    norm: Tensor,
+) -> None:
     """Weights, then what follows them: running statistics, codebook, averages."""
     for optimizer in optimizers:
         if has_gradients(optimizer):
@@ -171,7 +194,9 @@ def update(cfg: TrainConfig, state: State, optimizers: Sequence[torch.optim.Opti
     if gan:
         ranks.average(running_statistics(state.disc))
     if usage is not None:
-        state.model.quantizer.update(torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step)))
+        state.model.quantizer.update(
+            torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step))
+        )
         state.usage += usage
     if state.lecam is not None and gan:
         state.lecam.update(terms["logits_real"], terms["logits_fake"])
@@ -199,7 +224,9 @@ class Outcome:
 
 @contextlib.contextmanager
 def statistics_put_back(model: torch.nn.Module) -> Iterator[Outcome]:
-    """Restore the network's buffers (not the codebook's) after an exception, or where the outcome says that the step failed."""
+    """Restore the network's buffers (not the codebook's) after an exception, or where the outcome says that
+    the step failed.
+    """
     buffers = running_statistics(model)
     before, failed = [b.clone() for b in buffers], Outcome()
     try:

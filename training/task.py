@@ -1,7 +1,8 @@
 """What the rest of the program asks of a task, and what a task may leave out.
 
-A task is one module in tasks/: what is trained (an autoencoder, a U-Net, a feature network). Training, validation, memory prediction and
-predict.py know a task by the names below alone, and never ask which one it is. The table of all tasks is tasks.TASKS. Version 0.1 (2026-11).
+A task is one module in tasks/: what is trained (an autoencoder, a U-Net, a feature network). Training,
+validation, memory prediction and predict.py know a task by the names below alone, and never ask which one it
+is. The table of all tasks is tasks.TASKS. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -18,16 +19,17 @@ from training.config import TrainConfig, one_of
 
 class Objective(NamedTuple):
     """What one micro-batch gives."""
-    out: Any                                                     # the network's output
-    terms: dict[str, Tensor]                                     # each () float32 or wider; `loss` is their weighted sum
-    crops: tuple[Tensor, ...] = ()                               # image and reconstruction as a discriminator sees them; (): none does
+    out: Any                                  # the network's output
+    terms: dict[str, Tensor]                  # each () float32 or wider; `loss` is their weighted sum
+    crops: tuple[Tensor, ...] = ()            # image and reconstruction as a discriminator sees them; ():
+                                              # none does
 
 
 class Picture(NamedTuple):
     """What one held-out crop looks like."""
-    image: Tensor                                                # (height, width, 3) uint8
-    volume: Any                                                  # (C, D, H, W) array, written as NIfTI beside it
-    kind: str                                                    # the end of that file's name: recon | pred
+    image: Tensor                             # (height, width, 3) uint8
+    volume: Any                               # (C, D, H, W) array, written as NIfTI beside it
+    kind: str                                 # the end of that file's name: recon | pred
 
 
 def nothing(*_) -> None:
@@ -45,53 +47,72 @@ def as_it_is(cfg: TrainConfig, *_) -> TrainConfig:
 @dataclass(frozen=True)
 class Task:
     """A task with everything that its module leaves out filled in. The module has to have the first four."""
-    name: str                                                    # of --task
-    METRICS: dict[str, bool]                                     # validation's figures -> higher is better; the first is train.metric's auto
-    build: Callable[[TrainConfig], nn.Module]                    # (cfg) -> the network. ValueError for a config that cannot be meant
-    objective: Callable[..., Objective]                          # (cfg, state, network, micro, generators): what a training step lowers
+    name: str                                 # of --task
+    METRICS: dict[str, bool]                  # validation's figures -> higher is better; the first is
+                                              # train.metric's auto
+    build: Callable[[TrainConfig], nn.Module]  # (cfg) -> the network. ValueError for a config that cannot be
+                                               # meant
+    objective: Callable[..., Objective]       # (cfg, state, network, micro, generators): what a training step
+                                              # lowers
 
     # The config.
-    PRESETS: dict[str, Any] = field(default_factory=dict)        # name -> config of the network; {}: there is one network
-    FILE_PRESETS: dict[str, Any] = field(default_factory=dict)   # names that only a file may use: networks made elsewhere
-    sections: Callable[[Any], dict[str, Any]] = no_helpers       # (preset) -> sections of the config that start otherwise
-    check: Callable[[TrainConfig], None] = nothing               # ValueError for fields that do not go together
-    LABELS: bool = False                                         # the data are image/label pairs
-    resolve: Callable[..., TrainConfig] = as_it_is               # (cfg, dataset) -> cfg with what the data say
-    channels: Callable[[TrainConfig], int] = lambda cfg: cfg.vae.in_channels  # of the network's input
+    PRESETS: dict[str, Any] = field(default_factory=dict)  # name -> config of the network; {}: there is one
+                                                           # network
+    FILE_PRESETS: dict[str, Any] = field(default_factory=dict)  # names that only a file may use: networks
+                                                                # made elsewhere
+    sections: Callable[[Any], dict[str, Any]] = no_helpers  # (preset) -> sections of the config that start
+                                                            # otherwise
+    check: Callable[[TrainConfig], None] = nothing  # ValueError for fields that do not go together
+    LABELS: bool = False                      # the data are image/label pairs
+    resolve: Callable[..., TrainConfig] = as_it_is  # (cfg, dataset) -> cfg with what the data say
+    channels: Callable[[TrainConfig], int] = lambda cfg: cfg.vae.in_channels
+                                              # of the network's input
     title: Callable[[TrainConfig], str] = lambda cfg: cfg.preset  # of the network, for the console
 
     # Training.
-    helpers: Callable[..., dict[str, Any]] = no_helpers          # (cfg, device, features) -> State's disc, lecam, perceptual ...
-    start: Callable[..., None] = nothing                         # (run): before the first step of a run that has no state yet
-    last_start: Callable[[TrainConfig], int] = lambda cfg: 0     # step from which all terms are there
+    helpers: Callable[..., dict[str, Any]] = no_helpers  # (cfg, device, features) -> State's disc, lecam,
+                                                         # perceptual ...
+    start: Callable[..., None] = nothing      # (run): before the first step of a run that has no state yet
+    last_start: Callable[[TrainConfig], int] = lambda cfg: 0  # step from which all terms are there
 
     # Validation.
-    criterion: Callable[..., Objective] | None = None            # as objective, all terms in full; None: objective
-    metrics: Callable[..., dict] = no_helpers                    # (cfg, out, micro, crop) -> figures of a crop, beside the terms
-    counts: Callable[..., dict[str, Tensor]] = no_helpers        # (cfg, out, micro, dataset) -> tensors that are added up over the crops
-    figures: Callable[[dict[str, Tensor]], dict] = no_helpers    # (their sums) -> figures
-    output: Callable[..., Any] | None = None                     # (cfg, state, network, x): of a whole crop; None: network(x)
-    picture: Callable[..., Picture] | None = None                # (cfg, crop, out); None: there is nothing to look at
+    criterion: Callable[..., Objective] | None = None  # as objective, all terms in full; None: objective
+    metrics: Callable[..., dict] = no_helpers  # (cfg, out, micro, crop) -> figures of a crop, beside the
+                                               # terms
+    counts: Callable[..., dict[str, Tensor]] = no_helpers  # (cfg, out, micro, dataset) -> tensors that are
+                                                           # added up over the crops
+    figures: Callable[[dict[str, Tensor]], dict] = no_helpers  # (their sums) -> figures
+    output: Callable[..., Any] | None = None  # (cfg, state, network, x): of a whole crop; None: network(x)
+    picture: Callable[..., Picture] | None = None  # (cfg, crop, out); None: there is nothing to look at
 
     # What is shipped.
-    ship: Callable[..., dict] | None = None                      # (network) -> content of best.pt; None: its weights and the config
-    finish: Callable[..., None] = nothing                        # (run): measurements at the end of a run
+    ship: Callable[..., dict] | None = None   # (network) -> content of best.pt; None: its weights and the
+                                              # config
+    finish: Callable[..., None] = nothing     # (run): measurements at the end of a run
 
     # predict.py; None: the command is for other tasks.
     describe: Callable[[TrainConfig], str] = lambda cfg: "network"  # kind of network, for the console
-    prepare: Callable[..., None] = nothing                       # (ready, options, data config): ValueError for flags that do not fit
-    reconstruct: Callable | None = None                          # (ready, array (C, D, H, W)) -> (C, D, H, W)
-    encode: Callable | None = None                               # (ready, array, generator) -> latent or indices
-    decode: Callable | None = None                               # (ready, latent, size) -> (C, D, H, W)
-    segment: Callable | None = None                              # (ready, array, ...) -> classes (D, H, W)
-    evaluate: Callable | None = None                             # (ready, case, number, options, totals, tick) -> figures, what was found
+    prepare: Callable[..., None] = nothing    # (ready, options, data config): ValueError for flags that do
+                                              # not fit
+    reconstruct: Callable | None = None       # (ready, array (C, D, H, W)) -> (C, D, H, W)
+    encode: Callable | None = None            # (ready, array, generator) -> latent or indices
+    decode: Callable | None = None            # (ready, latent, size) -> (C, D, H, W)
+    segment: Callable | None = None           # (ready, array, ...) -> classes (D, H, W)
+    evaluate: Callable | None = None          # (ready, case, number, options, totals, tick) -> figures, what
+                                              # was found
 
 
 def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
-    """The task of that name. Raises ValueError for one that is not in the table; source: where the name was found."""
+    """The task of that name. Raises ValueError for one that is not in the table; source: where the name was
+    found.
+    """
     one_of(f"{source}: task" if source else "task", name, tuple(tasks))
     module = tasks[name]
-    given = {f.name: getattr(module, f.name) for f in dataclasses.fields(Task) if hasattr(module, f.name) and f.name != "name"}
+    given = {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(Task)
+        if hasattr(module, f.name) and f.name != "name"
+    }
     return Task(name, **given)
 
 

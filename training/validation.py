@@ -1,7 +1,8 @@
-"""Validation: figures of held-out crops or volumes without noise, the best weights so far, and pictures of some of them.
+"""Validation: figures of held-out crops or volumes without noise, the best weights so far, and pictures of
+some of them.
 
-The task says what is measured of a crop (`criterion`, `metrics`), what is added up over all of them (`counts`, `figures`), and how one looks
-(`picture`). The ranks share the crops. Version 0.3 (2026-11).
+The task says what is measured of a crop (`criterion`, `metrics`), what is added up over all of them
+(`counts`, `figures`), and how one looks (`picture`). The ranks share the crops. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -30,16 +31,27 @@ def validation(run: Run, epoch: int) -> None:
     started, state = time.monotonic(), run.state
     metrics, voxels = validate(run)
     seconds = time.monotonic() - started
-    run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics, "lr": state.optimizer.param_groups[0]["lr"],
-                 "seconds": round(seconds, 4), "voxels_per_second": round(voxels / seconds),
-                 "peak_gib": round(ranks.largest(peak_gib(run.device)), 4)})
+    run.log.row(
+        {
+            "step": state.step,
+            "epoch": epoch,
+            "split": "val",
+            **metrics,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 4),
+            "voxels_per_second": round(voxels / seconds),
+            "peak_gib": round(ranks.largest(peak_gib(run.device)), 4),
+        }
+    )
     if update_best(run.cfg, state, metrics):
         save_best(run, metrics)
 
 
 @torch.no_grad()
 def validate(run: Run) -> tuple[dict[str, float], int]:
-    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise; and the voxels seen."""
+    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise;
+    and the voxels seen.
+    """
     cfg, state, task = run.cfg, run.state, run.state.task
     model, rows, counts, voxels = state.shipped.eval(), [], {}, 0
     criterion = task.criterion or task.objective
@@ -75,22 +87,28 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
     return metrics, voxels
 
 
-# ------------------------------------------------------------------------------------------------ the best weights
+# ------------------------------------------------------------------------------------------------ the best
+# weights
 
 def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bool:
-    """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so far."""
+    """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so
+    far.
+    """
     name = metric_of(cfg, state.task)
     if name not in metrics:
-        raise ValueError(f"train.metric={name} is none of the metrics of --task {state.task.name}: {', '.join(metrics)}")
+        raise ValueError(f"train.metric={name} is none of the metrics of --task {state.task.name}: "
+                         f"{', '.join(metrics)}")
     higher_is_better = state.task.METRICS.get(name, True)
     value, loss = metrics[name], metrics["loss"]
-    if not math.isfinite(value):                                 # such as the Dice of held-out labels without a class
+    # Such as the Dice of held-out labels without a class.
+    if not math.isfinite(value):
         value = -math.inf if higher_is_better else math.inf
     gain = 0.0
     if state.best not in (None, value):
         gain = value - state.best if higher_is_better else state.best - value
 
-    # Until all terms have set in, the last validation is the best: what came before was measured on another criterion.
+    # Until all terms have set in, the last validation is the best: what came before was measured on another
+    # criterion.
     first = state.best is None or state.step <= state.task.last_start(cfg)
     tie = gain == 0 and loss < state.best_loss
     better = math.isfinite(loss) and (first or gain > 0 or tie)
@@ -116,8 +134,15 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     if run.state.task.ship is not None:
         return run.state.task.ship(model) | {"step": run.state.step}
     weights = full_weights(run.state) if model is run.state.model else model.state_dict()
-    return {"kind": "vae3d.weights", "version": 1, "config": shared_config(run.settings), "step": run.state.step, "latent": run.state.latent,
-            "data": facts_of(run.dataset), "model": weights}
+    return {
+        "kind": "vae3d.weights",
+        "version": 1,
+        "config": shared_config(run.settings),
+        "step": run.state.step,
+        "latent": run.state.latent,
+        "data": facts_of(run.dataset),
+        "model": weights,
+    }
 
 
 def save_best(run: Run, metrics: dict[str, float]) -> None:
@@ -130,7 +155,8 @@ def load_best(run: Run) -> dict:
 
 
 def check_best(run: Run) -> bool:
-    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the weights at hand replace it.
+    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the
+    weights at hand replace it.
 
     Returns whether they did.
     """
@@ -147,7 +173,8 @@ def check_best(run: Run) -> bool:
         value = metrics[name]
         run.state.best, run.state.best_loss = value if math.isfinite(value) else None, metrics["loss"]
         save_best(run, metrics)
-        run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {name} {shown(run.state.best)}")
+        run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {name} "
+                    f"{shown(run.state.best)}")
     return wrong is not None
 
 
@@ -155,7 +182,9 @@ def check_best(run: Run) -> bool:
 
 @torch.no_grad()
 def save_samples(run: Run) -> None:
-    """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI, of the first crop of up to log.samples held-out volumes."""
+    """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI, of the first crop of up to log.samples
+    held-out volumes.
+    """
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
         return
