@@ -53,11 +53,13 @@ import yaml
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+import adversarial
 import checkpoints
 import data
 import losses
-import memtest
 import parallel
+import peaks
+import perceptual
 import pictures
 import unet
 import vae3d
@@ -551,17 +553,17 @@ def to_yaml(cfg: TrainConfig) -> str:
 @dataclass
 class State:
     """All that changes during a run; `last.pt` holds it."""
-    model: torch.nn.Module                                       # VAE3D, UNet or losses.FeatureTrainer
+    model: torch.nn.Module                                       # VAE3D, UNet or perceptual.FeatureTrainer
     forward: Callable                                            # model, or its compiled form
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     amp_dtype: torch.dtype | None                                # None: no autocast
     emas: list[torch.nn.Module]                                  # one per train.ema
     masters: list[Tensor] | None                                 # float32 copies of 16-bit weights
-    perceptual: losses.PerceptualLoss3d | None
-    disc: losses.PatchDiscriminator3d | None
+    perceptual: perceptual.PerceptualLoss3d | None
+    disc: adversarial.PatchDiscriminator3d | None
     disc_optimizer: torch.optim.Optimizer | None
-    lecam: losses.LeCam | None
+    lecam: adversarial.LeCam | None
     step: int = 0                                                # optimizer steps done
     best: float | None = None                                    # best value of train.metric so far
     best_loss: float = math.inf                                  # of that validation: decides where the metric ties
@@ -678,7 +680,7 @@ def new_state(cfg: TrainConfig, device: torch.device, features: dict | None = No
     state = State(model, torch.compile(model) if cfg.train.compile else model, optimizer,
                   torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16), amp_dtype, emas, masters,
                   build_perceptual(cfg, device, features), disc, disc_optimizer,
-                  losses.LeCam().to(device) if cfg.loss.lecam_weight else None,
+                  adversarial.LeCam().to(device) if cfg.loss.lecam_weight else None,
                   global_batch=cfg.train.batch * cfg.train.accum * parallel.workers())
     for each in (optimizer, disc_optimizer):
         if each is not None:
@@ -705,17 +707,17 @@ def build_network(cfg: TrainConfig) -> torch.nn.Module:
     if cfg.task == "seg":
         return UNet(cfg.unet)
     if cfg.task == "features":
-        return losses.FeatureTrainer(losses.FeatureNet3d(seed=cfg.train.seed))
+        return perceptual.FeatureTrainer(perceptual.FeatureNet3d(seed=cfg.train.seed))
     if cfg.train.stage and cfg.vae.bottleneck != "vq":
         raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but vae.bottleneck is {cfg.vae.bottleneck}; "
                          f"add --vae.bottleneck vq")
     return VAE3D(cfg.vae)
 
 
-def build_discriminator(cfg: TrainConfig) -> losses.PatchDiscriminator3d:
+def build_discriminator(cfg: TrainConfig) -> adversarial.PatchDiscriminator3d:
     """Raises ValueError when the crops that it sees are too small for it."""
     loss = cfg.loss
-    disc = losses.PatchDiscriminator3d(cfg.vae.in_channels, loss.disc_channels, loss.disc_layers, loss.disc_strides, loss.disc_norm)
+    disc = adversarial.PatchDiscriminator3d(cfg.vae.in_channels, loss.disc_channels, loss.disc_layers, loss.disc_strides, loss.disc_norm)
     seen = [min(n, c) for n, c in zip(cfg.data.patch, loss.crop or cfg.data.patch)] if cfg.data.patch else disc.least_size
     if any(n < least for n, least in zip(seen, disc.least_size)):
         raise ValueError(f"the discriminator sees crops of {','.join(map(str, seen))} (--patch, loss.crop), but {loss.disc_layers} layers "
@@ -724,19 +726,19 @@ def build_discriminator(cfg: TrainConfig) -> losses.PatchDiscriminator3d:
     return disc
 
 
-def build_perceptual(cfg: TrainConfig, device: torch.device, content: dict | None) -> losses.PerceptualLoss3d | None:
+def build_perceptual(cfg: TrainConfig, device: torch.device, content: dict | None) -> perceptual.PerceptualLoss3d | None:
     """loss.perceptual_features (or `content` of such a file) as a frozen network, None where the weight is 0. ValueError for a bad file."""
     if cfg.task != "vae" or not cfg.loss.perceptual_weight:
         return None
     if cfg.loss.perceptual_features == "random":
-        features = losses.FeatureNet3d()
+        features = perceptual.FeatureNet3d()
     else:
         content = content or checkpoints.load(cfg.loss.perceptual_features, "vae3d.features")
         try:
-            features = losses.FeatureNet3d.from_checkpoint(content)
+            features = perceptual.FeatureNet3d.from_checkpoint(content)
         except ValueError as error:
             raise ValueError(f"{cfg.loss.perceptual_features}: {error}") from None
-    return on_device(losses.PerceptualLoss3d(features), device)
+    return on_device(perceptual.PerceptualLoss3d(features), device)
 
 
 def on_device(module: torch.nn.Module, device: torch.device) -> Any:
@@ -947,13 +949,13 @@ def objective(cfg: TrainConfig, state: State, network: Callable, micro: MicroBat
         out = forward(state, network, micro.image) if step is not None else segmented(cfg, state, network, micro.image)
         return out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)), []
     if cfg.task == "features":
-        out = forward(state, network, micro.image, *losses.degrade(micro.image, generators))
+        out = forward(state, network, micro.image, *perceptual.degrade(micro.image, generators))
         return out, {"loss": out.loss, "explained": out.explained.mean()}, []
     out = forward(state, network, micro.image, generators)
     crops = []
     if state.disc is not None or state.perceptual is not None:
-        starts = losses.crop_starts(micro.image.shape, cfg.loss.crop, generators)
-        crops = [losses.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon)]
+        starts = perceptual.crop_starts(micro.image.shape, cfg.loss.crop, generators)
+        crops = [perceptual.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon)]
     return out, reconstruction_terms(cfg.loss, state, out, micro.image, crops, step), crops
 
 
@@ -994,17 +996,18 @@ def generator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor], ter
     loss, (real, fake) = cfg.loss, crops
     state.disc.requires_grad_(False)
     logits, features = judge(state, fake)
-    terms["adv"] = losses.generator_loss(logits, loss.adv_loss)
+    terms["adv"] = adversarial.generator_loss(logits, loss.adv_loss)
     weight = loss.adv_weight * ramp(state.step, loss.disc_start, loss.disc_warmup)
     if loss.adaptive_weight:
-        terms["adaptive_weight"] = losses.adaptive_weight(terms["loss"], terms["adv"], state.model.decoder.head.conv.weight,
-                                                          scale=float(scaled(state, torch.ones((), device=fake.device))))
+        scale = float(scaled(state, torch.ones((), device=fake.device)))
+        last_layer = state.model.decoder.head.conv.weight
+        terms["adaptive_weight"] = adversarial.adaptive_weight(terms["loss"], terms["adv"], last_layer, scale=scale)
         weight = weight * terms["adaptive_weight"]
     terms["loss"] = terms["loss"] + weight * terms["adv"]
     if loss.feature_matching_weight:
         with torch.no_grad():
             features_real = judge(state, real)[1]
-        terms["feature_matching"] = losses.feature_matching_loss(features_real, features)
+        terms["feature_matching"] = adversarial.feature_matching_loss(features_real, features)
         terms["loss"] = terms["loss"] + loss.feature_matching_weight * terms["feature_matching"]
     state.disc.requires_grad_(True)
 
@@ -1013,13 +1016,13 @@ def discriminator_terms(cfg: TrainConfig, state: State, crops: Sequence[Tensor])
     """The discriminator's own criterion `disc` on detached crops, and the mean logits."""
     loss, (real, fake) = cfg.loss, crops
     logits_real, logits_fake = judge(state, real)[0], judge(state, fake)[0]
-    total = losses.discriminator_loss(logits_real, logits_fake, loss.adv_loss)
+    total = adversarial.discriminator_loss(logits_real, logits_fake, loss.adv_loss)
     if state.lecam is not None:
         total = total + loss.lecam_weight * state.lecam(logits_real, logits_fake)
     if loss.r1_weight and state.step % loss.r1_every == 0:
         real = losses.wide(real).detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):    # squares of 16-bit gradients underflow
-            total = total + loss.r1_every * loss.r1_weight * losses.r1_penalty(state.disc(real)[0], real)
+            total = total + loss.r1_every * loss.r1_weight * adversarial.r1_penalty(state.disc(real)[0], real)
     return {"disc": total, "logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
 
 
@@ -1593,10 +1596,10 @@ def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
 def predicted_peak(cfg: TrainConfig, device: torch.device) -> str:
     """What memtest.py predicts for a step of this config on `device`, as a line; needs no such device."""
     try:
-        peak = memtest.predict(lambda d: make_step(cfg, d), device)
+        peak = peaks.predict(lambda d: make_step(cfg, d), device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    return f"predicted peak of a step on {device.type}: {peak.bytes / memtest.GIB:.2f} GiB; {' '.join(memtest.LEFT_OUT.split())}"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {' '.join(peaks.LEFT_OUT.split())}"
 
 
 def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str], None]) -> MemoryConfig:
@@ -1606,26 +1609,62 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
             raise ValueError("--fit needs a number of GiB where there is no GPU whose free memory it could take: --fit 16")
         limit = float(torch.cuda.mem_get_info(device)[0])
     else:
-        limit = convert(budget, float, "--fit") * memtest.GIB
+        limit = convert(budget, float, "--fit") * peaks.GIB
     dtype = torch.float16 if cfg.train.precision == "master16" else pick_precision(cfg.train.amp, device)[0] or torch.float32
     size = cfg.data.patch
     candidates = [{"mode": mode} for mode in memory_modes(cfg)]
     if cfg.task == "vae":
         with torch.device("meta"):
-            candidates = memtest.memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
+            candidates = memory_settings(VAE3D(cfg.vae), size, cfg.train.batch, dtype, limit)
     if cfg.memory.tile_parallel:
         candidates = [memory for memory in candidates if memory["mode"] == "tile"]
 
     def step_with(size: Sequence[int], memory: dict) -> Callable:
-        changed = memtest.change(cfg, {"data": {"patch": size}, "memory": memory})
+        changed = change(cfg, {"data": {"patch": size}, "memory": memory})
         return lambda d: make_step(changed, d)
-    plan = memtest.plan(step_with, size, limit, candidates, device)
-    text = f"{plan.bytes / memtest.GIB:.2f} GiB predicted at {','.join(map(str, size))}, {limit / memtest.GIB:.2f} given, 10 % kept free"
+    plan = peaks.plan(step_with, size, limit, candidates, device)
+    text = f"{plan.bytes / peaks.GIB:.2f} GiB predicted at {','.join(map(str, size))}, {limit / peaks.GIB:.2f} given, 10 % kept free"
     if not plan.fits:
-        raise ValueError(f"--fit: nothing fits: the least is {memtest.memory_text(plan.memory)}, {text}; use a smaller --patch or --batch, "
-                         f"or --fit {plan.bytes / 0.9 / memtest.GIB:.2f}")
-    say(f"--fit: memory mode {memtest.memory_text(plan.memory)}: {text}")
+        raise ValueError(f"--fit: nothing fits: the least is {memory_text(plan.memory)}, {text}; use a smaller --patch or --batch, "
+                         f"or --fit {plan.bytes / 0.9 / peaks.GIB:.2f}")
+    say(f"--fit: memory mode {memory_text(plan.memory)}: {text}")
     return dataclasses.replace(cfg.memory, **plan.memory)
+
+
+MOST_WORK = 2.0                                                  # tile plans that take longer, over a checkpointed step, are not considered
+
+
+def change(cfg, sections: dict[str, dict]):
+    """The dataclass `cfg` with some fields of its sections replaced."""
+    return dataclasses.replace(cfg, **{name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in sections.items()})
+
+
+def size_text(size) -> str:
+    return ",".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+
+
+def memory_text(memory: dict) -> str:
+    return memory["mode"] + (f" {size_text(memory['tile'])}, stretches {memory['stretch']}" if memory["mode"] == "tile" else "")
+
+
+def tile_plans(vae, size: Sequence[int], batch: int, dtype: torch.dtype) -> list:
+    """vae3d.TilePlan by rising work, none above MOST_WORK, of `vae` (a vae3d.VAE3D, on any device) for volumes of `size`."""
+    plans = vae.memory("tile").tile_plans(size, batch, dtype)
+    return [p for p in plans if p.work <= MOST_WORK] or plans[:1]
+
+
+def memory_settings(vae, size: Sequence[int], batch: int, dtype: torch.dtype, limit: float = math.inf) -> list[dict]:
+    """Candidates for `plan`, by rising recomputation: none, checkpoint, then tile plans.
+
+    dtype: of the activations. Of the tile plans those whose own estimate is within `limit` bytes, or the one of least memory.
+    """
+    plans = tile_plans(vae, size, batch, dtype)
+    within = [p for p in plans if p.peak_bytes <= limit] or plans[-1:]
+    return [{"mode": "none"}, {"mode": "checkpoint"}, *(tile_memory(p) for p in within)]
+
+
+def tile_memory(plan) -> dict:
+    return {"mode": "tile", "tile": plan.tile, "stretch": plan.stretch}
 
 
 def memory_modes(cfg: TrainConfig) -> tuple[str, ...]:
@@ -1676,7 +1715,7 @@ def train(cfg: TrainConfig, dataset: data.Data, out: Path, resumed: checkpoints.
                 + ("16-bit weights, float32 masters" if state.masters is not None else pick_precision(cfg.train.amp, device)[1]))
         for text in started_from:
             log.say(text)
-        for text in memtest.environment_warnings() if device.type == "cuda" else []:
+        for text in peaks.environment_warnings() if device.type == "cuda" else []:
             log.say(f"warning: {text}")
         ranks = f" on {parallel.world()} ranks" * (parallel.world() > 1)
         log.say(f"{total} steps of {state.global_batch} crops{ranks}, {per_epoch} an epoch; run folder {out}")

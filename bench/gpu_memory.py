@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import memtest  # noqa: E402
+import peaks  # noqa: E402
 import vae3d  # noqa: E402
 
 PRESETS = ("ultra_lightweight", "high_res")
@@ -46,7 +47,7 @@ def main() -> int:
     rows = []
     for flags in settings(options.quick):
         row = memtest.in_process([*flags, "--no-measure"])
-        if row.get("predicted_gib") and row["predicted_gib"] * memtest.GIB <= free * (1 - memtest.SPARE):
+        if row.get("predicted_gib") and row["predicted_gib"] * peaks.GIB <= free * (1 - peaks.SPARE):
             row = memtest.in_process([*flags, "--measure"])
         row["ratio"] = row["predicted_gib"] / row["measured_gib"] if row.get("measured_gib") else None
         rows.append({"flags": " ".join(flags), **row})
@@ -55,8 +56,8 @@ def main() -> int:
     card = torch.cuda.get_device_name()                          # last: from here on this process holds a context on the card too
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu_memory_{card.replace(' ', '_')}.json"
-    path.write_text(json.dumps({"card": card, "free_gib": free / memtest.GIB, "torch": torch.__version__, "cuda": torch.version.cuda,
-                                "cudnn": torch.backends.cudnn.version(), "warnings": memtest.environment_warnings(), "rows": rows},
+    path.write_text(json.dumps({"card": card, "free_gib": free / peaks.GIB, "torch": torch.__version__, "cuda": torch.version.cuda,
+                                "cudnn": torch.backends.cudnn.version(), "warnings": peaks.environment_warnings(), "rows": rows},
                                indent=1) + "\n")
     print(path)
     return 0 if all(not row.get("error") and (row["ratio"] is None or abs(row["ratio"] - 1) <= TOLERANCE) for row in rows) else 1

@@ -41,7 +41,7 @@ except ModuleNotFoundError:
 
 import data  # noqa: E402
 import losses  # noqa: E402
-import memtest  # noqa: E402
+import peaks  # noqa: E402
 import pictures  # noqa: E402
 import train  # noqa: E402
 import vae3d  # noqa: E402
@@ -61,7 +61,7 @@ def config(size: tuple[int, int, int], batch: int, mode: str = "none", steps: in
     return train.load_config([word for name, value in flags.items() for word in (f"--{name}", value)])
 
 
-def our_step(cfg: train.TrainConfig, dtype: torch.dtype | None, vae_config: vae3d.VAEConfig | None = None) -> memtest.MakeStep:
+def our_step(cfg: train.TrainConfig, dtype: torch.dtype | None, vae_config: vae3d.VAEConfig | None = None) -> peaks.MakeStep:
     """train.make_step; dtype: of autocast, whatever `--amp` would choose on this machine. vae_config: in place of the preset."""
     if vae_config is not None:
         cfg = train.dataclasses.replace(cfg, vae=vae_config)
@@ -91,7 +91,7 @@ class Theirs:
         self.optimizer.step()
 
 
-def their_step(name: str, cfg: train.TrainConfig, dtype: torch.dtype | None) -> memtest.MakeStep:
+def their_step(name: str, cfg: train.TrainConfig, dtype: torch.dtype | None) -> peaks.MakeStep:
     def make(device: torch.device) -> Step:
         theirs, image = Theirs(name, cfg, device, dtype), torch.randn(cfg.train.batch, 1, *cfg.data.patch, device=device)
         return lambda: theirs.step(image)
@@ -122,9 +122,9 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs)), 3)
 
 
-def peak(make: memtest.MakeStep, device: torch.device) -> int:
+def peak(make: peaks.MakeStep, device: torch.device) -> int:
     if device.type != "cuda":
-        return memtest.predict(make, device).bytes
+        return peaks.predict(make, device).bytes
     step = make(device)
     for _ in range(2):
         step()
@@ -146,7 +146,7 @@ def compare(name: str, size: tuple[int, int, int], batch: int, precision: str, d
     bytes_theirs = peak(makes["theirs"], device)
     row = {"theirs": name, "size": size, "batch": batch, "precision": precision, "pairs": len(times["ours"]),
            "theirs_seconds": round(statistics.median(times["theirs"]), 4), "ours_seconds": round(statistics.median(times["ours"]), 4),
-           "step_time_ratio": ratio(times["ours"], times["theirs"]), "theirs_gib": round(bytes_theirs / memtest.GIB, 4)}
+           "step_time_ratio": ratio(times["ours"], times["theirs"]), "theirs_gib": round(bytes_theirs / peaks.GIB, 4)}
     if same:
         row["same_network_step_time_ratio"] = ratio(times["same network"], times["theirs"])
         row["same_network_peak_ratio"] = round(peak(makes["same network"], device) / bytes_theirs, 3)
