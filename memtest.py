@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import peaks
 import pictures
@@ -103,47 +102,13 @@ def print_table(rows: Sequence[Row], file=None) -> None:
         print(text + (f"  {row.error}" if row and row.error else ""), file=file)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------------ picture
 
-GLYPHS = {                                                       # 5x7 dots: a byte per column, lowest bit on top
-    " ": "0000000000", "+": "08083e0808", ",": "0050300000", "-": "0808080808", ".": "0060600000", "/": "2010080402", ":": "0036360000",
-    "%": "2313086462", "_": "4040404040", "(": "001c224100", ")": "0041221c00", "=": "1414141414", "?": "0201510906",
-    "0": "3e5149453e", "1": "00427f4000", "2": "4261514946", "3": "2141454b31", "4": "1814127f10", "5": "2745454539", "6": "3c4a494930",
-    "7": "0171090503", "8": "3649494936", "9": "064949291e", "A": "7e1111117e", "B": "7f49494936", "C": "3e41414122", "D": "7f4141221c",
-    "E": "7f49494941", "F": "7f09090901", "G": "3e4149497a", "H": "7f0808087f", "I": "00417f4100", "J": "2040413f01", "K": "7f08142241",
-    "L": "7f40404040", "M": "7f020c027f", "N": "7f0408107f", "O": "3e4141413e", "P": "7f09090906", "Q": "3e4151215e", "R": "7f09192946",
-    "S": "4649494931", "T": "01017f0101", "U": "3f4040403f", "V": "1f2040201f", "W": "3f4038403f", "X": "6314081463", "Y": "0708700807",
-    "Z": "6151494543",
-}
-
-
-def draw_text(image: Tensor, text: str, y: int, x: int, scale: int = 2) -> None:
-    """Writes `text` in capitals into (height, width, 3) uint8 with its upper left corner at (y, x); a character takes 7 x 6 dots."""
-    for i, character in enumerate(text.upper()):
-        columns = torch.tensor(list(bytes.fromhex(GLYPHS.get(character, GLYPHS["?"]))))
-        dots = (columns[None, :] >> torch.arange(7)[:, None] & 1).bool()  # (7, 5)
-        dots = dots.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        image[y:y + 7 * scale, x + 6 * scale * i:x + 6 * scale * i + 5 * scale][dots] = 32
-
-
-def draw_table(rows: Sequence[Row], title: str) -> Tensor:
-    """Bars of the predicted peaks (blue) over the measured ones (orange), each with its label and GiB -> (height, width, 3) uint8."""
+def picture(rows: Sequence[Row], title: str) -> str:
+    """Bars of the predicted and of the measured peaks, as the text of an SVG file."""
     labels = [f"{row.label} x{row.batch}" for row in rows]
-    left, bars, line = 12 * max(map(len, labels)) + 24, 520, 44
-    image = torch.full((line * (len(rows) + 1), max(left + bars + 150, 12 * len(title) + 24), 3), 255, dtype=torch.uint8)
-    draw_text(image, title, 14, 12)
-    most = max([value for row in rows for value in (row.predicted_gib, row.measured_gib) if value], default=1.0)
-    for i, (row, label) in enumerate(zip(rows, labels), 1):
-        draw_text(image, label, line * i + 10, 12)
-        thick = 14 if row.measured_gib else 30
-        for value, y, colour in ((row.predicted_gib, line * i, (86, 140, 200)), (row.measured_gib, line * i + 16, (230, 150, 70))):
-            if value:
-                width = max(1, round(bars * value / most))
-                image[y:y + thick, left:left + width] = torch.tensor(colour, dtype=torch.uint8)
-                draw_text(image, f"{gib_text(value)} GIB", y + (thick - 14) // 2, left + width + 8)
-        if row.predicted_gib is None:
-            draw_text(image, "no prediction", line * i + 10, left)
-    return image
+    series = {"predicted": [row.predicted_gib for row in rows], "measured": [row.measured_gib for row in rows]}
+    return pictures.bars(labels, series, title, "GiB", missing="no prediction")
 
 
 # -------------------------------------------------------------------------------------------------------------------- command line
@@ -158,7 +123,7 @@ def build_parser(parser_class) -> argparse.ArgumentParser:
     parser.add_argument("--measure", action=argparse.BooleanOptionalAction, help="run each row for real [when there is a GPU]; with "
                         "--device cpu its live storages are counted")
     parser.add_argument("--one", action="store_true", help="no table: only the row of the flags given, as a JSON line")
-    for kind, what in (("json", "the rows"), ("png", "a bar picture of the rows"), ("yaml", "the plan, for train.py --config")):
+    for kind, what in (("json", "the rows"), ("svg", "a bar picture of the rows"), ("yaml", "the plan, for train.py --config")):
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"write {what}")
     return parser
 
@@ -183,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if measured and device != "cpu" and not on_card:
             raise ValueError("--measure needs a GPU, and torch sees none; leave it out, or add --device cpu")
         budget = budget_bytes(own.budget, device, on_card)
-        for path in (own.json, own.png, own.yaml):
+        for path in (own.json, own.svg, own.yaml):
             if path and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{path}: no such folder {Path(path).absolute().parent}; make it first")
     except (ValueError, train.DataError) as error:
@@ -204,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"warning: {text}")
     if own.json:
         Path(own.json).write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
-    if own.png:
-        Path(own.png).write_bytes(pictures.png(draw_table(rows, title)))
+    if own.svg:
+        Path(own.svg).write_text(picture(rows, title))
     planned = own.budget is None or print_plan(cfg, argv, budget, device, own.yaml)
     return 0 if planned and all(row.predicted_gib is not None for row in rows) else 1
 

@@ -2,11 +2,10 @@
 import dataclasses
 import json
 import math
-import struct
 import subprocess
 import sys
 import types
-import zlib
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,11 +14,13 @@ from pieces import ROOT
 
 import memtest
 import peaks
+import pictures
 import train
 import vae3d
 from peaks import GIB
 
 KEYS = ["preset", "resolution", "batch", "amp", "mode", "tile", "params", "predicted_gib", "measured_gib", "step_seconds", "fits"]
+SVG = "{http://www.w3.org/2000/svg}"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
 
@@ -45,23 +46,27 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_a_png(quick, tmp_path, capsys):
-    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "png")}
-    assert memtest.main(["--preset", "high_res", "--resolution", "16,32,64", "--json", str(files["json"]), "--png", str(files["png"])]) == 0
+def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_an_svg(quick, tmp_path, capsys):
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "svg")}
+    flags = ["--preset", "high_res", "--resolution", "16,32,64"]
+    assert memtest.main([*flags, "--json", str(files["json"]), "--svg", str(files["svg"])]) == 0
     rows = json.loads(files["json"].read_text())
     assert [list(row) for row in rows] == [KEYS] * (1 + 2 * len(vae3d.MEMORY_MODES))
-    assert [(r["amp"], r["mode"], r["batch"]) for r in rows[:2]] == [(False, "none", 1), (True, "none", 1)] and rows[-1]["batch"] == 2
+    assert [(r["amp"], r["mode"], r["batch"]) for r in rows[:2]] == [(False, "none", 1), (True, "none", 1)]
+    assert rows[-1]["batch"] == 2
     assert rows[0]["resolution"] == [16, 32, 64] and rows[0]["preset"] == "high_res" and rows[0]["tile"] is None
     assert rows[0]["params"] == sum(p.numel() for p in vae3d.VAE3D.from_preset("high_res").parameters())
     assert all(row["measured_gib"] is row["step_seconds"] is row["fits"] is None for row in rows)
     said = capsys.readouterr().out
     assert "against row 1" in said and "context" in said and "workspace" in said and "fragmentation" in said
-    picture = files["png"].read_bytes()
-    width, height, depth, colour = struct.unpack(">IIBB", picture[16:26])
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and (depth, colour) == (8, 2)
-    length = struct.unpack(">I", picture[33:37])[0]
-    pixels = zlib.decompress(picture[41:41 + length])
-    assert len(pixels) == height * (1 + 3 * width) and len(set(pixels)) > 5 and height == 44 * (1 + len(rows))
+    picture = ElementTree.parse(files["svg"]).getroot()
+    words = [element.text for element in picture.iter(f"{SVG}text")]
+    assert any(word.startswith("high_res 16,32,64") for word in words)
+    for row in rows:                                             # a label and a figure each
+        assert any(word.endswith(f"x{row['batch']}") and f" {row['mode']}" in word for word in words), words
+        assert f"{pictures.figure(row['predicted_gib'])} GiB" in words, words
+    bars = [element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"]
+    assert len(bars) == len(rows)
 
 
 def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):
