@@ -97,7 +97,8 @@ class PatchDiscriminator3d(nn.Module):
             x = block[0](x)
             if self.norm == "instance" and len(block) == 3 and x[0, 0].numel() == 1:
                 raise ValueError("PatchDiscriminator3d: instance norm of a map of one voxel is 0 whatever "
-                                 "the input; use larger crops, fewer loss.disc_layers or another loss.disc_norm")
+                                 "the input; use larger crops, fewer loss.disc_layers or another "
+                                 "loss.disc_norm")
             x = block[1:](x)
             features.append(x)
         return self.logits(x), features
