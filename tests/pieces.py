@@ -1,4 +1,5 @@
-"""What tests of several files use: tensors, generators, what autograd keeps, sources to compare, a file alone in a folder."""
+"""What tests of several files use: tensors, generators, what autograd keeps, sources to compare, a file
+alone in a folder."""
 import ast
 import shutil
 import subprocess
@@ -59,7 +60,8 @@ def names_of(node: ast.AST) -> list[str]:
 
 
 def assert_copies(file: str) -> int:
-    """Every line of `file` that says `# same as other.Name` opens a copy of what other.py has under that name; how many there are."""
+    """Every line of `file` that says `# same as other.Name` opens a copy of what other.py has under that
+    name; how many there are."""
     lines, found = (ROOT / file).read_text().splitlines(), 0
     for line in lines:
         if "# same as " not in line:

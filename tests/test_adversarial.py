@@ -21,16 +21,27 @@ from adversarial import (
 )
 
 
-@pytest.mark.parametrize("norm,count", [("none", 2_771_425), ("spectral", 2_771_425), ("group", 2_771_873), ("instance", 2_771_873)])
+# ---------------------------------------------------------------------------------------------- discriminator
+
+@pytest.mark.parametrize(
+    "norm,count",
+    [("none", 2_771_425), ("spectral", 2_771_425), ("group", 2_771_873), ("instance", 2_771_873)],
+)
 def test_discriminator_parameter_count(norm, count):
     assert sum(p.numel() for p in PatchDiscriminator3d(1, 32, 3, norm=norm).parameters()) == count
 
 
-@pytest.mark.parametrize("norm,theirs", [("group", {"norm": ("group", {"num_groups": 32})}), ("none", {"norm": None, "bias": True}),
-                                         ("instance", {"norm": ("instance", {"affine": True})})])
+@pytest.mark.parametrize(
+    "norm,theirs",
+    [
+        ("group", {"norm": ("group", {"num_groups": 32})}),
+        ("none", {"norm": None, "bias": True}),
+        ("instance", {"norm": ("instance", {"affine": True})}),
+    ],
+)
 def test_discriminator_equals_monai(norm, theirs):
     nets = pytest.importorskip("monai.networks.nets", reason="monai is a development dependency")
-    if norm != "none":                                           # the count that the docstring names is that of their default, batch norm
+    if norm != "none":  # the count that the docstring names is that of their default, batch norm
         assert sum(p.numel() for p in nets.PatchDiscriminator(3, 32, 1).parameters()) == 2_771_873
     ours, reference = PatchDiscriminator3d(1, norm=norm), nets.PatchDiscriminator(3, 32, 1, **theirs)
     with torch.no_grad():
@@ -46,8 +57,17 @@ def test_discriminator_equals_monai(norm, theirs):
         assert (a - b).abs().max() < 1e-5, (a - b).abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"strides": (1, 2, 2)}, {"layers": 2, "strides": ((1, 2, 2), (2, 2, 1))}, {"kernel": 3},
-                                     {"layers": 1, "kernel": (1, 4, 4)}, {"layers": 4, "kernel": 3, "norm": "spectral"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strides": (1, 2, 2)},
+        {"layers": 2, "strides": ((1, 2, 2), (2, 2, 1))},
+        {"kernel": 3},
+        {"layers": 1, "kernel": (1, 4, 4)},
+        {"layers": 4, "kernel": 3, "norm": "spectral"},
+    ],
+)
 def test_discriminator_takes_every_size_from_the_least_on(options):
     disc = PatchDiscriminator3d(2, 4, **options)
     least = disc.least_size
@@ -68,7 +88,8 @@ def test_discriminator_errors():
         PatchDiscriminator3d(1, norm="batch")
     with pytest.raises(ValueError, match="each of the 3 layers"):
         PatchDiscriminator3d(1, strides=((1, 2, 2), (2, 2, 2)))
-    with pytest.raises(ValueError, match="map of one voxel"):    # its normalised value would be 0, whatever the input
+    # its normalised value would be 0, whatever the input
+    with pytest.raises(ValueError, match="map of one voxel"):
         PatchDiscriminator3d(1, 4, norm="instance", kernel=3)(torch.randn(1, 1, 1, 1, 1))
     assert PatchDiscriminator3d(1, 4, norm="group", kernel=3)(torch.randn(1, 1, 1, 1, 1))[0].isfinite().all()
 
@@ -79,7 +100,7 @@ def test_spectral_norm_is_exact_and_keeps_no_state():
     x = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
     before = {k: v.clone() for k, v in conv.state_dict().items()}
     out = conv(x)
-    weight = conv.weight.detach().clone().requires_grad_()       # the obvious version: divide by torch's 2-norm
+    weight = conv.weight.detach().clone().requires_grad_()  # the obvious version: divide by torch's 2-norm
     expected = F.conv3d(x, weight / torch.linalg.matrix_norm(weight.flatten(1), 2), conv.bias)
     g = torch.randn_like(out)
     out.backward(g), expected.backward(g)
@@ -91,49 +112,77 @@ def test_spectral_norm_is_exact_and_keeps_no_state():
 def test_discriminator_batch_of_samples_is_its_samples():
     """No norm ties samples together, so micro-batches add up to a batch."""
     for norm in adversarial.DISC_NORMS:
-        disc, x = PatchDiscriminator3d(1, 4, 1, norm=norm).double(), torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
+        disc, x = (
+            PatchDiscriminator3d(1, 4, 1, norm=norm).double(),
+            torch.randn(2, 1, 8, 8, 8, dtype=torch.float64),
+        )
         whole, parts = disc(x)[0], torch.cat([disc(x[:1])[0], disc(x[1:])[0]])
         assert (whole - parts).abs().max() < 1e-12, norm
 
 
-@pytest.mark.parametrize("kind,generator,discriminator", [
-    ("hinge", -(0.5 - 2) / 2, ((0.5 + 0) / 2 + (1.5 + 0) / 2) / 2),
-    ("lsgan", ((0.5 - 1) ** 2 + (-2 - 1) ** 2) / 4, (((0.5 - 1) ** 2 + (3 - 1) ** 2) / 2 + (0.5 ** 2 + 2 ** 2) / 2) / 2),
-    ("bce", -(math.log(1 / (1 + math.exp(-0.5))) + math.log(1 / (1 + math.exp(2)))) / 2,
-     -sum(math.log(1 / (1 + math.exp(-v))) for v in (0.5, 3, -0.5, 2)) / 4)])
+@pytest.mark.parametrize(
+    "kind,generator,discriminator",
+    [
+        ("hinge", -(0.5 - 2) / 2, ((0.5 + 0) / 2 + (1.5 + 0) / 2) / 2),
+        (
+            "lsgan",
+            ((0.5 - 1) ** 2 + (-2 - 1) ** 2) / 4,
+            (((0.5 - 1) ** 2 + (3 - 1) ** 2) / 2 + (0.5**2 + 2**2) / 2) / 2,
+        ),
+        (
+            "bce",
+            -(math.log(1 / (1 + math.exp(-0.5))) + math.log(1 / (1 + math.exp(2)))) / 2,
+            -sum(math.log(1 / (1 + math.exp(-v))) for v in (0.5, 3, -0.5, 2)) / 4,
+        ),
+    ],
+)
 def test_adversarial_losses_by_hand(kind, generator, discriminator):
     real, fake = torch.tensor([0.5, 3.0]).view(1, 1, 1, 1, 2), torch.tensor([0.5, -2.0]).view(1, 1, 1, 1, 2)
     assert abs(float(generator_loss(fake, kind)) - generator) < 1e-6
     assert abs(float(discriminator_loss(real, fake, kind)) - discriminator) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
-        half = generator_loss(fake.bfloat16(), kind), discriminator_loss(real.bfloat16(), fake.bfloat16(), kind)
+        half = (
+            generator_loss(fake.bfloat16(), kind),
+            discriminator_loss(real.bfloat16(), fake.bfloat16(), kind),
+        )
     assert all(v.dtype == torch.float32 for v in half)
     assert abs(float(half[0]) - generator) < 1e-6 and abs(float(half[1]) - discriminator) < 1e-6
 
 
 def test_adversarial_losses_stay_finite_in_half_precision():
-    """DEFECTS 10: the square of 300 overflows fp16, and so does exp(300)."""
+    """The square of 300 overflows fp16, and so does exp(300)."""
     logits = torch.full((1, 1, 2, 2, 2), 300.0, dtype=torch.float16)
     for kind in adversarial.ADVERSARIAL:
-        assert torch.isfinite(generator_loss(-logits, kind)) and torch.isfinite(discriminator_loss(-logits, logits, kind))
+        assert torch.isfinite(generator_loss(-logits, kind)) and torch.isfinite(
+            discriminator_loss(-logits, logits, kind)
+        )
     with pytest.raises(ValueError, match="hinge, lsgan, bce, got 'wgan'"):
         generator_loss(logits, "wgan")
 
 
 def test_feature_matching_by_hand():
     real = [torch.zeros(1, 2, 2, 2, 2, requires_grad=True), torch.ones(1, 1, 1, 1, 2, requires_grad=True)]
-    fake = [torch.full((1, 2, 2, 2, 2), 0.5, requires_grad=True), torch.full((1, 1, 1, 1, 2), -1.0, requires_grad=True)]
+    fake = [
+        torch.full((1, 2, 2, 2, 2), 0.5, requires_grad=True),
+        torch.full((1, 1, 1, 1, 2), -1.0, requires_grad=True),
+    ]
     loss = feature_matching_loss(real, fake)
     loss.backward()
     assert abs(loss.item() - (0.5 + 2.0) / 2) < 1e-6
     assert all(r.grad is None for r in real)
-    assert torch.allclose(fake[0].grad, torch.full((1, 2, 2, 2, 2), 1 / 32)) and torch.allclose(fake[1].grad, torch.tensor(-0.25))
+    assert torch.allclose(fake[0].grad, torch.full((1, 2, 2, 2, 2), 1 / 32)) and torch.allclose(
+        fake[1].grad, torch.tensor(-0.25)
+    )
     with pytest.raises(ValueError, match="got 2 and 1"):
         feature_matching_loss(real, fake[:1])
 
 
 def test_r1_of_a_linear_discriminator_is_its_squared_weight():
-    """One patch: Eq. 9 as it stands. Many patches that do not overlap: the same, so crop size and batch do not change the term."""
+    """One patch: Eq.
+
+    9 as it stands. Many patches that do not overlap: the same, so crop size and batch do not change the
+    term.
+    """
     weight = torch.randn(1, 2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     for shape in [(1, 2, 3, 3, 3), (4, 2, 3, 3, 3), (2, 2, 9, 6, 12)]:
         real = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -150,17 +199,29 @@ def test_r1_of_a_network_equals_differences():
     jacobian, step = torch.zeros(real.numel(), dtype=torch.float64), 1e-5
     with torch.no_grad():
         for i in range(real.numel()):
-            bump = torch.zeros(real.numel(), dtype=torch.float64).index_fill(0, torch.tensor(i), step).view_as(real)
+            bump = (
+                torch.zeros(real.numel(), dtype=torch.float64)
+                .index_fill(0, torch.tensor(i), step)
+                .view_as(real)
+            )
             jacobian[i] = (disc(real + bump).sum() - disc(real - bump).sum()) / (2 * step)
-    assert abs((r1_penalty(disc(real), real) - jacobian.square().sum() / 4).item()) < 1e-8      # one logit per sample
-    assert gradcheck(lambda w: r1_penalty(F.conv3d(F.conv3d(real, w).tanh(), w), real), (disc[0].weight[:1].detach().requires_grad_(),))
+    # one logit per sample
+    assert abs((r1_penalty(disc(real), real) - jacobian.square().sum() / 4).item()) < 1e-8
+    assert gradcheck(
+        lambda w: r1_penalty(F.conv3d(F.conv3d(real, w).tanh(), w), real),
+        (disc[0].weight[:1].detach().requires_grad_(),),
+    )
 
 
 def test_r1_through_every_norm_and_its_errors():
     for norm in adversarial.DISC_NORMS:
         disc, real = PatchDiscriminator3d(1, 4, 1, norm=norm), torch.randn(2, 1, 8, 8, 8, requires_grad=True)
         r1_penalty(disc(real)[0], real).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for n, p in disc.named_parameters() if n.endswith("0.weight"))
+        assert all(
+            p.grad is not None and p.grad.isfinite().all()
+            for n, p in disc.named_parameters()
+            if n.endswith("0.weight")
+        )
     with pytest.raises(ValueError, match="float32 logits, got torch.bfloat16"):
         r1_penalty(disc(real)[0].bfloat16(), real)
     with pytest.raises(ValueError, match="requires_grad_"):
@@ -174,7 +235,7 @@ def test_lecam_equals_its_formula():
     anchors = None
     for r, f in zip(real, fake):
         state = {k: v.clone() for k, v in lecam.state_dict().items()}
-        lecam(r, f), lecam(r, f)                                 # forward leaves the anchors: a repeated step is the same step
+        lecam(r, f), lecam(r, f)  # forward leaves the anchors: a repeated step is the same step
         assert all(torch.equal(v, state[k]) for k, v in lecam.state_dict().items())
         lecam.update(r, f)
         means = float(r.mean()), float(f.mean())
@@ -184,8 +245,11 @@ def test_lecam_equals_its_formula():
     again = LeCam(decay=0.9)
     again.load_state_dict(lecam.state_dict())
     assert torch.equal(again(real[0], fake[0]), lecam(real[0], fake[0]))
-    halves = LeCam(0.9), LeCam(0.9)                              # the means of micro-batches do as well as the logits
-    halves[0].update(real[0], fake[0]), halves[1].update(real[0].mean(), torch.stack([fake[0][:1].mean(), fake[0][1:].mean()]))
+    halves = LeCam(0.9), LeCam(0.9)  # the means of micro-batches do as well as the logits
+    (
+        halves[0].update(real[0], fake[0]),
+        halves[1].update(real[0].mean(), torch.stack([fake[0][:1].mean(), fake[0][1:].mean()])),
+    )
     assert abs(float(halves[0].anchor_fake - halves[1].anchor_fake)) < 1e-7
 
 
@@ -205,14 +269,17 @@ def test_adaptive_weight_against_explicit_gradients():
 def test_adaptive_weight_survives_small_half_precision_gradients():
     w = torch.ones(4, 4, dtype=torch.float16, requires_grad=True)
     x, g = torch.rand(4, 4, dtype=torch.float16), torch.ones(4, 4, dtype=torch.float16)
-    losses_ = [((w @ x) * g).float().sum() * s for s in (2e-8, 1e-8)]      # gradients below fp16's smallest number
-    assert abs(float(adaptive_weight(*losses_, w, scale=2.0 ** 20)) - 2 * 1e-8 / 1e-6) < 2.0  # finite; the 1e-6 of Eq. 7 bounds it
+    # gradients below fp16's smallest number
+    losses_ = [((w @ x) * g).float().sum() * s for s in (2e-8, 1e-8)]
+    # finite; the 1e-6 of Eq. 7 bounds it
+    assert abs(float(adaptive_weight(*losses_, w, scale=2.0 ** 20)) - 2 * 1e-8 / 1e-6) < 2.0
     assert float(adaptive_weight(*losses_, w)) == 0
 
 
 @pytest.mark.parametrize("kind", ["none", "float16"])
 def test_feature_matching_is_the_reconstruction_loss_of_each_layer(kind, monkeypatch):
-    """Value and gradient, to the bit, whatever the slabs: adversarial.py has a copy of what it needs of losses.py."""
+    """Value and gradient, to the bit, whatever the slabs: adversarial.py has a copy of what it needs of
+    losses.py."""
     dtype = torch.float32 if kind == "none" else torch.float16
     real, fake = (t.to(dtype) for t in pair((2, 3, 5, 6, 7), torch.float32))
     for slab in (1, 100, 1 << 21):

@@ -25,6 +25,8 @@ from losses import (
 )
 
 
+# -------------------------------------------------------------------------------- reconstruction, KL, metrics
+
 def slow_loss(recon, target, kind, channel_weights=None, foreground_weight=1.0, background=-1.0):
     """One element at a time, as the docstring says."""
     total = 0.0
@@ -41,7 +43,9 @@ def slow_loss(recon, target, kind, channel_weights=None, foreground_weight=1.0, 
 
 
 @pytest.mark.parametrize("kind", losses.RECONSTRUCTION)
-@pytest.mark.parametrize("options", [{}, {"channel_weights": (1.0, 0.0, 3.0)}, {"foreground_weight": 5.0, "background": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"channel_weights": (1.0, 0.0, 3.0)}, {"foreground_weight": 5.0, "background": 0.0}]
+)
 def test_reconstruction_equals_the_obvious_version(kind, options, monkeypatch):
     recon, target = pair((2, 3, 3, 4, 2))
     target[:, :, 1:] = 0                                         # some background voxels
@@ -56,10 +60,14 @@ def test_reconstruction_gradcheck(kind, monkeypatch):
     monkeypatch.setattr(losses, "SLAB_VOXELS", 40)
     recon, target = pair((2, 2, 3, 4, 2))
     recon.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda r: 3 * reconstruction_loss(r, target, kind, (1.0, 2.0), 4.0, 0.0), (recon,))
+    assert torch.autograd.gradcheck(
+        lambda r: 3 * reconstruction_loss(r, target, kind, (1.0, 2.0), 4.0, 0.0), (recon,)
+    )
 
 
-@pytest.mark.parametrize("kind,reference", [("l1", torch.nn.functional.l1_loss), ("mse", torch.nn.functional.mse_loss)])
+@pytest.mark.parametrize(
+    "kind,reference", [("l1", torch.nn.functional.l1_loss), ("mse", torch.nn.functional.mse_loss)]
+)
 def test_reconstruction_parity_with_torch(kind, reference):
     recon, target = pair(dtype=torch.float32)
     ours, theirs = recon.clone().requires_grad_(), recon.clone().requires_grad_()
@@ -69,7 +77,10 @@ def test_reconstruction_parity_with_torch(kind, reference):
 
 
 def test_reconstruction_of_half_precision_makes_no_full_size_float32(monkeypatch):
-    """DEFECTS: the loss side keeps pace. The largest tensor made in forward and backward is the 16-bit gradient."""
+    """The loss side keeps pace with a network that runs in 16 bits.
+
+    The largest tensor made in forward and backward is the 16-bit gradient.
+    """
     monkeypatch.setattr(losses, "SLAB_VOXELS", 1000)
     recon, target = (t.to(torch.bfloat16) for t in pair((1, 1, 40, 20, 20), torch.float32))
     recon.requires_grad_(True)
@@ -88,7 +99,8 @@ def test_micro_batches_add_up_with_weights():
 
 
 def test_fp16_gradient_does_not_underflow_under_loss_scaling():
-    """1 / numel is below fp16's smallest number for a large volume; the scaled gradient must come out all the same."""
+    """1 / numel is below fp16's smallest number for a large volume; the scaled gradient must come out all
+    the same."""
     recon = torch.zeros(1, 1, 300, 300, 300, dtype=torch.float16, requires_grad=True)
     loss = reconstruction_loss(recon, torch.ones_like(recon), "l1")
     (loss * 65536.0).backward()
@@ -104,17 +116,28 @@ def test_kl_is_a_mean_and_equals_torch_distributions():
 
 
 def test_kl_per_voxel_is_the_same_for_a_crop_and_a_volume_tiled_from_it():
-    """DEFECTS 9."""
+    """A sum over the latent would grow with the crop, so that no weight held for two sizes."""
     mu, logvar = pair((1, 4, 4, 4, 4))
     big = [t.repeat(1, 1, 2, 2, 2) for t in (mu, logvar)]
     assert abs(float(kl_loss(mu, logvar) - kl_loss(*big))) < 1e-12
     x, y = pair((1, 1, 8, 8, 8))
-    assert abs(float(reconstruction_loss(x, y) - reconstruction_loss(x.repeat(1, 1, 2, 2, 2), y.repeat(1, 1, 2, 2, 2)))) < 1e-12
+    assert (
+        abs(
+            float(
+                reconstruction_loss(x, y)
+                - reconstruction_loss(x.repeat(1, 1, 2, 2, 2), y.repeat(1, 1, 2, 2, 2))
+            )
+        )
+        < 1e-12
+    )
 
 
 def test_kl_stays_finite_in_half_precision():
-    """DEFECTS 10: exp(20) and the square of 300 overflow in fp16; the island is float32."""
-    mu, logvar = torch.full((1, 1, 2, 2, 2), 300.0, dtype=torch.float16), torch.full((1, 1, 2, 2, 2), 20.0, dtype=torch.float16)
+    """exp(20) and the square of 300 overflow in fp16; the island is float32."""
+    mu, logvar = (
+        torch.full((1, 1, 2, 2, 2), 300.0, dtype=torch.float16),
+        torch.full((1, 1, 2, 2, 2), 20.0, dtype=torch.float16),
+    )
     value = kl_loss(mu, logvar)
     assert value.dtype == torch.float32 and torch.isfinite(value)
     with torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +156,7 @@ def test_ssim_properties(monkeypatch):
     whole = ssim(x, y)
     monkeypatch.setattr(losses, "SLAB_VOXELS", 800)              # slabs of 2 slices
     assert abs(float(ssim(x, y) - whole)) < 1e-12
-    assert torch.isfinite(ssim(x[..., :2, :5, :1], y[..., :2, :5, :1]))          # axes shorter than the window
+    assert torch.isfinite(ssim(x[..., :2, :5, :1], y[..., :2, :5, :1]))  # axes shorter than the window
 
 
 def test_ssim_equals_monai():
@@ -152,6 +175,8 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="l1, mse, l1_l2, got 'l3'"):
         LossConfig(recon="l3")
 
+
+# ---------------------------------------------------------------------------- structure, sharpness, occupancy
 
 def slow_structure(recon, target, channel_weights=None, foreground_weight=1.0, background=-1.0):
     """One position at a time: the 27 taps of each of the three kernels, borders clamped."""
@@ -172,14 +197,19 @@ def slow_structure(recon, target, channel_weights=None, foreground_weight=1.0, b
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 3, 2), (1, 1, 1, 4, 3), (1, 1, 2, 1, 1)])
-@pytest.mark.parametrize("options", [{}, {"channel_weights": (0.5, 3.0), "foreground_weight": 5.0, "background": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"channel_weights": (0.5, 3.0), "foreground_weight": 5.0, "background": 0.0}]
+)
 def test_structure_equals_the_obvious_version(shape, options, monkeypatch):
     recon, target = pair(shape)
     target[:, :, 1:] = 0
     options = {k: v[:shape[1]] if k == "channel_weights" else v for k, v in options.items()}
     for slab in (1, 25, 1 << 21):
         monkeypatch.setattr(losses, "SLAB_VOXELS", slab)
-        assert abs(float(structure_loss(recon, target, **options)) - slow_structure(recon, target, **options)) < 1e-12
+        assert (
+            abs(float(structure_loss(recon, target, **options)) - slow_structure(recon, target, **options))
+            < 1e-12
+        )
 
 
 def test_structure_of_a_ramp_is_its_slope():
@@ -205,7 +235,8 @@ def test_structure_keeps_its_inputs_and_widens_slabs_only(monkeypatch):
     assert saved_bytes(lambda: structure_loss(recon, target)) == 2 * 2 * recon.numel()
     with Largest() as seen:
         structure_loss(recon, target, None, 2.0).backward()
-    assert seen.float32 <= 4000 < recon.numel(), seen.float32    # slabs of 2 slices: 4 more as halo, 22 x 22 with borders
+    # slabs of 2 slices: 4 more as halo, 22 x 22 with borders
+    assert seen.float32 <= 4000 < recon.numel(), seen.float32
     assert recon.grad.dtype == torch.bfloat16
 
 
@@ -222,14 +253,17 @@ def test_sharpness(monkeypatch):
 
 def test_occupancy_iou_by_hand(monkeypatch):
     recon, target = torch.full((2, 2, 3, 4, 5), -1.0), torch.full((2, 2, 3, 4, 5), -1.0)
-    target[0, 0, 0, 0, :4], target[1, 1, 2, 0, :2] = 0.5, -0.9   # 6 occupied voxels, in one channel or the other
-    recon[0, 1, 0, 0, 1:5], recon[1, 0, 0] = 0.2, -0.96          # 4 of them, 3 shared; -0.96 is not far enough
+    # 6 occupied voxels, in one channel or the other
+    target[0, 0, 0, 0, :4], target[1, 1, 2, 0, :2] = 0.5, -0.9
+    recon[0, 1, 0, 0, 1:5], recon[1, 0, 0] = 0.2, -0.96  # 4 of them, 3 shared; -0.96 is not far enough
     for slab in (1, 1 << 21):
         monkeypatch.setattr(losses, "SLAB_VOXELS", slab)
         assert abs(float(occupancy_iou(recon, target, -1.0)) - 3 / 7) < 1e-7
     assert occupancy_iou(torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2), 0.0) == 1
     assert occupancy_iou(recon, target, -1.0, threshold=3.0) == 1
 
+
+# ----------------------------------------------------------------------------------------------- segmentation
 
 def slow_segmentation(logits, label, class_weights, ignore_index):
     """Plain autograd, sample by sample, class by class; two logits (0, z) for a binary one."""
@@ -259,16 +293,27 @@ def seg_pair(k, shape=(2, 3, 2, 4), seed=0):
     return logits.requires_grad_(), label
 
 
-@pytest.mark.parametrize("k,options", [(3, {}), (1, {}), (3, {"class_weights": (1.0, 0.0, 2.5)}), (1, {"class_weights": (1.0, 4.0)}),
-                                       (4, {"ignore_index": 255, "class_weights": (1.0, 2.0, 3.0, 4.0)}), (1, {"ignore_index": -1})])
+@pytest.mark.parametrize(
+    "k,options",
+    [
+        (3, {}),
+        (1, {}),
+        (3, {"class_weights": (1.0, 0.0, 2.5)}),
+        (1, {"class_weights": (1.0, 4.0)}),
+        (4, {"ignore_index": 255, "class_weights": (1.0, 2.0, 3.0, 4.0)}),
+        (1, {"ignore_index": -1}),
+    ],
+)
 @pytest.mark.parametrize("slab", [1, 1 << 21])
 def test_segmentation_equals_the_obvious_version(k, options, slab, monkeypatch):
     monkeypatch.setattr(losses, "SLAB_VOXELS", slab)
     logits, label = seg_pair(k)
     if "ignore_index" in options:
         label[0, 1], label[1, 0, 0, 0] = options["ignore_index"], options["ignore_index"]
-    label[1][label[1] == max(k, 2) - 1] = 0                      # a class that the second sample lacks
-    ce, dice_loss = slow_segmentation(logits, label, options.get("class_weights"), options.get("ignore_index"))
+    label[1][label[1] == max(k, 2) - 1] = 0  # a class that the second sample lacks
+    ce, dice_loss = slow_segmentation(
+        logits, label, options.get("class_weights"), options.get("ignore_index")
+    )
     got = segmentation_loss(logits, label, 0.3, **options)
     for a, b in ((got.ce, ce), (got.dice_loss, dice_loss), (got.loss, 0.7 * ce + 0.3 * dice_loss)):
         assert abs((a - b).item()) < 1e-12
@@ -315,8 +360,13 @@ def test_segmentation_micro_batches_add_up_and_16_bits_do():
 
 def test_segmentation_keeps_logits_and_label(monkeypatch):
     monkeypatch.setattr(losses, "SLAB_VOXELS", 2000)
-    logits, label = torch.randn(1, 4, 20, 10, 10).bfloat16().requires_grad_(), torch.randint(0, 4, (1, 20, 10, 10))
-    assert saved_bytes(lambda: segmentation_loss(logits, label)) < 2 * logits.numel() + 8 * label.numel() + 1000
+    logits, label = (
+        torch.randn(1, 4, 20, 10, 10).bfloat16().requires_grad_(),
+        torch.randint(0, 4, (1, 20, 10, 10)),
+    )
+    assert (
+        saved_bytes(lambda: segmentation_loss(logits, label)) < 2 * logits.numel() + 8 * label.numel() + 1000
+    )
     with Largest() as seen:
         segmentation_loss(logits, label).loss.backward()
     assert seen.float32 <= 2000 < logits.numel() and logits.grad.dtype == torch.bfloat16
@@ -330,7 +380,7 @@ def test_segmentation_errors():
         segmentation_loss(logits, label.int())
     with pytest.raises(ValueError, match="2 factors, the labels have 3 classes"):
         segmentation_loss(logits, label, class_weights=(1.0, 2.0))
-    with pytest.raises(RuntimeError, match="out of bounds"):     # a label that no class has never counts as none
+    with pytest.raises(RuntimeError, match="out of bounds"):  # a label that no class has never counts as none
         segmentation_loss(logits, label + 2)
 
 
@@ -349,40 +399,85 @@ def test_dice_scores_add_up_over_volumes(monkeypatch):
         dice_scores(prediction, label[..., 0], 4)
 
 
+# ----------------------------------------------------------------------------------------------- config, file
+
 def test_every_loss_field_changes_the_loss():
-    """DEFECTS 1: a field that changes nothing is a bug; those that only train.py reads are seen in test_train.py."""
+    """A field that changes nothing is a bug; those that only train.py reads are seen in
+    test_train.py."""
     x, y = pair((1, 2, 4, 4, 4))
     y[:, :, 0] = 0                                               # background of a sparse grid
     plain = reconstruction_loss(x, y)
-    changed = {"recon": reconstruction_loss(x, y, "mse"), "channel_weights": reconstruction_loss(x, y, "l1", (1.0, 2.0)),
-               "foreground_weight": reconstruction_loss(x, y, "l1", None, 3.0),
-               "background": reconstruction_loss(x, y, "l1", None, 3.0, 0.0)}
-    assert all(float(v) != float(plain) for v in changed.values()) and changed["background"] != changed["foreground_weight"]
+    changed = {
+        "recon": reconstruction_loss(x, y, "mse"),
+        "channel_weights": reconstruction_loss(x, y, "l1", (1.0, 2.0)),
+        "foreground_weight": reconstruction_loss(x, y, "l1", None, 3.0),
+        "background": reconstruction_loss(x, y, "l1", None, 3.0, 0.0),
+    }
+    assert (
+        all(float(v) != float(plain) for v in changed.values())
+        and changed["background"] != changed["foreground_weight"]
+    )
 
     logits, label = seg_pair(3)
     plain = segmentation_loss(logits, label).loss
-    seg = {"dice_share": segmentation_loss(logits, label, 0.1).loss, "class_weights": segmentation_loss(logits, label, 0.5, (1, 2, 3)).loss}
+    seg = {
+        "dice_share": segmentation_loss(logits, label, 0.1).loss,
+        "class_weights": segmentation_loss(logits, label, 0.5, (1, 2, 3)).loss,
+    }
     assert all(v.item() != plain.item() for v in seg.values())
 
-    disc = {"disc_channels": PatchDiscriminator3d(1, 8), "disc_layers": PatchDiscriminator3d(1, 4, 2),
-            "disc_strides": PatchDiscriminator3d(1, 4, strides=(1, 2, 2)), "disc_norm": PatchDiscriminator3d(1, 4, norm="group")}
+    disc = {
+        "disc_channels": PatchDiscriminator3d(1, 8),
+        "disc_layers": PatchDiscriminator3d(1, 4, 2),
+        "disc_strides": PatchDiscriminator3d(1, 4, strides=(1, 2, 2)),
+        "disc_norm": PatchDiscriminator3d(1, 4, norm="group"),
+    }
     shapes = {name: (str(d), d.least_size) for name, d in (disc | {"": PatchDiscriminator3d(1, 4)}).items()}
     assert len(set(shapes.values())) == 5
     assert len({generator_loss(logits, kind).item() for kind in losses.ADVERSARIAL}) == 3         # adv_loss
-    in_train = {"kl_weight", "structure_weight", "perceptual_weight", "perceptual_features",
-                "perceptual_start", "perceptual_warmup", "adv_weight", "disc_start", "disc_warmup", "disc_lr", "feature_matching_weight",
-                "r1_weight", "r1_every", "lecam_weight", "adaptive_weight", "crop"}
-    assert {f.name for f in fields(LossConfig)} == set(changed) | set(seg) | set(disc) | {"adv_loss"} | in_train
+    in_train = {
+        "kl_weight",
+        "structure_weight",
+        "perceptual_weight",
+        "perceptual_features",
+        "perceptual_start",
+        "perceptual_warmup",
+        "adv_weight",
+        "disc_start",
+        "disc_warmup",
+        "disc_lr",
+        "feature_matching_weight",
+        "r1_weight",
+        "r1_every",
+        "lecam_weight",
+        "adaptive_weight",
+        "crop",
+    }
+    assert {f.name for f in fields(LossConfig)} == set(changed) | set(seg) | set(disc) | {
+        "adv_loss"
+    } | in_train
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"adv_loss": "wgan"}, "loss.adv_loss must be one of hinge, lsgan, bce, got 'wgan'"), ({"disc_norm": "batch"}, "loss.disc_norm"),
-    ({"adv_weight": -1.0}, "loss.adv_weight must be 0 or more"), ({"perceptual_weight": math.nan}, "loss.perceptual_weight"),
-    ({"disc_layers": 0}, "loss.disc_layers must be 1 or more"), ({"r1_every": 0}, "loss.r1_every"), ({"disc_lr": 0.0}, "loss.disc_lr"),
-    ({"dice_share": 1.5}, "loss.dice_share must be from 0"), ({"crop": (0, 8, 8)}, "loss.crop"), ({"crop": (8, 8)}, "loss.crop"),
-    ({"disc_strides": (2, 2)}, "loss.disc_strides needs one D,H,W triple"), ({"class_weights": ()}, "loss.class_weights"),
-    ({"disc_strides": ((1, 2, 2), (2, 2, 2))}, "each of the 3 layers"), ({"perceptual_features": ""}, "loss.perceptual_features"),
-    ({"channel_weights": (-1.0,)}, "loss.channel_weights")])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"adv_loss": "wgan"}, "loss.adv_loss must be one of hinge, lsgan, bce, got 'wgan'"),
+        ({"disc_norm": "batch"}, "loss.disc_norm"),
+        ({"adv_weight": -1.0}, "loss.adv_weight must be 0 or more"),
+        ({"perceptual_weight": math.nan}, "loss.perceptual_weight"),
+        ({"disc_layers": 0}, "loss.disc_layers must be 1 or more"),
+        ({"r1_every": 0}, "loss.r1_every"),
+        ({"disc_lr": 0.0}, "loss.disc_lr"),
+        ({"dice_share": 1.5}, "loss.dice_share must be from 0"),
+        ({"crop": (0, 8, 8)}, "loss.crop"),
+        ({"crop": (8, 8)}, "loss.crop"),
+        ({"disc_strides": (2, 2)}, "loss.disc_strides needs one D,H,W triple"),
+        ({"class_weights": ()}, "loss.class_weights"),
+        ({"disc_strides": ((1, 2, 2), (2, 2, 2))}, "each of the 3 layers"),
+        ({"perceptual_features": ""}, "loss.perceptual_features"),
+        ({"channel_weights": (-1.0,)}, "loss.channel_weights"),
+    ],
+)
 def test_config_says_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**options)
@@ -390,8 +485,15 @@ def test_config_says_what_is_wrong(options, message):
 
 def test_config_takes_lists():
     cfg = LossConfig(disc_strides=[[1, 2, 2], [2, 2, 2], [2, 2, 2]], crop=[8, 8, 8], class_weights=[1.0, 2.0])
-    assert cfg.disc_strides == ((1, 2, 2), (2, 2, 2), (2, 2, 2)) and cfg.crop == (8, 8, 8) and cfg.class_weights == (1.0, 2.0)
-    assert PatchDiscriminator3d(1, 4, 3, cfg.disc_strides).least_size[0] < PatchDiscriminator3d(1, 4).least_size[0]
+    assert (
+        cfg.disc_strides == ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+        and cfg.crop == (8, 8, 8)
+        and cfg.class_weights == (1.0, 2.0)
+    )
+    assert (
+        PatchDiscriminator3d(1, 4, 3, cfg.disc_strides).least_size[0]
+        < PatchDiscriminator3d(1, 4).least_size[0]
+    )
 
 
 def test_works_copied_alone(tmp_path):

@@ -19,7 +19,19 @@ import train
 import vae3d
 from peaks import GIB
 
-KEYS = ["preset", "resolution", "batch", "amp", "mode", "tile", "params", "predicted_gib", "measured_gib", "step_seconds", "fits"]
+KEYS = [
+    "preset",
+    "resolution",
+    "batch",
+    "amp",
+    "mode",
+    "tile",
+    "params",
+    "predicted_gib",
+    "measured_gib",
+    "step_seconds",
+    "fits",
+]
 SVG = "{http://www.w3.org/2000/svg}"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -37,7 +49,9 @@ def quick(monkeypatch):
     """The command line with a formula in the place of predictions: bytes per voxel, by precision and mode."""
     def formula(make_step, device="cuda"):
         cfg = make_step(None)
-        per_voxel = {"none": 1000, "checkpoint": 400, "tile": 20}[cfg.memory.mode] * (1 if cfg.train.amp else 2)
+        per_voxel = {"none": 1000, "checkpoint": 400, "tile": 20}[cfg.memory.mode] * (
+            1 if cfg.train.amp else 2
+        )
         return types.SimpleNamespace(bytes=10 ** 7 + per_voxel * math.prod(cfg.data.patch) * cfg.train.batch)
     monkeypatch.setattr(peaks, "predict", formula)
     monkeypatch.setattr(train, "tile_plans", lambda vae, size, batch, dtype: [types.SimpleNamespace(
@@ -54,7 +68,9 @@ def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_an_svg(quick, 
     assert [list(row) for row in rows] == [KEYS] * (1 + 2 * len(vae3d.MEMORY_MODES))
     assert [(r["amp"], r["mode"], r["batch"]) for r in rows[:2]] == [(False, "none", 1), (True, "none", 1)]
     assert rows[-1]["batch"] == 2
-    assert rows[0]["resolution"] == [16, 32, 64] and rows[0]["preset"] == "high_res" and rows[0]["tile"] is None
+    assert (
+        rows[0]["resolution"] == [16, 32, 64] and rows[0]["preset"] == "high_res" and rows[0]["tile"] is None
+    )
     assert rows[0]["params"] == sum(p.numel() for p in vae3d.VAE3D.from_preset("high_res").parameters())
     assert all(row["measured_gib"] is row["step_seconds"] is row["fits"] is None for row in rows)
     said = capsys.readouterr().out
@@ -65,17 +81,26 @@ def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_an_svg(quick, 
     for row in rows:                                             # a label and a figure each
         assert any(word.endswith(f"x{row['batch']}") and f" {row['mode']}" in word for word in words), words
         assert f"{pictures.figure(row['predicted_gib'])} GiB" in words, words
-    bars = [element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"]
+    bars = [
+        element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"
+    ]
     assert len(bars) == len(rows)
 
 
 def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     flags = ["--preset", "high_res", "--resolution", "64,128,128", "--batch", "2", "--vae.norm", "group",
-             "--memory.mode", "tile", "--memory.tile_parallel", "true"]                           # one rank's memory; other modes are tried
+             # one rank's memory; other modes are tried
+             "--memory.mode", "tile", "--memory.tile_parallel", "true"]
     assert memtest.main([*flags, "--budget", "1", "--yaml", str(path)]) == 0
     cfg = train.load_config(["--config", str(path)])
-    assert (cfg.preset, cfg.data.patch, cfg.train.batch, cfg.vae.norm, cfg.train.amp) == ("high_res", (64, 128, 128), 2, "group", True)
+    assert (cfg.preset, cfg.data.patch, cfg.train.batch, cfg.vae.norm, cfg.train.amp) == (
+        "high_res",
+        (64, 128, 128),
+        2,
+        "group",
+        True,
+    )
     assert cfg.memory.mode == "checkpoint"                       # 1.96 GiB without, 0.79 with
     assert set(yaml.safe_load(path.read_text())) == {"preset", "vae", "data", "train", "memory"}
     said = capsys.readouterr().out
@@ -94,7 +119,15 @@ def test_more_budget_never_plans_less(quick, capsys):
 def test_where_nothing_fits_it_says_by_how_much_and_what_would(quick, capsys):
     assert memtest.main(["--resolution", "512,512,512", "--budget", "1"]) == 1
     said = capsys.readouterr().out
-    assert all(part in said for part in ("512,512,512 does not fit: the least is", "GiB too much", "It would with --budget", "or as"))
+    assert all(
+        part in said
+        for part in (
+            "512,512,512 does not fit: the least is",
+            "GiB too much",
+            "It would with --budget",
+            "or as",
+        )
+    )
     budget = said.split("--budget ")[1].split(",")[0].split()[0]
     assert memtest.main(["--resolution", "512,512,512", "--budget", str(float(budget) + 0.01)]) == 0
     capsys.readouterr()
@@ -102,25 +135,49 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would(quick, capsys):
     assert "largest cube: none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--resolution", "64,256"], "3 values"), (["--resolution", "a,b,c"], "whole number"), (["--preset", "huge"], "ultra_lightweight"),
-    (["--budgets", "3"], "--budget"), (["--budget", "lots"], "'lots'"), (["--budget", "-3"], "above 0"), (["--device", "mps"], "mps"),
-    (["--json", "/no/such/folder/x.json"], "no such folder"),
-    pytest.param(["--budget"], "--budget 24", marks=NO_GPU), pytest.param(["--measure"], "no GPU|none", marks=NO_GPU)], ids=str)
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--resolution", "64,256"], "3 values"),
+        (["--resolution", "a,b,c"], "whole number"),
+        (["--preset", "huge"], "ultra_lightweight"),
+        (["--budgets", "3"], "--budget"),
+        (["--budget", "lots"], "'lots'"),
+        (["--budget", "-3"], "above 0"),
+        (["--device", "mps"], "mps"),
+        (["--json", "/no/such/folder/x.json"], "no such folder"),
+        pytest.param(["--budget"], "--budget 24", marks=NO_GPU),
+        pytest.param(["--measure"], "no GPU|none", marks=NO_GPU),
+    ],
+    ids=str,
+)
 def test_what_cannot_start_is_one_line_and_exit_2(argv, said, capsys):
     assert memtest.main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("memtest.py: ") and any(s in err for s in said.split("|")), err
+    assert (
+        out == ""
+        and err.count("\n") == 1
+        and err.startswith("memtest.py: ")
+        and any(s in err for s in said.split("|"))
+    ), err
 
 
 def test_a_row_runs_in_its_own_process():
-    row = memtest.in_process(["--resolution", "8,16,16", "--vae.base_channels", "8", "--device", "cpu", "--measure"])
-    assert row["error"] is None and row["predicted_gib"] == pytest.approx(row["measured_gib"], rel=0.05) and row["step_seconds"] > 0
+    row = memtest.in_process(
+        ["--resolution", "8,16,16", "--vae.base_channels", "8", "--device", "cpu", "--measure"]
+    )
+    assert (
+        row["error"] is None
+        and row["predicted_gib"] == pytest.approx(row["measured_gib"], rel=0.05)
+        and row["step_seconds"] > 0
+    )
     assert {f.name for f in dataclasses.fields(memtest.Row)} == set(row)
     assert "unknown flag --nonsense" in memtest.in_process(["--nonsense"])["error"]
 
 
 def test_the_gpu_bench_says_that_it_cannot_run():
     if not torch.cuda.is_available():
-        done = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu_memory.py")], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "bench" / "gpu_memory.py")], capture_output=True, text=True
+        )
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr

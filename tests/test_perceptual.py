@@ -1,4 +1,5 @@
-"""perceptual.py: features that are the same everywhere, the perceptual distance, degradations and their training."""
+"""perceptual.py: features that are the same everywhere, the perceptual distance, degradations and their
+training."""
 import io
 import os
 import subprocess
@@ -15,17 +16,22 @@ from losses import sharpness
 from perceptual import FeatureNet3d, FeatureTrainer, PerceptualLoss3d, crop_starts, degrade, sub_crop
 
 
+# -------------------------------------------------------------------------------------------------- sub-crops
+
 def test_sub_crops():
     x = torch.arange(3 * 2 * 6 * 7 * 8.0).view(3, 2, 6, 7, 8).requires_grad_()
     starts = crop_starts(x.shape, (4, 9, 3), generators(3))
     assert starts == crop_starts(x.shape, (4, 9, 3), generators(3)) and len(set(starts)) > 1
-    assert starts[1] == crop_starts((1, *x.shape[1:]), (4, 9, 3), generators(1, seed=1))[0]      # the same in any batch
+    # the same in any batch
+    assert starts[1] == crop_starts((1, *x.shape[1:]), (4, 9, 3), generators(1, seed=1))[0]
     cut = sub_crop(x, starts, (4, 9, 3))
     assert cut.shape == (3, 2, 4, 7, 3)
     for i, (d, h, w) in enumerate(starts):
         assert h == 0 and torch.equal(cut[i], x[i, :, d:d + 4, :, w:w + 3])
     cut.sum().backward()
-    assert x.grad.sum() == cut.numel() and torch.equal(sub_crop(x.grad, starts, (4, 9, 3)), torch.ones_like(cut))
+    assert x.grad.sum() == cut.numel() and torch.equal(
+        sub_crop(x.grad, starts, (4, 9, 3)), torch.ones_like(cut)
+    )
     assert sub_crop(x, crop_starts(x.shape, None, generators(3)), None) is x
     seen = {crop_starts((1, 1, 6, 1, 1), (4, 1, 1), generators(1, s))[0][0] for s in range(50)}
     assert seen == {0, 1, 2}                                     # every position, the last one too
@@ -33,18 +39,24 @@ def test_sub_crops():
         crop_starts(x.shape, None, generators(2))
 
 
+# ------------------------------------------------------------------------------------------- perceptual terms
+
 def textured(shape=(1, 1, 16, 20, 18), seed=0):
     """Smooth anatomy with edges and fine texture, in [-1, 1]."""
     g = torch.Generator().manual_seed(seed)
     smooth = perceptual.blur(torch.randn(shape, generator=g), 2.0)
-    return (torch.where(smooth > 0, 0.4, -0.6) + 0.1 * perceptual.blur(torch.randn(shape, generator=g), 0.6)).clamp(-1, 1)
+    return (
+        torch.where(smooth > 0, 0.4, -0.6) + 0.1 * perceptual.blur(torch.randn(shape, generator=g), 0.6)
+    ).clamp(-1, 1)
 
 
 def test_random_features_are_the_same_in_every_process():
-    """DEFECTS 18. Other global seed, other hash seed, other process: the same value to the last bit."""
-    code = ("import sys, torch, perceptual; torch.manual_seed(int(sys.argv[1])); torch.rand(int(sys.argv[1])); "
-            "x = torch.linspace(-1, 1, 2 * 9 * 10 * 11).sin().view(1, 2, 9, 10, 11); "
-            "print(perceptual.PerceptualLoss3d(perceptual.FeatureNet3d())(x, x.square()).item().hex())")
+    """Other global seed, other hash seed, other process: the same value to the last bit."""
+    code = (
+        "import sys, torch, perceptual; torch.manual_seed(int(sys.argv[1])); torch.rand(int(sys.argv[1])); "
+        "x = torch.linspace(-1, 1, 2 * 9 * 10 * 11).sin().view(1, 2, 9, 10, 11); "
+        "print(perceptual.PerceptualLoss3d(perceptual.FeatureNet3d())(x, x.square()).item().hex())"
+    )
     values = set()
     for seed in ("1", "77"):
         out = subprocess.run([sys.executable, "-c", code, seed], cwd=ROOT, capture_output=True, text=True,
@@ -68,9 +80,12 @@ def test_feature_net_shapes_and_weights():
     net = FeatureNet3d((16, 32, 64))
     shapes = [tuple(f.shape) for f in net(torch.randn(2, 3, 5, 6, 1))]
     assert shapes == [(6, 16, 5, 6, 1), (6, 32, 3, 3, 1), (6, 64, 2, 2, 1)]
-    rows = net.scales[1][0].weight.flatten(1).double()           # orthogonal, with He's gain for LeakyReLU 0.2
+    rows = net.scales[1][0].weight.flatten(1).double()  # orthogonal, with He's gain for LeakyReLU 0.2
     assert (rows @ rows.T - torch.eye(32) * 2 / 1.04).abs().max() < 1e-6
-    assert net.scales[0][0].weight.mean(dim=(1, 2, 3, 4)).abs().max() < 1e-7 and FeatureNet3d((30,)).scales[0][0].weight.isfinite().all()
+    assert (
+        net.scales[0][0].weight.mean(dim=(1, 2, 3, 4)).abs().max() < 1e-7
+        and FeatureNet3d((30,)).scales[0][0].weight.isfinite().all()
+    )
 
 
 def test_perceptual_properties():
@@ -80,7 +95,8 @@ def test_perceptual_properties():
         blurred = [float(loss(perceptual.blur(x, s), x)) for s in (0.5, 0.75, 1.0, 1.5, 2.0)]
         assert blurred == sorted(blurred) and blurred[0] > 0.01, blurred
         error = (perceptual.blur(x, 1.0) - x).square().mean().sqrt()
-        assert blurred[2] > 3 * float(loss(x + error, x))        # of equal L2: a blur is seen, an intensity offset hardly
+        # of equal L2: a blur is seen, an intensity offset hardly
+        assert blurred[2] > 3 * float(loss(x + error, x))
     a, b = (t.sigmoid() for t in pair((2, 3, 6, 5, 4), torch.float32))
     parts = torch.stack([loss(a[i:i + 1, c:c + 1], b[i:i + 1, c:c + 1]) for i in range(2) for c in range(3)])
     assert abs(float(loss(a, b) - parts.mean())) < 1e-6          # channels and samples count alike
@@ -115,7 +131,8 @@ def test_perceptual_keeps_its_inputs_only():
     assert saved_bytes(lambda: loss(recon, target)) <= weights + 4 * recon.numel() + 1000
     with torch.autocast("cpu", torch.bfloat16):
         value = loss(recon, target)
-    assert value.dtype == torch.float32 and abs((value - loss(recon, target)).item()) < 1e-6        # the island is float32
+    # the island is float32
+    assert value.dtype == torch.float32 and abs((value - loss(recon, target)).item()) < 1e-6
 
 
 def test_degrade_is_a_function_of_the_generators():
@@ -127,8 +144,10 @@ def test_degrade_is_a_function_of_the_generators():
     assert torch.equal(alone[0], out[4]) and torch.equal(one[0], amount[4])
     assert amount.shape == (6, 3) and amount.min() == 0 and amount.max() <= 1
     seen = torch.cat([degrade(x[:1, :1, :2, :2, :2], generators(1, s))[1] for s in range(2000)]).double()
-    expected = [1 / 6 - 1 / 16, 4 / 27, 1 / 6 - 1 / 16]          # the variances that FeatureTrainer divides by
-    assert (seen.var(dim=0) - torch.tensor(expected)).abs().max() < 0.01 and set(seen[:, 1].mul(3).round().tolist()) == {0, 1, 2, 3}
+    expected = [1 / 6 - 1 / 16, 4 / 27, 1 / 6 - 1 / 16]  # the variances that FeatureTrainer divides by
+    assert (seen.var(dim=0) - torch.tensor(expected)).abs().max() < 0.01 and set(
+        seen[:, 1].mul(3).round().tolist()
+    ) == {0, 1, 2, 3}
     assert degrade(x.bfloat16(), generators(6))[0].dtype == torch.bfloat16
 
 
@@ -145,7 +164,8 @@ def test_each_degradation_does_what_it_says():
             elif name == "block":
                 edge = 1 + int((amount.max() * 3).round())
                 assert torch.allclose(out[0, 0, :edge, :edge, :edge], x[0, 0, :edge, :edge, :edge].mean())
-                assert torch.allclose(out[0, 0, 8 - 8 % edge:, 0, 0], out[0, 0, -1, 0, 0])       # the cut cube at the border
+                # the cut cube at the border
+                assert torch.allclose(out[0, 0, 8 - 8 % edge:, 0, 0], out[0, 0, -1, 0, 0])
             else:
                 assert float(sharpness(out, x)) < 1
         elif amount.max() == 0:
@@ -166,14 +186,21 @@ def test_feature_trainer_learns_and_its_file_comes_back():
         scores.loss.backward()
         optim.step()
     assert scores.loss.item() < first / 2 and scores.explained.min() > 0.3, (first, scores)
-    two = trainer(x.repeat(1, 2, 1, 1, 1), degraded.repeat(1, 2, 1, 1, 1), amount)               # channels are samples
+    two = trainer(x.repeat(1, 2, 1, 1, 1), degraded.repeat(1, 2, 1, 1, 1), amount)  # channels are samples
     assert abs((two.loss - trainer(x, degraded, amount).loss).item()) < 1e-6
-    with torch.no_grad():                                        # a constant guess of the means of what is drawn explains nothing
+    with torch.no_grad():  # a constant guess of the means of what is drawn explains nothing
         for head in trainer.heads:
             head[2].weight.zero_()
             head[2].bias.copy_(torch.tensor([1 / 4, 1 / 3, 1 / 4]))
-        crop, many = x[:1, :, :2, :2, :2], [degrade(x[:1, :, :2, :2, :2], generators(1, s)) for s in range(1000)]
-        scores = trainer(crop.expand(1000, -1, -1, -1, -1), torch.cat([d for d, _ in many]), torch.cat([a for _, a in many]))
+        crop, many = (
+            x[:1, :, :2, :2, :2],
+            [degrade(x[:1, :, :2, :2, :2], generators(1, s)) for s in range(1000)],
+        )
+        scores = trainer(
+            crop.expand(1000, -1, -1, -1, -1),
+            torch.cat([d for d, _ in many]),
+            torch.cat([a for _, a in many]),
+        )
     assert scores.explained.abs().max() < 0.1, scores.explained
 
     file = io.BytesIO()
@@ -185,9 +212,14 @@ def test_feature_trainer_learns_and_its_file_comes_back():
     assert all(torch.equal(a, b) for a, b in zip(loaded(x), trainer.features(x)))
     random = PerceptualLoss3d(FeatureNet3d((8, 16)))
     assert PerceptualLoss3d(loaded)(x, degraded) != random(x, degraded)
-    for change, message in [({"kind": "vae3d.vae"}, "kind must be vae3d.features, got vae3d.vae"), ({"version": 2}, "version 2"),
-                            ({"config": {"channels": [8, 8]}}, "weights do not fit"), ({"config": {}}, "needs config with channels"),
-                            ({"model": {}}, "weights do not fit"), ({"model": None}, "needs config")]:
+    for change, message in [
+        ({"kind": "vae3d.vae"}, "kind must be vae3d.features, got vae3d.vae"),
+        ({"version": 2}, "version 2"),
+        ({"config": {"channels": [8, 8]}}, "weights do not fit"),
+        ({"config": {}}, "needs config with channels"),
+        ({"model": {}}, "weights do not fit"),
+        ({"model": None}, "needs config"),
+    ]:
         with pytest.raises(ValueError, match=message) as error:
             FeatureNet3d.from_checkpoint({**content, **change})
         assert "\n" not in str(error.value)
