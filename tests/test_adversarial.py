@@ -20,7 +20,6 @@ from adversarial import (
     r1_penalty,
 )
 
-
 # ---------------------------------------------------------------------------------------------- discriminator
 
 @pytest.mark.parametrize(

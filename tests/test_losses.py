@@ -24,7 +24,6 @@ from losses import (
     structure_loss,
 )
 
-
 # -------------------------------------------------------------------------------- reconstruction, KL, metrics
 
 def slow_loss(recon, target, kind, channel_weights=None, foreground_weight=1.0, background=-1.0):

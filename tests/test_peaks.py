@@ -274,6 +274,11 @@ def test_largest_grows_with_the_budget_and_is_none_where_nothing_fits():
     assert largest(lambda s: 10 ** 9, (1, 1, 1), 16, 10 ** 8) is None
 
 
+def test_a_peak_of_just_the_limit_fits():
+    assert largest(math.prod, (1, 1, 1), 16, 64**3) == ((64, 64, 64), 64**3)
+    assert largest(math.prod, (1, 1, 1), 16, 64**3 - 1)[0] == (48, 48, 48)
+
+
 def test_plan_takes_the_first_candidate_that_leaves_a_tenth_free():
     def make_step_for(size, memory):
         return lambda device: lambda: torch.ones(memory["kib"] * 256)

@@ -1,5 +1,4 @@
-"""perceptual.py: features that are the same everywhere, the perceptual distance, degradations and their
-training."""
+"""perceptual.py: features that are the same everywhere, the distance, degradations and their training."""
 import io
 import os
 import subprocess
@@ -14,7 +13,6 @@ import perceptual
 from adversarial import adaptive_weight
 from losses import sharpness
 from perceptual import FeatureNet3d, FeatureTrainer, PerceptualLoss3d, crop_starts, degrade, sub_crop
-
 
 # -------------------------------------------------------------------------------------------------- sub-crops
 
