@@ -1,18 +1,19 @@
-"""U-Net for volumes, with a kernel and a stride per level and axis, so that 2D is a case of 3D. Needs torch and nothing else.
+"""U-Net for volumes, with a kernel and a stride per level and axis: 2D is a case of 3D. Needs torch alone.
 
     unet = UNet.from_preset("unet3d", in_channels=1, out_channels=3)
-    logits, deep = unet(x)                        # x (B, 1, D, H, W), any size -> (B, 3, D, H, W); deep: () unless asked for
-    unet.memory("checkpoint")                     # the memory dial: none | checkpoint, both with the same result
+    logits, deep = unet(x)                        # x (B, 1, D, H, W), any size -> (B, 3, D, H, W)
+    unet.memory("checkpoint")                     # the memory dial: none | checkpoint, with the same result
 
-Follows: U-Net (arXiv:1505.04597), 3D U-Net (arXiv:1606.06650); strided convolutions in place of pooling as in V-Net (arXiv:1606.04797);
-kernels and strides per level, and deep supervision, as in nnU-Net (arXiv:1904.08128); conditioning on a scalar by scale and shift as in
-ADM (arXiv:2105.05233). Deviations: convolutions are padded, so the logits have the input's size; group norm by default, since a 3D batch
-is one or two samples.
-With kernel (1, 3, 3) and stride (1, 2, 2) no value passes from one slice to another: a 2D U-Net, slice by slice (norm `batch` in eval
-mode, or `none`; `group` and `instance` take their statistics over the volume). `from_pytorch_unet` reads the weights of the common 2D one.
+Follows: U-Net (arXiv:1505.04597), 3D U-Net (arXiv:1606.06650); strided convolutions in place of pooling as
+in V-Net (arXiv:1606.04797); kernels and strides per level, and deep supervision, as in nnU-Net
+(arXiv:1904.08128); conditioning on a scalar by scale and shift as in ADM (arXiv:2105.05233). Deviations:
+padded convolutions, so the logits have the input's size; group norm by default, for batches of one or two.
+With kernel (1, 3, 3) and stride (1, 2, 2) no value passes from one slice to another: a 2D U-Net, slice by
+slice (norm `batch` in eval mode, or `none`; `group` and `instance` take their statistics over the volume).
+`from_pytorch_unet` reads the weights of the common 2D one.
 
 Shapes: B batch, C channels, D H W depth height width, E time embedding channels.
-Version 0.1 (2026-11).
+Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
@@ -33,26 +34,27 @@ ACTS = ("relu", "leaky_relu", "silu")
 UPSAMPLINGS = ("transposed", "interpolate")
 DOWNSAMPLINGS = ("pool", "conv")
 MEMORY_MODES = ("none", "checkpoint")
+Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Everything that fixes the network's shape; two equal configs have equal parameter names and shapes."""
-    in_channels: int = 1                                         # C of the input; train.py sets it from the data
-    out_channels: int = 2                                        # classes, background included; 1: one logit for a sigmoid
-    channels: tuple[int, ...] = (16, 32, 64, 128)                # width per level, highest resolution first; a quarter of 3D U-Net's
-    kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3),)     # (D, H, W), odd; one for all levels or one a level
-    strides: tuple[tuple[int, int, int], ...] = ((2, 2, 2),)     # (D, H, W); one for all or one between each two levels
-    num_convs: int = 2                                           # convolution blocks per level, on the way down and on the way up
-    downsampling: str = "pool"                                   # pool (max, no weights) | conv (kernel = stride, as in V-Net)
-    upsampling: str = "transposed"                               # transposed (kernel = stride) | interpolate (linear; halves lower widths)
-    norm: str = "group"                                          # none | batch (as in 3D U-Net) | group | instance (as in nnU-Net)
-    norm_groups: int = 8                                         # group: at most so many; the largest that divides the width is taken
-    act: str = "relu"                                            # relu | leaky_relu (slope 0.01, as in nnU-Net) | silu (as in ADM)
-    deep_supervision: int = 0                                    # further logits in training, at levels 1, 2, ...; 0: off
-    time_channels: int = 0                                       # E, width of the time embedding, even; 0: no conditioning
-    attention: bool = False                                      # at the lowest level, after its blocks
-    head_channels: int = 64                                      # attention: channels per head; gcd with the width where it does not divide
+    in_channels: int = 1                   # C of the input; train.py sets it from the data
+    out_channels: int = 2                  # classes, background included; 1: one logit for a sigmoid
+    channels: tuple[int, ...] = (16, 32, 64, 128)              # width per level, highest resolution first
+    kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3),)   # D,H,W, odd; for all levels, or each
+    strides: tuple[tuple[int, int, int], ...] = ((2, 2, 2),)   # D,H,W; for all levels, or between each two
+    num_convs: int = 2                     # convolution blocks per level, on the way down and on the way up
+    downsampling: str = "pool"             # pool (max, no weights) | conv (kernel = stride, as in V-Net)
+    upsampling: str = "transposed"         # transposed (kernel = stride) | interpolate (linear)
+    norm: str = "group"                    # none | batch (as in 3D U-Net) | group | instance (as in nnU-Net)
+    norm_groups: int = 8                   # of group norm at most; the largest number that divides the width
+    act: str = "relu"                      # relu | leaky_relu (slope 0.01, as in nnU-Net) | silu (as in ADM)
+    deep_supervision: int = 0              # further logits in training, at levels 1, 2, ...; 0: off
+    time_channels: int = 0                 # E, width of the time embedding, even; 0: no conditioning
+    attention: bool = False                # at the lowest level, after its blocks
+    head_channels: int = 64                # of attention, per head; gcd with the width where that is less
 
     def __post_init__(self):
         for name in ("channels", "kernels", "strides"):
@@ -60,53 +62,58 @@ class UNetConfig:
             if not isinstance(value, Sequence) or isinstance(value, str):
                 raise ValueError(f"unet.{name} must be a tuple with an entry a level, got {value!r}")
         object.__setattr__(self, "channels", tuple(self.channels))
-        for name, least in (("in_channels", 1), ("out_channels", 1), ("num_convs", 1), ("norm_groups", 1), ("deep_supervision", 0),
-                            ("time_channels", 0), ("head_channels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"unet.{name} must be at least {least}, got {getattr(self, name)}")
-        for name, choices in (("norm", NORMS), ("act", ACTS), ("upsampling", UPSAMPLINGS), ("downsampling", DOWNSAMPLINGS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unet.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        least = {"in_channels": 1, "out_channels": 1, "num_convs": 1, "norm_groups": 1, "deep_supervision": 0,
+                 "time_channels": 0, "head_channels": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"unet.{name} must be at least {bound}, got {getattr(self, name)}")
+        known = {"norm": NORMS, "act": ACTS, "upsampling": UPSAMPLINGS, "downsampling": DOWNSAMPLINGS}
+        for name, choices in known.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"unet.{name} must be one of {', '.join(choices)}, got {value!r}")
         if not self.channels or min(self.channels) < 1:
             raise ValueError(f"unet.channels needs one positive width a level, got {self.channels}")
         for name, count in (("kernels", len(self.channels)), ("strides", len(self.channels) - 1)):
             triples = getattr(self, name)
             if not all(isinstance(t, Sequence) and len(t) == 3 and min(t) >= 1 for t in triples):
-                raise ValueError(f"unet.{name} entries are three positive integers (D, H, W), got {triples}; write ((3, 3, 3),), or 3,3,3 "
-                                 f"as a flag")
+                raise ValueError(f"unet.{name} entries are three positive integers (D, H, W), got {triples}; "
+                                 f"write ((3, 3, 3),), or 3,3,3 as a flag")
             object.__setattr__(self, name, tuple(tuple(t) for t in triples))
             if len(triples) not in (1, count):
-                raise ValueError(f"unet.{name} needs one D,H,W triple for all or {count} for channels={self.channels}, got {len(triples)}: "
-                                 f"{triples}")
+                raise ValueError(f"unet.{name} needs one D,H,W triple for all or {count} for "
+                                 f"channels={self.channels}, got {len(triples)}: {triples}")
         if any(k % 2 == 0 for kernel in self.kernels for k in kernel):
-            raise ValueError(f"unet.kernels must be odd, so that a convolution keeps the size; got {self.kernels}")
+            raise ValueError(f"unet.kernels must be odd, so that a convolution keeps the size; "
+                             f"got {self.kernels}")
         most = max(len(self.channels) - 2, 0)
         if self.deep_supervision > most:
-            raise ValueError(f"unet.deep_supervision is at most {most} with {len(self.channels)} levels (the top has the logits, the "
-                             f"lowest none), got {self.deep_supervision}")
+            raise ValueError(f"unet.deep_supervision is at most {most} with {len(self.channels)} levels (the "
+                             f"top has the logits, the lowest none), got {self.deep_supervision}")
         if self.time_channels % 2:
             raise ValueError(f"unet.time_channels must be even (sines and cosines), got {self.time_channels}")
 
     @property
-    def level_kernels(self) -> tuple[tuple[int, int, int], ...]:
+    def level_kernels(self) -> tuple[Triple, ...]:
         """The kernel of each level, highest resolution first."""
         return self.kernels * len(self.channels) if len(self.kernels) == 1 else self.kernels
 
     @property
-    def level_strides(self) -> tuple[tuple[int, int, int], ...]:
+    def level_strides(self) -> tuple[Triple, ...]:
         """The stride between level l and level l + 1."""
-        steps = len(self.channels) - 1
-        return self.strides * steps if len(self.strides) == 1 else self.strides
+        count = len(self.channels) - 1
+        return self.strides * count if len(self.strides) == 1 else self.strides
 
     @property
-    def total_stride(self) -> tuple[int, int, int]:
+    def total_stride(self) -> Triple:
         """Voxels per element of the lowest level along D, H, W."""
         return tuple(prod(s[axis] for s in self.level_strides) for axis in range(3))
 
 
 PRESETS = {
-    "unet3d": UNetConfig(),
-    "unet2d": UNetConfig(in_channels=3, channels=(64, 128, 256, 512, 1024), kernels=((1, 3, 3),), strides=((1, 2, 2),), norm="batch"),
+    "unet3d": UNetConfig(),      # a quarter of 3D U-Net's widths
+    "unet2d": UNetConfig(in_channels=3, channels=(64, 128, 256, 512, 1024), kernels=((1, 3, 3),),
+                         strides=((1, 2, 2),), norm="batch"),
     "unet_light": UNetConfig(channels=(8, 16, 32, 64), upsampling="interpolate"),
 }
 
@@ -136,7 +143,7 @@ class ChannelNorm(nn.LayerNorm):  # same as vae3d.ChannelNorm
 
 
 def make_norm(norm: str, channels: int, groups: int) -> nn.Module:
-    """The normalisation of one width. `group` takes the largest group count up to `groups` that divides it, `instance` one a channel."""
+    """`group` takes the largest number up to `groups` that divides the width, `instance` one a channel."""
     if norm == "none":
         return nn.Identity()
     if norm == "batch":
@@ -150,35 +157,41 @@ def make_act(act: str) -> nn.Module:
     """The nonlinearity, in place where backward does not need its input (saves one activation a block)."""
     if act == "relu":
         return nn.ReLU(inplace=True)
-    return nn.LeakyReLU(0.01, inplace=True) if act == "leaky_relu" else nn.SiLU()
+    if act == "leaky_relu":
+        return nn.LeakyReLU(0.01, inplace=True)
+    return nn.SiLU()
 
 
 def check_values(norm: nn.Module, x: Tensor) -> None:
-    """Raise ValueError when `norm` would take its statistics over a single value, which leaves nothing of x (B, C, D, H, W)."""
+    """Raise ValueError when `norm` would take its statistics over a single value: nothing of x is left."""
     voxels = prod(x.shape[2:])
     if isinstance(norm, nn.BatchNorm3d):
         if norm.training and len(x) * voxels == 1:
-            raise ValueError(f"UNet: batch norm in training needs more than one value per channel, got one in a level of shape "
-                             f"{tuple(x.shape)}; use a larger crop or batch, fewer levels, or unet.norm=group")
+            raise ValueError(f"UNet: batch norm in training needs more than one value per channel, got one "
+                             f"in a level of shape {tuple(x.shape)}; use a larger crop or batch, fewer "
+                             f"levels, or unet.norm=group")
     elif isinstance(norm, GroupNorm) and voxels * (norm.num_channels // norm.num_groups) == 1:
-        raise ValueError(f"UNet: normalising each channel of a sample alone needs more than one voxel, got a level of shape "
-                         f"{tuple(x.shape)}; use a larger crop, fewer levels, or unet.norm=group with unet.norm_groups below {x.shape[1]}")
+        raise ValueError(f"UNet: normalising each channel of a sample alone needs more than one voxel, got a "
+                         f"level of shape {tuple(x.shape)}; use a larger crop, fewer levels, or "
+                         f"unet.norm=group with unet.norm_groups below {x.shape[1]}")
 
 
 class ConvBlock(nn.Module):
     """Convolution, norm, scale and shift by the time embedding where there is one, nonlinearity.
 
-    x (B, C_in, D, H, W), embedding (B, E) or None -> (B, C_out, D, H, W). The convolution has a bias only where no norm follows.
-    Raises ValueError when the norm would see a single value (check_values).
+    x (B, C_in, D, H, W), embedding (B, E) or None -> (B, C_out, D, H, W). The convolution has a bias only
+    where no norm follows. Raises ValueError when the norm would see a single value (check_values).
     """
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int] = (3, 3, 3), norm: str = "group",
+    def __init__(self, in_channels: int, out_channels: int, kernel: Triple = (3, 3, 3), norm: str = "group",
                  norm_groups: int = 8, act: str = "relu", time_channels: int = 0):
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel), bias=norm == "none")
+        padding = tuple(k // 2 for k in kernel)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=padding, bias=norm == "none")
         self.norm = make_norm(norm, out_channels, norm_groups)
         self.act = make_act(act)
         self.time = nn.Linear(time_channels, 2 * out_channels) if time_channels else None
-        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")  # arXiv:1502.01852; torch's default loses the signal without norm
+        # arXiv:1502.01852; with torch's own start the signal is lost where there is no norm
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
@@ -187,13 +200,14 @@ class ConvBlock(nn.Module):
         check_values(self.norm, h)
         h = self.norm(h)
         if self.time is not None:
-            scale, shift = self.time(embedding)[..., None, None, None].to(h.dtype).chunk(2, dim=1)  # each (B, C_out, 1, 1, 1)
+            both = self.time(embedding)[..., None, None, None].to(h.dtype)
+            scale, shift = both.chunk(2, dim=1)            # each (B, C_out, 1, 1, 1)
             h = torch.addcmul(shift, h, 1 + scale)
         return self.act(h)
 
 
 class DownBlock(nn.Module):
-    """Downsampling by `stride`, then a ConvBlock: x (B, C_in, D, H, W) -> (B, C_out, D // s0, H // s1, W // s2)."""
+    """Downsampling, then a ConvBlock: x (B, C_in, D, H, W) -> (B, C_out, D // s0, H // s1, W // s2)."""
     def __init__(self, down: nn.Module, block: ConvBlock):
         super().__init__()
         self.down, self.block = down, block
@@ -205,7 +219,8 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """Upsampling, zeros at the far ends up to the skip's size, [skip, upsampled], then a ConvBlock.
 
-    x (B, C_low, d, h, w), skip (B, C, D, H, W) -> (B, C_out, D, H, W). One block, so that checkpointing keeps nothing of its inside.
+    x (B, C_low, d, h, w), skip (B, C, D, H, W) -> (B, C_out, D, H, W). One block, so that checkpointing keeps
+    nothing of its inside.
     """
     def __init__(self, up: nn.Module, block: ConvBlock):
         super().__init__()
@@ -214,7 +229,8 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor, embedding: Tensor | None = None) -> Tensor:
         x = self.up(x)
         d, h, w = (want - have for want, have in zip(skip.shape[2:], x.shape[2:]))
-        x = F.pad(x, (0, w, 0, h, 0, d)) if d or h or w else x
+        if d or h or w:
+            x = F.pad(x, (0, w, 0, h, 0, d))
         return self.block(torch.cat([skip, x], dim=1), embedding)
 
 
@@ -241,78 +257,94 @@ class Attention3d(nn.Module):
 class TimeEmbedding(nn.Module):
     """Sines and cosines of a scalar per sample, then an MLP: t (B,) -> (B, E), in the dtype of the MLP.
 
-    t in units in which 1 is much: rectified flow's t in [0, 1], EDM's ln(sigma) / 4, DDPM's step / 1000. The angles are
-    1000 t / 10000^(i/n), n = E / 2 - 1, as in DDPM (arXiv:2006.11239); float32 or wider, since in bfloat16 t = 0.999 is 1.
+    t in units in which 1 is much: rectified flow's t in [0, 1], EDM's ln(sigma) / 4, DDPM's timestep / 1000.
+    The angles are 1000 t / 10000^(i/n), n = E / 2 - 1, as in DDPM (arXiv:2006.11239), in float32 or wider,
+    since in bfloat16 t = 0.999 is 1.
     """
     def __init__(self, channels: int):
         super().__init__()
         self.channels = channels
-        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU())
+        layers = nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels), nn.SiLU()
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, t: Tensor) -> Tensor:
         dtype, half = torch.promote_types(t.dtype, torch.float32), self.channels // 2
         places = torch.arange(half, dtype=dtype, device=t.device) / max(half - 1, 1)
-        angles = 1000 * t.to(dtype)[:, None] * (-log(10000) * places).exp()                     # (B, E / 2)
+        angles = 1000 * t.to(dtype)[:, None] * (-log(10000) * places).exp()              # (B, E / 2)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1).to(self.mlp[0].weight.dtype))
 
 
 class UNetOutput(NamedTuple):
-    logits: Tensor                                               # (B, out_channels, D, H, W), the input's size
-    deep: tuple[Tensor, ...]                                     # training with deep supervision: level 1, 2, ..., each at its own size
+    logits: Tensor               # (B, out_channels, D, H, W), the input's size
+    deep: tuple[Tensor, ...]     # training with deep supervision: of levels 1, 2, ..., each at its own size
 
 
 class UNet(nn.Module):
     """x (B, C, D, H, W), t (B,) with time_channels -> UNetOutput(logits, deep).
 
-    Any D, H, W >= 1. A size that a stride does not divide is rounded down on the way down, and zeros stand at the far end on the way up, as
-    in the common 2D U-Net; an axis shorter than the total stride is padded to it by repeating the border, and the logits are cropped back.
-    Level l's logits in `deep` have the grid of that level: size // stride, level by level.
-    With upsampling `interpolate` no convolution narrows on the way up, so the lowest level has half its width, and the last block of each
-    other level but the top hands up half.
-    Raises ValueError when x is not 5D or its channels are not cfg.in_channels, when t is missing, not wanted or not one per sample, and
-    when a norm would take its statistics over a single value.
+    Any D, H, W >= 1. A size that a stride does not divide is rounded down on the way down, and zeros stand
+    at the far end on the way up, as in the common 2D U-Net; an axis shorter than the total stride is padded
+    to it by repeating the border, and the logits are cropped back. Level l's logits in `deep` have the grid
+    of that level: size // stride, level by level. With upsampling `interpolate` no convolution narrows on
+    the way up, so the lowest level has half its width, and the last block of each other level but the top
+    hands up half. Raises ValueError when x is not 5D or its channels are not cfg.in_channels, when t is
+    missing, not wanted or not one per sample, and when a norm would take its statistics over a single
+    value.
     """
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg = cfg
-        self.total_stride = cfg.total_stride                     # once: torch.compile does not trace its generators
-        widths, kernels, strides, last = cfg.channels, cfg.level_kernels, cfg.level_strides, len(cfg.channels) - 1
-        transposed = cfg.upsampling == "transposed"
+        self.total_stride = cfg.total_stride     # once: torch.compile does not trace its generators
+        widths, strides, last = cfg.channels, cfg.level_strides, len(cfg.channels) - 1
+        is_transposed = cfg.upsampling == "transposed"
 
         def block(before: int, width: int, level: int) -> ConvBlock:
-            return ConvBlock(before, width, kernels[level], cfg.norm, cfg.norm_groups, cfg.act, cfg.time_channels)
+            kernel = cfg.level_kernels[level]
+            return ConvBlock(before, width, kernel, cfg.norm, cfg.norm_groups, cfg.act, cfg.time_channels)
 
         def half(width: int) -> int:
-            return width if transposed else max(width // 2, 1)
+            return width if is_transposed else max(width // 2, 1)
 
         self.time = TimeEmbedding(cfg.time_channels) if cfg.time_channels else None
-        self.encoder = nn.ModuleList()                           # level -> its blocks
+
+        # down: below the top, the first block of a level comes with its downsampling
+        self.encoder = nn.ModuleList()           # level -> its blocks
         for level, width in enumerate(widths):
-            width = half(width) if level == last > 0 else width
+            if level == last > 0:
+                width = half(width)
             if level == 0:
                 blocks = [block(cfg.in_channels, width, 0)]
             else:
                 before, stride = widths[level - 1], strides[level - 1]
-                down = nn.Conv3d(before, before, stride, stride) if cfg.downsampling == "conv" else nn.MaxPool3d(stride)
+                down = nn.MaxPool3d(stride)
+                if cfg.downsampling == "conv":
+                    down = nn.Conv3d(before, before, stride, stride)
                 blocks = [DownBlock(down, block(before, width, level))]
             blocks += [block(width, width, level) for _ in range(cfg.num_convs - 1)]
             self.encoder.append(nn.ModuleList(blocks))
         low = width
         self.attention = Attention3d(low, cfg.head_channels) if cfg.attention else None
-        decoder, heads = [], []
+
+        # up: from the lowest level, `low` channels wide, to the top
+        decoder, handed_up = [], []
         for level in reversed(range(last)):
             width, stride = widths[level], strides[level]
-            up = nn.ConvTranspose3d(low, width, stride, stride) if transposed else \
-                nn.Upsample(scale_factor=tuple(float(s) for s in stride), mode="trilinear", align_corners=True)
+            if is_transposed:
+                up, joined = nn.ConvTranspose3d(low, width, stride, stride), width + width
+            else:
+                factors = tuple(float(s) for s in stride)
+                up = nn.Upsample(scale_factor=factors, mode="trilinear", align_corners=True)
+                joined = width + low
             outs = [width] * (cfg.num_convs - 1) + [half(width) if level else width]
-            blocks = [UpBlock(up, block(width + (width if transposed else low), outs[0], level))]
+            blocks = [UpBlock(up, block(joined, outs[0], level))]
             blocks += [block(before, after, level) for before, after in zip(outs, outs[1:])]
             decoder.append(nn.ModuleList(blocks))
             low = outs[-1]
-            heads.append(low)
-        self.decoder = nn.ModuleList(reversed(decoder))          # level -> its blocks
+            handed_up.append(low)
+        self.decoder = nn.ModuleList(reversed(decoder))    # level -> its blocks
         self.head = nn.Conv3d(low, cfg.out_channels, 1)
-        self.deep_heads = nn.ModuleList(nn.Conv3d(heads[::-1][level], cfg.out_channels, 1) for level in range(1, cfg.deep_supervision + 1))
+        low_widths = handed_up[::-1][1:cfg.deep_supervision + 1]   # of levels 1, 2, ...
+        self.deep_heads = nn.ModuleList(nn.Conv3d(w, cfg.out_channels, 1) for w in low_widths)
         self.memory("none")
 
     @classmethod
@@ -323,30 +355,28 @@ class UNet(nn.Module):
         return cls(dataclasses.replace(PRESETS[name], **changes))
 
     def memory(self, mode: str) -> UNet:
-        """Set the memory dial and return self; may be called again at any time. It changes peak memory and time, never the result.
+        """Set the memory dial and return self; may be called again at any time.
 
-        none: plain autograd keeps every activation. checkpoint: the input of each block is kept (skips are shared, upsampled and joined
-        tensors never kept) and its inside is computed again in backward (arXiv:1604.06174). The running statistics of batch norm move once.
-        Raises ValueError for another mode.
+        It changes peak memory and time, never the result. none: plain autograd keeps every activation.
+        checkpoint: the input of each block is kept (skips are shared, upsampled and joined tensors never
+        kept) and its inside is computed again in backward (arXiv:1604.06174). The running statistics of
+        batch norm move once. Raises ValueError for another mode.
         """
         if mode not in MEMORY_MODES:
-            raise ValueError(f"memory mode of a U-Net must be one of {', '.join(MEMORY_MODES)}, got {mode!r}"
-                             + ("; its lowest level sees the whole volume, so it has no exact tiles" if mode == "tile" else ""))
+            text = f"memory mode of a U-Net must be one of {', '.join(MEMORY_MODES)}, got {mode!r}"
+            if mode == "tile":
+                text += "; its lowest level sees the whole volume, so it has no exact tiles"
+            raise ValueError(text)
         self.memory_mode = mode
         return self
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> UNetOutput:
-        if x.dim() != 5 or x.shape[1] != self.cfg.in_channels or 0 in x.shape[2:]:
-            raise ValueError(f"UNet: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
-                             f"make unet.in_channels the number of channels of the data")
-        if (t is None) != (self.time is None):
-            raise ValueError(f"UNet: unet.time_channels={self.cfg.time_channels}, got t={'none' if t is None else tuple(t.shape)}; "
-                             f"give t (B,) when and only when time_channels is not 0")
-        if t is not None and t.shape != x.shape[:1]:
-            raise ValueError(f"UNet: t is one scalar per sample, ({len(x)},) for this batch; got {tuple(t.shape)}")
+        self.check_input(x, t)
         embedding = None if t is None else self.time(t)
-        size = x.shape[2:]
+        d, h, w = x.shape[2:]
         x = pad_to_least(x, self.total_stride)
+
+        # down to the lowest level; each level's last output is kept for the way up
         skips = []
         for blocks in self.encoder:
             for each in blocks:
@@ -354,6 +384,8 @@ class UNet(nn.Module):
             skips.append(x)
         if self.attention is not None:
             x = self._run(self.attention, x)
+
+        # up again; in training the upper levels but the top give logits of their own
         deep = []
         for level in reversed(range(len(self.decoder))):
             first, *rest = self.decoder[level]
@@ -362,31 +394,48 @@ class UNet(nn.Module):
                 x = self._run(each, x, embedding)
             if self.training and 1 <= level <= len(self.deep_heads):
                 deep.insert(0, self.deep_heads[level - 1](x))
-        return UNetOutput(self.head(x)[..., :size[0], :size[1], :size[2]], tuple(deep))
+        return UNetOutput(self.head(x)[..., :d, :h, :w], tuple(deep))
+
+    def check_input(self, x: Tensor, t: Tensor | None) -> None:
+        if x.dim() != 5 or x.shape[1] != self.cfg.in_channels or 0 in x.shape[2:]:
+            raise ValueError(f"UNet: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
+                             f"make unet.in_channels the number of channels of the data")
+        if (t is None) != (self.time is None):
+            found = "none" if t is None else tuple(t.shape)
+            raise ValueError(f"UNet: unet.time_channels={self.cfg.time_channels}, got t={found}; "
+                             f"give t (B,) when and only when time_channels is not 0")
+        if t is not None and t.shape != x.shape[:1]:
+            raise ValueError(f"UNet: t is one scalar per sample, ({len(x)},) for this batch; "
+                             f"got {tuple(t.shape)}")
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """One block as the dial says."""
         if self.memory_mode == "none" or not torch.is_grad_enabled():
             return block(*inputs)
         options = {}
-        if not torch.compiler.is_compiling() and any(True for _ in block.buffers()):  # compiled code updates them once anyway
+        has_buffers = any(True for _ in block.buffers())
+        if has_buffers and not torch.compiler.is_compiling():      # compiled code updates them once anyway
             options["context_fn"] = lambda: (nullcontext(), BuffersKept(block))
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)  # no block draws random numbers
+        # no block draws random numbers, so that their state need not be kept
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class BuffersKept:
-    """Inside, `block` works on copies of its buffers: batch norm's running statistics do not move a second time while it is recomputed.
+    """Inside, `block` works on copies of its buffers.
 
-    Copies, not None: the recomputation must save tensors of the same number and shapes as the forward did. Also right for SyncBatchNorm.
-    A class, not a generator: a retained graph enters it once per backward.
+    So batch norm's running statistics do not move a second time while it is recomputed. Copies, not None: the
+    recomputation must save tensors of the same number and shapes as the forward did. Also right for
+    SyncBatchNorm. A class, not a generator: a retained graph enters it once per backward.
     """
     def __init__(self, block: nn.Module):
         self.block = block
 
     def __enter__(self) -> None:
-        self.kept = [(module, dict(module._buffers)) for module in self.block.modules() if module._buffers]
+        modules = [module for module in self.block.modules() if module._buffers]
+        self.kept = [(module, dict(module._buffers)) for module in modules]
         for module, buffers in self.kept:
-            module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+            copies = {name: None if b is None else b.clone() for name, b in buffers.items()}
+            module._buffers.update(copies)
 
     def __exit__(self, *error) -> None:
         for module, buffers in self.kept:
@@ -396,119 +445,150 @@ class BuffersKept:
 def pad_to_least(x: Tensor, least: Sequence[int]) -> Tensor:
     """Repeat the far border of (B, C, D, H, W) until D, H, W are at least `least`."""
     d, h, w = (max(m - n, 0) for n, m in zip(x.shape[2:], least))
-    return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
+    if not (d or h or w):
+        return x
+    return F.pad(x, (0, w, 0, h, 0, d), mode="replicate")
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
-    """First voxels of evenly spread windows that cover an axis and share at least about `overlap` of their length."""
-    count = 1 if window >= size else ceil((size - window) / max(1, window * (1 - overlap))) + 1
+    """First voxels of evenly spread windows that cover an axis and share at least about `overlap` of it."""
+    count = 1
+    if window < size:
+        count += ceil((size - window) / max(1, window * (1 - overlap)))
     return sorted({round(i * (size - window) / max(1, count - 1)) for i in range(count)})
 
 
 def window_weight(window: Sequence[int]) -> Tensor:
-    """Gaussian of sigma = window / 8 about its middle, (D, H, W): a window knows least about its border (nnU-Net)."""
-    parts = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)).square()) for n in window]
+    """Gaussian of sigma = window / 8, (D, H, W), as in nnU-Net: a window knows least about its border."""
+    parts = []
+    for n in window:
+        distance = (torch.arange(n) - (n - 1) / 2) / (n / 8)       # in sigmas
+        parts.append(torch.exp(-0.5 * distance.square()))
     return parts[0][:, None, None] * parts[1][:, None] * parts[2]
 
 
-def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int], overlap: float = 0.5, background: float = 0.0,
+def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int], overlap: float = 0.5,
+                  background: float = 0.0,
                   tick: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Tensor]:
-    """A whole volume x (1, C, D, H, W) through windows that overlap -> logits (K, slab, H, W) float32 on the CPU, slab after slab along D.
+    """A whole volume x (1, C, D, H, W) through windows that overlap -> its logits, slab after slab along D.
 
-    network: (1, C, d, h, w) -> logits (1, K, d, h, w). A U-Net sees, and normalises by, all that it is given: windows of the size that it
-    was trained on show it what it knows, and its receptive field is the whole of them, so blending is right here. Each voxel's logits are
-    the mean over the windows that hold it, weighted by `window_weight`. Only one window's depth of sums is kept. A volume of a window's
-    size is one plain forward pass; a shorter axis is filled up with `background` on both sides, as a crop is in training (data.Crops).
-    tick is told of windows done, and of how many.
+    network: (1, C, d, h, w) -> logits (1, K, d, h, w). Slabs are (K, slab, H, W) float32 on the CPU. A
+    U-Net sees, and normalises by, all that it is given: windows of the size that it was trained on show it
+    what it knows, and its receptive field is the whole of them, so blending is right here. Each voxel's
+    logits are the mean over the windows that hold it, weighted by `window_weight`. Only one window's depth
+    of sums is kept. A volume of a window's size is one plain forward pass; a shorter axis is filled up with
+    `background` on both sides, as a crop is in training. tick is told of windows done, and of how many.
     """
     size = x.shape[2:]
     short = [max(0, w - n) for w, n in zip(window, size)]
     if any(short):
+        # fill up, segment that, cut the filling off again
         lead = [n // 2 for n in short]
-        x = F.pad(x, [p for axis in (2, 1, 0) for p in (lead[axis], short[axis] - lead[axis])], value=background)
+        margins = [p for axis in (2, 1, 0) for p in (lead[axis], short[axis] - lead[axis])]
+        x = F.pad(x, margins, value=background)
         inner = [slice(a, n - (b - a)) for a, b, n in zip(lead, short, x.shape[2:])]
-        depth = inner[0] if short[0] else slice(None)            # an axis that was filled up is one window long: one slab
+        depth = inner[0] if short[0] else slice(None)      # a filled depth is one window long: one slab
         for slab in window_logits(network, x, window, overlap, background, tick):
             yield slab[:, depth, inner[1], inner[2]]
         return
     rows, columns, places = ([*window_starts(n, w, overlap)] for n, w in zip(size, window))
     total, done = len(rows) * len(columns) * len(places), 0
 
-    def logits_at(*start: int) -> Tensor:
-        part = x[(slice(None), slice(None), *(slice(s, s + w) for s, w in zip(start, window)))]
+    def logits_at(d: int, h: int, w: int) -> Tensor:
+        part = x[:, :, d:d + window[0], h:h + window[1], w:w + window[2]]
         return network(part.contiguous())[0].float().cpu()
 
     if total == 1:
         yield logits_at(0, 0, 0)
         tick(1, 1)
         return
-    weight, sums = window_weight(window), None
+    weight, sums = window_weight(window), None             # sums of weight * logits, and of weight
     mass = torch.zeros(window[0], *size[1:])
     for d, following in zip(rows, [*rows[1:], size[0]]):
         for h in columns:
             for w in places:
                 logits = logits_at(d, h, w)
-                sums = torch.zeros(len(logits), *mass.shape) if sums is None else sums
+                if sums is None:
+                    sums = torch.zeros(len(logits), *mass.shape)
                 sums[:, :, h:h + window[1], w:w + window[2]] += logits.mul_(weight)
                 mass[:, h:h + window[1], w:w + window[2]] += weight
-                tick(done := done + 1, total)
-        ready = following - d                                    # no later window reaches these slices
+                done += 1
+                tick(done, total)
+        # no later window reaches the slices before `following`; the rest moves to the front
+        ready = following - d
         yield sums[:, :ready] / mass[:ready]
-        for kept in (sums.movedim(1, 0), mass):                  # the rest moves to the front
+        for kept in (sums.movedim(1, 0), mass):
             kept[:window[0] - ready] = kept[ready:].clone()
             kept[window[0] - ready:] = 0
 
 
 def from_pytorch_unet(state: dict[str, Tensor]) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """Weights of the common 2D Pytorch-UNet (inc, down1-4, up1-4, outc) -> the config of the same network here, and its state dict.
+    """Weights of the common 2D Pytorch-UNet -> the config of the same network here, and its state dict.
 
         cfg, weights = from_pytorch_unet(torch.load("unet.pth", map_location="cpu", weights_only=True))
         unet = UNet(cfg)
         unet.load_state_dict(weights)
 
-    Channels, classes and kind of upsampling are read from the shapes; kernels (O, I, h, w) become (O, I, 1, h, w). The entry `mask_values`,
-    which its trainer adds (grey values of the classes, no weight), is left out.
-    Raises ValueError naming every key that is missing, not known, or of another shape than the others make it.
+    Its modules are inc, down1-4, up1-4, outc. Channels, classes and kind of upsampling are read from the
+    shapes; kernels (O, I, h, w) become (O, I, 1, h, w). The entry `mask_values`, which its trainer adds
+    (grey values of the classes, no weight), is left out. Raises ValueError naming every key that is
+    missing, not known, or of another shape than the others make it.
     """
     state = {key: value for key, value in state.items() if key != "mask_values"}
-    ends = ["inc.double_conv.3.weight", *(f"down{level}.maxpool_conv.1.double_conv.3.weight" for level in range(1, 5))]
+
+    # first the config, from the shapes of a few convolutions
+    ends = ["inc.double_conv.3.weight"]
+    ends += [f"down{level}.maxpool_conv.1.double_conv.3.weight" for level in range(1, 5)]
     first, out = "inc.double_conv.0.weight", "outc.conv.weight"
     absent = [key for key in (first, *ends, out) if getattr(state.get(key), "ndim", 0) != 4]
     if absent:
-        raise ValueError(f"from_pytorch_unet: no convolution weight {', '.join(absent)}; this is not the state dict of a Pytorch-UNet "
-                         f"(its keys: {', '.join(list(state)[:3])}{', ...' if len(state) > 3 else ''})")
-    bilinear = not any(key.startswith("up1.up.") for key in state)
+        some = ", ".join(list(state)[:3]) + (", ..." if len(state) > 3 else "")
+        raise ValueError(f"from_pytorch_unet: no convolution weight {', '.join(absent)}; this is not the "
+                         f"state dict of a Pytorch-UNet (its keys: {some})")
+    is_bilinear = not any(key.startswith("up1.up.") for key in state)
     widths = [len(state[key]) for key in ends]
-    widths[-1] *= 2 if bilinear else 1
-    cfg = UNetConfig(state[first].shape[1], len(state[out]), tuple(widths), ((1, 3, 3),), ((1, 2, 2),), norm="batch", act="relu",
-                     upsampling="interpolate" if bilinear else "transposed")
+    if is_bilinear:
+        widths[-1] *= 2
+    upsampling = "interpolate" if is_bilinear else "transposed"
+    cfg = UNetConfig(state[first].shape[1], len(state[out]), tuple(widths), ((1, 3, 3),), ((1, 2, 2),),
+                     norm="batch", act="relu", upsampling=upsampling)
 
-    names = {"outc.conv": "head"}                                # their module -> ours
+    # then the names: our module -> theirs
+    theirs = {"head": "outc.conv"}
     for level in range(5):
         down = f"down{level}.maxpool_conv.1.double_conv" if level else "inc.double_conv"
-        entered = ".block" if level else ""                      # below the top, the first block comes with its downsampling
-        names |= {f"{down}.0": f"encoder.{level}.0{entered}.conv", f"{down}.1": f"encoder.{level}.0{entered}.norm",
-                  f"{down}.3": f"encoder.{level}.1.conv", f"{down}.4": f"encoder.{level}.1.norm"}
+        entered = ".block" if level else ""      # below the top, the first block comes with its downsampling
+        block = f"encoder.{level}"
+        theirs |= {f"{block}.0{entered}.conv": f"{down}.0", f"{block}.0{entered}.norm": f"{down}.1",
+                   f"{block}.1.conv": f"{down}.3", f"{block}.1.norm": f"{down}.4"}
     for level in range(4):
-        up = f"up{4 - level}"
-        names |= {f"{up}.up": f"decoder.{level}.0.up",
-                  f"{up}.conv.double_conv.0": f"decoder.{level}.0.block.conv", f"{up}.conv.double_conv.1": f"decoder.{level}.0.block.norm",
-                  f"{up}.conv.double_conv.3": f"decoder.{level}.1.conv", f"{up}.conv.double_conv.4": f"decoder.{level}.1.norm"}
-    theirs = {ours: name for name, ours in names.items()}
+        up, block = f"up{4 - level}.conv.double_conv", f"decoder.{level}"
+        theirs |= {f"{block}.0.up": f"up{4 - level}.up",
+                   f"{block}.0.block.conv": f"{up}.0", f"{block}.0.block.norm": f"{up}.1",
+                   f"{block}.1.conv": f"{up}.3", f"{block}.1.norm": f"{up}.4"}
     with torch.device("meta"):
         expected = UNet(cfg).state_dict()
-    keys = {ours: "{}.{}".format(theirs[ours.rpartition(".")[0]], ours.rpartition(".")[2]) for ours in expected}
+    keys = {}                                    # our key -> theirs
+    for ours in expected:
+        module, _, kind = ours.rpartition(".")
+        keys[ours] = f"{theirs[module]}.{kind}"
+
+    # then the weights themselves; every fault is collected before one is raised
     faults = [f"missing {key}" for key in keys.values() if key not in state]
     faults += [f"unexpected {key}" for key in state if key not in set(keys.values())]
     weights = {}
     for ours, key in keys.items():
-        if key in state:
-            value = state[key].unsqueeze(2) if getattr(state[key], "ndim", 0) == 4 else state[key]
-            if getattr(value, "shape", None) != expected[ours].shape:
-                want = [n for i, n in enumerate(expected[ours].shape) if i != 2]
-                faults.append(f"{key} is {list(getattr(state[key], 'shape', ()))}, expected {want}")
-            weights[ours] = value
+        if key not in state:
+            continue
+        value = state[key]
+        if getattr(value, "ndim", 0) == 4:
+            value = value.unsqueeze(2)
+        if getattr(value, "shape", None) != expected[ours].shape:
+            want = [n for i, n in enumerate(expected[ours].shape) if i != 2]
+            faults.append(f"{key} is {list(getattr(state[key], 'shape', ()))}, expected {want}")
+        weights[ours] = value
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError(f"from_pytorch_unet: {'; '.join(faults[:8])}{more}; the file must hold one Pytorch-UNet, whole")
+        raise ValueError(f"from_pytorch_unet: {'; '.join(faults[:8])}{more}; the file must hold one "
+                         f"Pytorch-UNet, whole")
     return cfg, weights

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 
-import memtest  # noqa: E402
+import peaks  # noqa: E402
 import train  # noqa: E402
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     base = config(options.preset, options.size, ["--memory.mode", "checkpoint"])
     base_step, cpu = train.make_step(base, "cpu"), torch.device("cpu")
-    peak = memtest.predict(lambda d: train.make_step(base, d), cpu).bytes / memtest.GIB
+    peak = peaks.predict(lambda d: train.make_step(base, d), cpu).bytes / peaks.GIB
     base_step()                                                  # warm-up
     rows = [{"setting": "checkpoint", "predicted_gib": peak, "ratio": 1.0}]
     settings = [("auto for half of it", ["--memory.budget", str(peak / 2)])]
@@ -57,7 +57,7 @@ def main() -> int:
         pairs = [(seconds(base_step), seconds(step)) for _ in range(options.pairs)]
         plan = train.set_dial(train.VAE3D(cfg.vae), cfg.memory).tile_plan(cfg.data.patch, 1, torch.float32)
         rows.append({"setting": name, "tile": plan.tile, "stretch": plan.stretch, "estimated_ratio": plan.work,
-                     "predicted_gib": memtest.predict(lambda d, cfg=cfg: train.make_step(cfg, d), cpu).bytes / memtest.GIB,
+                     "predicted_gib": peaks.predict(lambda d, cfg=cfg: train.make_step(cfg, d), cpu).bytes / peaks.GIB,
                      "ratio": statistics.median(b / a for a, b in pairs), "pairs": pairs})
     for row in rows:
         print(f"{row['setting']:22} {row['predicted_gib']:6.3f} GiB  ratio {row['ratio']:.2f}"

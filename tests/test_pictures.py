@@ -1,17 +1,13 @@
-"""pictures.py: slices are square in mm and the right way up, PNG files hold what was drawn."""
-import shutil
+"""pictures.py: slices are square in mm and the right way up, PNG and SVG files hold what was drawn."""
 import struct
-import subprocess
-import sys
 import zlib
-from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from pieces import run_alone
 
 import pictures
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_png_is_what_was_drawn():
@@ -22,7 +18,9 @@ def test_png_is_what_was_drawn():
     length = struct.unpack(">I", raw[start - 4:start])[0]
     lines = zlib.decompress(raw[start + 4:start + 4 + length])
     assert lines == b"".join(b"\0" + row.numpy().tobytes() for row in image)
-    assert struct.unpack(">I", raw[start + 4 + length:start + 8 + length])[0] == zlib.crc32(raw[start:start + 4 + length])
+    assert struct.unpack(">I", raw[start + 4 + length : start + 8 + length])[0] == zlib.crc32(
+        raw[start : start + 4 + length]
+    )
 
 
 def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres():
@@ -30,24 +28,35 @@ def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres()
     image[0, 2, 1, 6] = 1.0
     picture = pictures.comparison(image, image.clone(), (4.0, 1.0, 1.0), -1.0)
     height, width, _ = picture.shape
-    assert (height, width) == (3 * 260, 3 * 260)                 # axial 8 x 8 mm at 32 pixels a mm, the others 16 x 8 mm at 16
+    # axial 8 x 8 mm at 32 pixels a mm, the others 16 x 8 mm at 16
+    assert (height, width) == (3 * 260, 3 * 260)
     assert picture[:260, :260].max() == 255 and picture[2:258, 522:778].max() == 0
 
 
 def test_the_error_runs_from_black_over_red_to_yellow():
     assert pictures.error(torch.tensor([0.0, 0.25, 0.5, 2.0]), torch.zeros(4)).tolist() == [
         [0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 0]]
-    assert pictures.grey(torch.tensor([-2.0, -1.0, 0.0, 1.0])).tolist() == [[0] * 3, [0] * 3, [127.5] * 3, [255] * 3]
+    assert pictures.grey(torch.tensor([-2.0, -1.0, 0.0, 1.0])).tolist() == [
+        [0] * 3,
+        [0] * 3,
+        [127.5] * 3,
+        [255] * 3,
+    ]
 
 
 def test_slices_look_from_above_from_the_front_and_from_the_side():
-    """One bright voxel high up, at the back, on the patient's right (RAS: low index along W): of each axis its slice is shown."""
+    """One bright voxel high up, at the back, on the patient's right (RAS: low index along W): of each
+    axis its slice is shown."""
     volume, spacing = torch.full((4, 6, 8), -1.0), (3.0, 1.0, 1.0)
     volume[3, 1, 2] = 1.0                                        # high, low along D,H,W = head, back, right
     axial, coronal, sagittal = pictures.slices([volume], volume + 1, spacing, pictures.grey)
-    assert [image.shape for image in (axial, coronal, sagittal)] == [(6 * 32, 8 * 32, 3), (12 * 21, 8 * 21, 3), (12 * 21, 6 * 21, 3)]
+    assert [image.shape for image in (axial, coronal, sagittal)] == [
+        (6 * 32, 8 * 32, 3),
+        (12 * 21, 8 * 21, 3),
+        (12 * 21, 6 * 21, 3),
+    ]
     for image, row, column in ((axial, 4 / 6, 5 / 8), (coronal, 0, 5 / 8), (sagittal, 0, 4 / 6)):
-        lit = image[..., 0].nonzero().double()                   # head and front up; right on the left, so low W on the right
+        lit = image[..., 0].nonzero().double()  # head and front up; right on the left, so low W on the right
         assert lit.min(0).values.tolist() == pytest.approx([row * image.shape[0], column * image.shape[1]])
 
 
@@ -62,9 +71,14 @@ def test_a_flat_volume_is_one_picture_and_a_picture_is_not_turned():
     plane = torch.zeros(1, 5, 7)
     plane[0, 0, 0] = 1.0
     for shape in ((1, 5, 7), (5, 1, 7), (5, 7, 1)):
-        [image] = pictures.slices([plane.reshape(shape)], plane.reshape(shape), (1.0, 1.0, 1.0), pictures.grey, is_picture=True)
+        [image] = pictures.slices(
+            [plane.reshape(shape)], plane.reshape(shape), (1.0, 1.0, 1.0), pictures.grey, is_picture=True
+        )
         assert image[0, 0, 0] == 255 and image[-1, -1, 0] == 127.5 and image.shape == (5 * 36, 7 * 36, 3)
-    assert len(pictures.slices([torch.zeros(1, 1, 1)], torch.zeros(1, 1, 1), (1.0, 1.0, 1.0), pictures.grey)) == 3
+    assert (
+        len(pictures.slices([torch.zeros(1, 1, 1)], torch.zeros(1, 1, 1), (1.0, 1.0, 1.0), pictures.grey))
+        == 3
+    )
 
 
 def test_labels_are_coloured_apart_and_the_background_stays_grey():
@@ -72,14 +86,86 @@ def test_labels_are_coloured_apart_and_the_background_stays_grey():
     image = pictures.coloured(torch.zeros(1, 2, 4), label).reshape(8, 3)
     assert image[0].tolist() == [127.5] * 3
     assert torch.cdist(image, image).add(torch.eye(8) * 1e3).min() > 20, image
-    sheet = pictures.label_comparison(torch.zeros(1, 2, 8, 8), [torch.ones(2, 8, 8), torch.zeros(2, 8, 8)], (1.0, 1.0, 1.0))
+    sheet = pictures.label_comparison(
+        torch.zeros(1, 2, 8, 8), [torch.ones(2, 8, 8), torch.zeros(2, 8, 8)], (1.0, 1.0, 1.0)
+    )
     assert sheet.dtype == torch.uint8 and sheet.shape[1] == 3 * 260
-    assert not (sheet[:260, 260:520] == sheet[:260, :260]).all() and (sheet[:260, 520:] == sheet[:260, :260]).all()
+    assert (
+        not (sheet[:260, 260:520] == sheet[:260, :260]).all()
+        and (sheet[:260, 520:] == sheet[:260, :260]).all()
+    )
 
 
-def test_it_works_alone(tmp_path):
-    shutil.copy(ROOT / "pictures.py", tmp_path)
-    code = "import sys; sys.path.insert(0, '.'); import torch, pictures; x = torch.zeros(1, 4, 4, 4); " \
-           "open('a.png', 'wb').write(pictures.png(pictures.comparison(x, x, (1, 1, 1), -1.0)))"
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
-    assert (tmp_path / "a.png").stat().st_size > 100
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(svg: str):
+    """Texts, lines as (x, y) of their lower end, and bars as (x, y, width, colour), of an SVG that must
+    be well-formed."""
+    root = ElementTree.fromstring(svg)
+    width, height = float(root.get("width")), float(root.get("height"))
+    texts = [(e.text, float(e.get("x")), float(e.get("y"))) for e in root.iter(f"{SVG}text")]
+    lines = [float(e.get("x1")) for e in root.iter(f"{SVG}line")]
+    bars = [
+        tuple(float(e.get(name)) for name in ("x", "y", "width")) + (e.get("fill"),)
+        for e in root.iter(f"{SVG}rect")
+        if float(e.get("height")) == pictures.THICK
+    ]
+    assert all(0 <= x <= width and 0 <= y <= height for _, x, y in texts)
+    assert all(0 <= x and x + length <= width for x, _, length, _ in bars)
+    return texts, lines, bars
+
+
+def test_bars_are_as_long_as_their_values_and_stand_on_a_labelled_axis():
+    series = {"predicted": [10.0, 5.0, None], "measured": [9.0, None, None]}
+    texts, lines, bars = drawn(
+        pictures.bars(["a", "b", "c"], series, "Peaks", "GiB", missing="no prediction")
+    )
+    words = [word for word, _, _ in texts]
+    assert words[:3] == ["Peaks", "predicted", "measured"] and words.count("no prediction") == 1
+    assert {"a", "b", "c", "GiB", "10.00 GiB", "9.00 GiB", "5.00 GiB"} <= set(words)
+    ticks = [(float(word), x) for word, x, _ in texts if word.isdigit()]
+    assert [number for number, _ in ticks] == [0, 2, 4, 6, 8, 10] and lines == pytest.approx(
+        [x for _, x in ticks]
+    )
+    per_unit = (lines[-1] - lines[0]) / 10
+    for (x, _, length, _), value in zip(bars, (10.0, 9.0, 5.0), strict=True):
+        assert x == lines[0] and length == pytest.approx(value * per_unit, abs=0.1)
+    assert bars[0][3] == bars[2][3] != bars[1][3]                # a colour per series
+    assert bars[0][1] < bars[1][1] < bars[2][1]                  # from the top down, none over another
+    assert min(b[1] - a[1] for a, b in zip(bars, bars[1:])) >= pictures.THICK
+
+
+@pytest.mark.parametrize("words", ["<b>&amp;\"'", "a\x00b\x1b[1m", "\ud800", "umlaut \u00e4"])
+def test_any_text_gives_a_well_formed_picture(words):
+    texts, _, _ = drawn(pictures.bars([words], {words: [1.0]}, words, words, words))
+    shown = "".join(c if c.isprintable() else "?" for c in words)
+    assert [word for word, _, _ in texts].count(shown) == 4      # title, series, label, unit
+    assert f"1.00 {shown}" in [word for word, _, _ in texts]
+
+
+@pytest.mark.parametrize("values", [[], [None], [0.0], [0.0, None], [1e-9, 3e-9], [1e12]])
+def test_few_tiny_and_missing_values_draw(values):
+    _, _, bars = drawn(pictures.bars(["x"] * len(values), {"s": values}, "t"))
+    assert len(bars) == sum(value is not None for value in values)
+
+
+@pytest.mark.parametrize("most", [0.003, 0.09, 1, 3.99, 4, 7.2, 9.99, 10, 23.9, 100, 12345])
+def test_axis_ticks_are_few_round_and_reach_the_largest_value(most):
+    ticks = pictures.axis_ticks(most)
+    assert ticks[0] == 0 and ticks[-2] < most <= ticks[-1] and 5 <= len(ticks) <= 11, ticks
+    assert float(f"{ticks[1]:.0e}") == ticks[1] and f"{ticks[1]:.0e}"[0] in "125", ticks
+
+
+def test_bars_need_a_value_for_each_label():
+    with pytest.raises(ValueError, match="2 labels, 1 values of predicted; give one for each"):
+        pictures.bars(["a", "b"], {"predicted": [1.0]}, "t")
+
+
+def test_works_copied_alone(tmp_path):
+    run_alone(tmp_path, ["pictures.py"], """
+import torch, pictures
+x = torch.zeros(1, 4, 4, 4)
+open("a.png", "wb").write(pictures.png(pictures.comparison(x, x, (1, 1, 1), -1.0)))
+open("a.svg", "w").write(pictures.bars(["a"], {"b": [1.0]}, "t"))""")
+    assert (tmp_path / "a.png").stat().st_size > 100 and (tmp_path / "a.svg").read_text().startswith("<svg")

@@ -17,12 +17,12 @@ import torch
 
 import checkpoints
 import data
-import memtest
 import predict
 import train
 import unet
 import vae3d
 from data import DataConfig, Intensity, Item
+from peaks import LiveStorages
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("VAE3D_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -277,7 +277,7 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
     for tile, depth in (("none", 24), ("none", 120), ((8, 16, 32), 24), ((8, 16, 32), 120)):
         x = np.random.default_rng(0).standard_normal((1, depth, 32, 32)).astype(np.float32)
         predict.set_tiles(vae, tile)
-        with memtest.LiveStorages("cpu") as log:
+        with LiveStorages("cpu") as log:
             results[tile, depth] = predict.reconstruct_volume(checkpoint, x)
         peaks[tile, depth] = log.peak()[0]
         assert results[tile, depth].shape == x.shape

@@ -23,9 +23,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import adversarial
 import checkpoints
 import data
 import losses
+import perceptual
 import predict
 import train
 import vae3d
@@ -803,14 +805,14 @@ def test_discriminator_gradients_are_those_of_its_own_loss_alone(kind, sizes, am
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 recon, mu, logvar = vae(image, [torch.Generator().manual_seed(seed) for seed in seeds])
                 real, fake = disc(image)[0], disc(recon.detach())[0]
-                critic = critic + share * losses.discriminator_loss(real, fake, kind)
+                critic = critic + share * adversarial.discriminator_loss(real, fake, kind)
             judge = copy.deepcopy(state.disc).requires_grad_(False)
             judge.load_state_dict(disc.state_dict())
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 logits, features = judge(recon)
                 own = own + share * (losses.reconstruction_loss(recon, image) + cfg.loss.kl_weight * losses.kl_loss(mu, logvar)
-                                     + 0.3 * losses.generator_loss(logits, kind)
-                                     + 0.5 * losses.feature_matching_loss(judge(image)[1], features))
+                                     + 0.3 * adversarial.generator_loss(logits, kind)
+                                     + 0.5 * adversarial.feature_matching_loss(judge(image)[1], features))
         critic.backward()
         own.backward()
     for found, wanted in ((state.disc, disc), (state.model, vae)):
@@ -1017,7 +1019,7 @@ def test_validation_has_every_term_from_the_start_and_best_waits_for_them(tmp_pa
 
 
 def test_features_of_a_file_go_with_the_run(tmp_path):
-    content = losses.FeatureNet3d(seed=7).to_checkpoint()
+    content = perceptual.FeatureNet3d(seed=7).to_checkpoint()
     torch.save(content, tmp_path / "features.pt")
     flags = ["--loss.perceptual_weight", "0.5", "--loss.perceptual_features", str(tmp_path / "features.pt"), "--optim.schedule", "constant",
              "--optim.warmup", "0"]
@@ -1325,7 +1327,7 @@ def test_fit_takes_the_cheapest_settings_that_fit(capsys):
     peaks = {}
     for mode in ("none", "checkpoint"):
         cfg.memory.mode = mode
-        peaks[mode] = train.memtest.predict(lambda d: train.make_step(cfg, d), device).bytes / 2 ** 30 / 0.9
+        peaks[mode] = train.peaks.predict(lambda d: train.make_step(cfg, d), device).bytes / 2 ** 30 / 0.9
     assert train.fit(cfg, device, f"{peaks['none'] + 0.01}", print).mode == "none"
     assert train.fit(cfg, device, f"{peaks['none'] - 0.01}", print).mode == "checkpoint"
     assert train.fit(cfg, device, f"{peaks['checkpoint'] * 0.8}", print).mode == "tile"
@@ -1485,8 +1487,10 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
-ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
-           "weights": {"torch", "vae3d"}, "memtest": {"torch", "train", "pictures"}, "parallel": {"torch"}, "pictures": {"torch"},
+ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"},
+           "adversarial": {"torch"}, "perceptual": {"torch"}, "peaks": {"torch"},
+           "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
+           "weights": {"torch", "vae3d"}, "memtest": {"torch", "peaks", "train", "pictures"}, "parallel": {"torch"}, "pictures": {"torch"},
            "checkpoints": {"torch", "data", "vae3d", "weights"}}
 
 

@@ -829,7 +829,7 @@ def test_search_equals_argmin_and_is_chunked(monkeypatch):
 
 def test_search_of_a_radar_volume_stays_within_a_quarter_gib():
     """408,576 latents x 8,192 codes: peak above inputs and outputs, on fake tensors (the same storages as real ones)."""
-    from memtest import LiveStorages
+    from peaks import LiveStorages
     with FakeTensorMode():
         counter = LiveStorages("cpu")
         rows, codes = torch.empty(408_576, 4), torch.empty(8192, 4)
