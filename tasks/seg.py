@@ -4,8 +4,12 @@ Shapes: B batch, C channels, K classes, D H W depth height width; labels (B, D, 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,11 +19,13 @@ import losses
 import pictures
 import unet
 import vae3d
+from training.cases import Case, label_of
 from training.config import TrainConfig, changed
 from training.forward import forward
 from training.order import MicroBatch
+from training.ready import Ready, run_network
 from training.state import State
-from training.task import Objective, Picture
+from training.task import Objective, Picture, Scored, nothing
 from unet import UNet, UNetConfig
 
 PRESETS = unet.PRESETS
@@ -126,3 +132,89 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
     is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
     image = pictures.label_comparison(crop.image, [label, found[0]], crop.entry.spacing, is_picture)
     return Picture(image, found.numpy(), "pred")
+
+
+# ------------------------------------------------------------------------------------------------ use of a checkpoint
+
+def classes(cfg: TrainConfig) -> int:
+    return max(2, cfg.unet.out_channels)
+
+
+def describe(cfg: TrainConfig) -> str:
+    return f"U-Net of {classes(cfg)} classes"
+
+
+def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+    """Raises ValueError for flags that do not fit the network's classes."""
+    count = classes(ready.cfg)
+    if options.mask_threshold is not None:
+        check_threshold(count)
+    if cfg.label_values is not None and len(cfg.label_values) != count:
+        raise ValueError(f"--data.label_values: {len(cfg.label_values)} values, the network has {count} classes; give one for each")
+
+
+def check_threshold(count: int) -> None:
+    if count != 2:
+        raise ValueError(f"--mask-threshold: the network has {count} classes, a threshold decides between two; leave the flag out")
+
+
+def window_logits(ready: Ready, array: np.ndarray, window: Sequence[int], overlap: float = 0.5, background: float = -1.0,
+                  tick: Callable[[int, int], None] = nothing) -> Iterator[Tensor]:
+    """unet.window_logits of (C, D, H, W) normalised, in the checkpoint's precision: logits (K, slab, H, W) float32 on the CPU."""
+    def network(x: Tensor) -> Tensor:
+        return run_network(ready, lambda y: ready.model(y).logits, x[0])
+    return unet.window_logits(network, torch.from_numpy(array)[None], window, overlap, background, tick)
+
+
+def class_scores(logits: Tensor, threshold: float | None) -> Tensor:
+    """Logits (K, ...) -> scores whose argmax is the class. One logit, or two with a threshold: class 1 above that probability."""
+    if len(logits) == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits])
+    if threshold is None:
+        return logits
+    check_threshold(len(logits))
+    return torch.stack([logits[0] + math.log(threshold / (1 - threshold)), logits[1]])
+
+
+def segment(ready: Ready, array: np.ndarray, window: Sequence[int] | None = None, overlap: float = 0.5,
+            background: float = -1.0, threshold: float | None = None, size: Sequence[int] | None = None,
+            tick: Callable[[int, int], None] = nothing) -> np.ndarray:
+    """(C, D, H, W) normalised -> classes (D, H, W) int16; see `window_logits`. window: None: the run's crops; background: the volume's.
+
+    size: of a grid over the same field of view that the classes are wanted on; then the scores are resampled, linearly.
+    """
+    slabs = window_logits(ready, array, window or ready.cfg.data.patch, overlap, background, tick)
+    if size is None or tuple(size) == array.shape[1:]:
+        return np.concatenate([class_scores(slab, threshold).argmax(0).to(torch.int16).numpy() for slab in slabs])
+    scores = torch.cat([class_scores(slab, threshold) for slab in slabs], 1)
+    best, found = None, np.zeros(size, dtype=np.int16)
+    for k in range(len(scores)):                                 # one class at a time: the source's grid is often the finer one
+        score = data.resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
+        better = np.zeros(size, dtype=bool) if best is None else score > best
+        found[better] = k
+        best = score if best is None else np.where(better, score, best)
+    return found
+
+
+def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace, tick: Callable) -> Scored:
+    """Dice of one whole volume on the network's grid, per class but 0 that occurs, and the classes found."""
+    volume, intensity = case.volumes[number]
+    label = label_of(case, number)
+    started = time.monotonic()
+    found = segment(ready, volume, options.window, options.overlap, intensity.background, options.mask_threshold, None, tick)
+    seconds = time.monotonic() - started
+    counted = losses.dice_scores(torch.from_numpy(found)[None].long(), torch.from_numpy(label)[None], classes(ready.cfg),
+                                 ready.cfg.data.ignore_label)
+    sums = {"dice": torch.stack(counted)}
+    return Scored(dice_row(sums["dice"]), found, seconds, sums)
+
+
+def pooled(sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Dice from all voxels of all volumes together."""
+    return {"pooled": dice_row(sums["dice"])} if "dice" in sums else {}
+
+
+def dice_row(scores: Tensor) -> dict[str, float]:
+    """What Dice is made of, (2, K) -> the mean over the classes but 0, and each of them."""
+    each = losses.dice(*scores)[1:]
+    return {"dice": float(each.nanmean())} | {f"dice_{k}": float(score) for k, score in enumerate(each, 1)}

@@ -14,3 +14,20 @@ def pool():
     pool = Pool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A function: name in predictions.RUNS -> its trained run folder, made when it is first asked for."""
+    from predictions import RUNS, TINY
+
+    import train
+
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(name):
+        if name not in made:
+            assert train.main([*TINY, *RUNS[name], "--out", str(folder / name)]) == 0
+            made[name] = folder / name
+        return made[name]
+    return get

@@ -6,7 +6,7 @@ predict.py know a task by the names below alone, and never ask which one it is. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +28,14 @@ class Picture(NamedTuple):
     image: Tensor                                                # (height, width, 3) uint8
     volume: Any                                                  # (C, D, H, W) array, written as NIfTI beside it
     kind: str                                                    # the end of that file's name: recon | pred
+
+
+class Scored(NamedTuple):
+    """What predict.py learns from one whole volume."""
+    figures: dict[str, Any]                                      # name -> number; `channels`: such a dict for each
+    found: Any                                                   # array: the reconstruction (C, D, H, W), or classes (D, H, W)
+    seconds: float                                               # that the network took
+    sums: dict[str, Tensor]                                      # what is added up over all volumes, for `pooled`
 
 
 def nothing(*_) -> None:
@@ -77,14 +85,20 @@ class Task:
     ship: Callable[..., dict] | None = None                      # (network) -> content of best.pt; None: its weights and the config
     finish: Callable[..., None] = nothing                        # (run): measurements at the end of a run
 
-    # predict.py; None: the command is for other tasks.
+    # predict.py: the use of a checkpoint (`ready`, training/ready.py). None: the command is for other tasks. `tick` is told of progress.
     describe: Callable[[TrainConfig], str] = lambda cfg: "network"  # kind of network, for the console
-    prepare: Callable[..., None] = nothing                       # (ready, options, data config): ValueError for flags that do not fit
-    reconstruct: Callable | None = None                          # (ready, array (C, D, H, W)) -> (C, D, H, W)
-    encode: Callable | None = None                               # (ready, array, generator) -> latent or indices
-    decode: Callable | None = None                               # (ready, latent, size) -> (C, D, H, W)
-    segment: Callable | None = None                              # (ready, array, ...) -> classes (D, H, W)
-    evaluate: Callable | None = None                             # (ready, case, number, options, totals, tick) -> figures, what was found
+    prepare: Callable[..., None] = nothing                       # (ready, options, data config): put the flags on the network; ValueError
+                                                                 # for flags that do not fit it
+    reconstruct: Callable | None = None                          # (ready, array (C, D, H, W), tick) -> (C, D, H, W)
+    encode: Callable | None = None                               # (ready, array, generator, tick) -> latent, or indices of codes
+    decode: Callable | None = None                               # (ready, latent, size, tick) -> (C, D, H, W); size: D, H, W
+    latent_kind: Callable | None = None                          # (ready) -> training.latents.LatentKind, of what `encode` makes
+    classes: Callable[[TrainConfig], int] | None = None          # number of classes that `segment` tells apart
+    segment: Callable | None = None                              # (ready, array, window, overlap, background, threshold, size, tick)
+                                                                 # -> classes (D, H, W)
+    evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored; None: what `reconstruct`
+                                                                 # gives back is compared with what it was given
+    pooled: Callable[[dict[str, Tensor]], dict] = no_helpers     # (sums of Scored.sums) -> figures of all volumes together
 
 
 def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
@@ -98,3 +112,16 @@ def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
 def metric_of(cfg: TrainConfig, task: Task) -> str:
     """train.metric, with `auto` resolved by the task."""
     return next(iter(task.METRICS)) if cfg.train.metric == "auto" else cfg.train.metric
+
+
+def serving(tasks: Mapping[str, ModuleType], needs: Sequence[str]) -> dict[str, Task]:
+    """The tasks that have at least one of the names in `needs`; all of them where it is empty."""
+    every = {name: named(tasks, name) for name in tasks}
+    return {name: task for name, task in every.items() if not needs or any(getattr(task, need) for need in needs)}
+
+
+def task_of(cfg: TrainConfig, able: Mapping[str, Task], source: object) -> Task:
+    """The task that a checkpoint was trained for. Raises ValueError where it is none of `able`; source: the checkpoint."""
+    if cfg.task not in able:
+        raise ValueError(f"{source}: a network for --task {cfg.task}; this command needs one for {' or '.join(able)}")
+    return able[cfg.task]
