@@ -1,25 +1,32 @@
-"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, and evaluate the network on them.
+"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, and evaluate the
+network on them.
 
     python predict.py reconstruct --checkpoint runs/ct/best.pt --input scan.nii.gz --output out/
-    python predict.py encode      --checkpoint runs/ct --input FOLDER --output latents/   # the latent mean, or indices of codes
-    python predict.py decode      --checkpoint runs/ct --input latents/ --output out/     # equals reconstruct, to the bit
+    python predict.py encode      --checkpoint runs/ct --input FOLDER --output latents/
+    python predict.py decode      --checkpoint runs/ct --input latents/ --output out/
     python predict.py segment     --checkpoint runs/seg --input scan.nii.gz --output out/ --viz
     python predict.py evaluate    --checkpoint runs/ct --data FOLDER --json out.json --report out.html
 
-The checkpoint alone says how a volume is prepared. What goes out lies on the source's grid: its affine, its order of axes, its number type
-and its intensity scale, so HU come back as HU. An autoencoder runs by the exact tiles of vae3d.py: no blending, no seams. A U-Net's
-receptive field is the whole volume, so it runs on windows that overlap (nnU-Net, doi:10.1038/s41592-020-01008-z).
-Outputs are written whole or not at all; what is there already is skipped, so an interrupted folder goes on with the same command.
+`encode` writes the latent mean, or the indices of codes; `decode` after it equals `reconstruct`, to the bit.
 
-It reads top to bottom: the commands, their parts, the command line. What a network makes of a volume is its task's (tasks/).
-Shapes: C channels, D H W depth height width, Z latent channels, d h w latent depth height width, T volumes of a 4-D file, K classes.
-Intensities in [-1, 1]; memory is in GiB. Version 0.3 (2026-11).
+The checkpoint alone says how a volume is prepared. What goes out lies on the source's grid: its affine, its
+order of axes, its number type and its intensity scale, so HU come back as HU. An autoencoder runs by the
+exact tiles of vae3d.py: no blending, no seams. A U-Net's receptive field is the whole volume, so it runs on
+windows that overlap (nnU-Net, doi:10.1038/s41592-020-01008-z). Outputs are written whole or not at all. What
+is there already is skipped, so an interrupted folder goes on with the same command.
+
+The file reads top to bottom: the commands, what they share, the command line. What a network makes of a
+volume is its task's (tasks/); training/ has a checkpoint ready to use, files on their way in and out, figures
+and the report.
+
+Shapes: C channels, D H W depth height width, T volumes of a 4-D file, K classes. Intensities in [-1, 1];
+memory is in GiB. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads: see train.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads; train.py says why
 
 import argparse
 import dataclasses
@@ -41,50 +48,45 @@ import pictures
 from data import DataError
 from standin_origin import save, write_result, write_volume
 from tasks import TASKS
-from tasks.vae import BUDGET
-from training import latents, report
+from training import evaluation, jobs, latents, report
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
-from training.evaluation import (
-    Totals,
-    finite,
-    held_out,
-    print_table,
-    ranked_by,
-    row_of,
-    row_text,
-    score_reconstruction,
-    summary,
-    worst_median_best,
-)
 from training.flags import Parser, field_comments
 from training.foreign import explained
-from training.jobs import Job, failures_in, kind_of, list_inputs, list_latents, make_jobs, run_jobs, show_progress, speed, tell_failures
+from training.jobs import Job
 from training.order import seed_of
-from training.ready import Ready, data_config, describe, load
+from training.ready import BUDGET, Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
-MOST_CLASSES = 12                                                # that are printed with their share of the voxels
-DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d")  # of section `data`, where a file asks for them
-DATA_FLAGS += ("window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")  # what a foreign checkpoint does not know
+MOST_CLASSES = 12                                                # whose share of the voxels is printed
+
+# Fields of the section `data` that a file may ask for, or that a foreign checkpoint does not know.
+DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d",
+              "window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# -------------------------------------------------------------------------------- the commands
+# Each opens the checkpoint, does its work for each of its files, and returns whether all went well.
 
 def reconstruct(options: argparse.Namespace) -> bool:
     ready, cfg = open_checkpoint(options, "reconstruct")
 
     def work(job: Job) -> str:
-        case, tick = read_case(job.item, ready, cfg), show_progress(job.item.path)
-        started, volumes = time.monotonic(), [volume for volume, _ in case.volumes]
-        results = [(ready.task.reconstruct(ready, volume, tick), intensity) for volume, intensity in case.volumes]
-        text = speed(volumes, started)
+        case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
+        started = time.monotonic()
+        results = []
+        for volume, intensity in case.volumes:
+            recon = ready.task.reconstruct(ready, volume, tick)
+            results.append((recon, intensity))
+        speed = jobs.speed(case.arrays, started)
         write_result(job.output, results, case.affine, case.origin)
-        return f"{text} -> {job.output}"
-    jobs = make_jobs(list_inputs(options.input, output=options.output), options.input, options.output, kind_of)
-    return run_jobs(jobs, work, options.overwrite)
+        return f"{speed} -> {job.output}"
+
+    items = jobs.list_inputs(options.input, output=options.output)
+    todo = jobs.make_jobs(items, options.input, options.output, jobs.ending_of_result)
+    return jobs.run_jobs(todo, work, options.overwrite)
 
 
 def encode(options: argparse.Namespace) -> bool:
@@ -94,84 +96,102 @@ def encode(options: argparse.Namespace) -> bool:
         print(f"{ready.path}: {why}, so the latent's scale factor is not known (nan)")
 
     def work(job: Job) -> str:
-        case, tick = read_case(job.item, ready, cfg), show_progress(job.item.path)
-        started, volumes, arrays = time.monotonic(), [volume for volume, _ in case.volumes], []
-        for number, volume in enumerate(volumes):
+        case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
+        started = time.monotonic()
+        arrays = []
+        for number, volume in enumerate(case.arrays):
             generator = None
-            if options.sample:
-                generator = torch.Generator().manual_seed(seed_of(options.seed, "sample", job.output.name, number))
+            if options.sample:                                   # the same noise each time for this file
+                seed = seed_of(options.seed, "sample", job.output.name, number)
+                generator = torch.Generator().manual_seed(seed)
             arrays.append(ready.task.encode(ready, volume, generator, tick))
-        text = speed(volumes, started)
-        intensities, size = [intensity for _, intensity in case.volumes], volumes[0].shape[1:]
-        found = latents.Latents(arrays, intensities, case.affine, size, ready.fingerprint, case.origin)
+        speed = jobs.speed(case.arrays, started)
+        found = latents.of_case(case, arrays, ready)
         latents.write(job.output, found, ready, options.sample)
-        return f"{text} -> {job.output}"
-    items = list_inputs(options.input, output=options.output)
-    return run_jobs(make_jobs(items, options.input, options.output, lambda path: latents.ENDING), work, options.overwrite)
+        return f"{speed} -> {job.output}"
+
+    items = jobs.list_inputs(options.input, output=options.output)
+    todo = jobs.make_jobs(items, options.input, options.output, lambda path: latents.ENDING)
+    return jobs.run_jobs(todo, work, options.overwrite)
 
 
 def decode(options: argparse.Namespace) -> bool:
     ready, _ = open_checkpoint(options, "decode")
 
     def work(job: Job) -> str:
-        found, tick = latents.read(job.item.path, ready), show_progress(job.item.path)
+        found, tick = latents.read(job.item.path, ready), jobs.show_progress(job.item.path)
         if found.fingerprint != ready.fingerprint:
             print(f"{data.show(job.item.path)}: was encoded with other weights than {ready.path}")
         started = time.monotonic()
         volumes = [ready.task.decode(ready, array, found.size, tick) for array in found.arrays]
-        text = speed(volumes, started)
-        write_result(job.output, list(zip(volumes, found.intensities)), found.affine, found.origin)
-        return f"{text} -> {job.output}"
-    jobs = make_jobs(list_latents(options.input), options.input, options.output, latents.ending_of_result)
-    return run_jobs(jobs, work, options.overwrite)
+        speed = jobs.speed(volumes, started)
+        results = list(zip(volumes, found.intensities))
+        write_result(job.output, results, found.affine, found.origin)
+        return f"{speed} -> {job.output}"
+
+    items = jobs.list_latents(options.input)
+    todo = jobs.make_jobs(items, options.input, options.output, latents.ending_of_source)
+    return jobs.run_jobs(todo, work, options.overwrite)
 
 
 def segment(options: argparse.Namespace) -> bool:
     if options.output is None and (options.viz or not options.no_save):
         raise ValueError("--output FOLDER is needed, unless --no-save is given without --viz")
     ready, cfg = open_checkpoint(options, "segment")
-    count = ready.task.classes(ready.cfg)
-    values = np.array(range(count) if cfg.label_values is None else cfg.label_values)  # on disk, of each class
+    values = cfg.label_values                                    # that stand for the classes on disk
+    if values is None:
+        values = range(ready.task.classes(ready.cfg))
+    values = np.array(values)
 
     def work(job: Job) -> str:
-        case, tick = read_case(job.item, ready, cfg), show_progress(job.item.path)
-        started, volumes, found = time.monotonic(), [volume for volume, _ in case.volumes], []
+        case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
+        started = time.monotonic()
+        found = []
         for volume, intensity in case.volumes:
-            found.append(ready.task.segment(ready, volume, options.window, options.overlap, intensity.background,
-                                            options.mask_threshold, case.origin.size, tick))
-        text = speed(volumes, started)
+            classes = ready.task.segment(ready, volume, options.window, options.overlap, intensity.background,
+                                         options.mask_threshold, case.origin.size, tick)
+            found.append(classes)
+        text = jobs.speed(case.arrays, started)
+
+        # The labels go last: their presence says that the job is done.
         if options.viz:
-            save_overlay(viz_path(job.output), volumes[0], found[0], case)
-        if not options.no_save:                                  # last: its presence says that the job is done
+            save_overlay(viz_path(job.output), case, found[0])
+        if not options.no_save:
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
             write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
         text += f"; {shares_text(found, values)}"
         return text if options.no_save else f"{text} -> {job.output}"
-    items = list_inputs(options.input, output=options.output)
+
+    items = jobs.list_inputs(options.input, output=options.output)
     if options.output is None:
-        jobs = [Job(item, Path()) for item in items]
+        todo = [Job(item, Path()) for item in items]
     else:
-        jobs = make_jobs(items, options.input, options.output, kind_of)
-    return run_jobs(jobs, work, options.overwrite or options.no_save)
+        todo = jobs.make_jobs(items, options.input, options.output, jobs.ending_of_result)
+    return jobs.run_jobs(todo, work, options.overwrite or options.no_save)
 
 
-def save_overlay(path: Path, volume: np.ndarray, found: np.ndarray, case: Case) -> None:
-    """Slices beside slices with a colour for each class."""
+def save_overlay(path: Path, case: Case, found: np.ndarray) -> None:
+    """Slices of the first volume beside the same slices with a colour for each class. found (D, H, W)."""
+    volume = case.arrays[0]
     found = data.resample_label(found, volume.shape[1:])
-    picture = pictures.label_comparison(torch.from_numpy(volume), [torch.from_numpy(found)], case.spacing, case.origin.kind == ".png")
+    picture = pictures.label_comparison(torch.from_numpy(volume), [torch.from_numpy(found)], case.spacing,
+                                        case.is_picture)
     save(path, lambda file: file.write(pictures.png(picture)))
 
 
 def viz_path(output: Path) -> Path:
-    return output.with_name(output.name.removesuffix("".join(data._suffix(output))) + "_viz.png")
+    ending = "".join(data._suffix(output))
+    return output.with_name(output.name.removesuffix(ending) + "_viz.png")
 
 
 def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
-    """The largest classes with their share of the voxels, by number."""
+    """The largest classes with their share of all voxels, in the order of their numbers. values: on disk."""
     shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
-    largest = 1 + np.argsort(-shares[1:], kind="stable")[:MOST_CLASSES]
-    largest = sorted(k for k in largest if shares[k])
-    text = ", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest) or "no foreground"
+    by_size = 1 + np.argsort(-shares[1:], kind="stable")         # class 0 is the background
+    largest = sorted(k for k in by_size[:MOST_CLASSES] if shares[k])
+    if not largest:
+        return "no foreground"
+    text = ", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 
@@ -182,123 +202,170 @@ def evaluate(options: argparse.Namespace) -> bool:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist; make it first")
     ready, cfg = open_checkpoint(options, "evaluate", "reconstruct")
-    score = ready.task.evaluate or score_reconstruction
-    items = list_inputs([options.data], ready.task.LABELS, "all" if options.split == "held-out" else options.split)
-    if options.split == "held-out":
-        items = held_out(items, ready)
+    score = ready.task.evaluate or evaluation.score_reconstruction
+    is_held_out = options.split == "held-out"
+    items = jobs.list_inputs([options.data], ready.task.LABELS, "all" if is_held_out else options.split)
+    if is_held_out:
+        items = evaluation.held_out(items, ready)
     if ready.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ready.device)
 
-    # Then a row for each volume, and its part of the report in a file: there may be thousands.
-    rows, failed, totals = [], [], Totals()
+    # Then a row for each volume, and its part of the report in a file: there may be thousands of them.
+    rows, failed, totals = [], [], evaluation.Totals()
     with tempfile.TemporaryDirectory() as folder:
         for number, item in enumerate(items, 1):
-            with failures_in(failed, item.path):
+            with jobs.failures_in(failed, item.path):
                 case = read_case(item, ready, cfg)
-                several = len(case.volumes) > 1
-                for t, (volume, _) in enumerate(case.volumes):
-                    scored = score(ready, case, t, options, show_progress(item.path))
-                    name = {"file": str(item.path), "volume": t} if several else {"file": str(item.path)}
-                    rows.append(row_of(name, volume, scored))
+                for t, volume in enumerate(case.arrays):
+                    scored = score(ready, case, t, options, jobs.show_progress(item.path))
                     totals.add(volume, scored)
+                    rows.append(evaluation.row_of(item, case, t, scored))
                     if options.report:
                         part = report.figure(rows[-1], slices_of(case, t, scored.found))
-                        Path(folder, f"{len(rows) - 1}.html").write_text(part, encoding="utf-8")
+                        part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
-                    which = f" volume {t}" if several else ""
-                    print(f"[{number}/{len(items)}] {data.show(item.path)}{which}: {row_text(rows[-1])}", flush=True)
+                    which = f" volume {t}" if len(case.arrays) > 1 else ""
+                    name = f"[{number}/{len(items)}] {data.show(item.path)}{which}"
+                    print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
 
-        # Then all of them together.
-        result = summary(ready, rows, failed, totals)
-        print_table(result)
+        # Then all of them together: a table, the figures as JSON, a page with the worst, median and best.
+        result = evaluation.summary(ready, rows, failed, totals)
+        evaluation.print_table(result)
         if options.json:
-            text = json.dumps(finite(result), indent=1) + "\n"
+            text = json.dumps(evaluation.finite(result), indent=1) + "\n"
             save(Path(options.json), lambda file: file.write(text.encode()))
         if options.report and rows:
-            chosen = worst_median_best(rows, *ranked_by(ready, rows))
-            parts = {name: Path(folder, f"{index}.html").read_text(encoding="utf-8") for name, index in chosen.items()}
+            chosen = evaluation.worst_median_best(rows, *evaluation.ranked_by(ready, rows))
+            parts = {name: part_file(folder, row).read_text(encoding="utf-8") for name, row in chosen.items()}
             page = report.evaluation_page(ready, result, parts, options.data)
             save(Path(options.report), lambda file: file.write(page.encode()))
-    return tell_failures(failed, len(items))
+    return jobs.tell_failures(failed, len(items))
+
+
+def part_file(folder: str, number: int) -> Path:
+    return Path(folder, f"{number}.html")
 
 
 def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
+    """Pictures of one volume, of its label where it has one, and of what the network made of it."""
     volume, intensity = case.volumes[number]
     label = label_of(case, number) if case.labels else None
-    return report.slices_of(volume, found, label, intensity, case.spacing, case.origin.kind == ".png")
+    return report.slices_of(volume, found, label, intensity.background, case.spacing, case.is_picture)
 
+
+# -------------------------------------------------------------------------------- what they share
 
 def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, data.DataConfig]:
-    """The network, with the command's flags put on it, and how its volumes are prepared.
+    """The network with the command's flags put on it, and how its volumes are prepared.
 
-    needs: what the command asks of a task, one of training.task.Task's. Raises ValueError for flags that do not fit.
+    needs: names of training.task.Task, of which the network's task must have one. Raises ValueError for a
+    network of another task, and for flags that do not fit it.
     """
-    ready = load(options.checkpoint, TASKS, needs, options.device, options.amp, getattr(options, "hints", None))
-    labels = ready.task.LABELS and "evaluate" in needs
-    cfg = data_config(ready, labels, **data_changes(options))
+    hints = getattr(options, "hints", None)
+    ready = load(options.checkpoint, TASKS, needs, options.device, options.amp, hints)
+    with_labels = options.command == "evaluate" and ready.task.LABELS
+    cfg = data_config(ready, with_labels, **data_changes(options))
     ready.task.prepare(ready, options, cfg)
     print(describe(ready), flush=True)
     return ready, cfg
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def data_changes(options: argparse.Namespace) -> dict:
+    """The fields of the section `data` that flags give."""
+    hints = typing.get_type_hints(data.DataConfig)
+    changes = {}
+    for field in (*DATA_FLAGS, "label_values"):
+        value = getattr(options, f"data_{field}", None)
+        if value is not None:
+            changes[field] = convert(value, hints[field], f"--data.{field}")
+    return changes
 
-COMMANDS = {"reconstruct": (reconstruct, "volumes through the autoencoder and back, on their own grid and scale"),
-            "encode": (encode, f"volumes -> STEM{latents.ENDING}: the latent mean, or the indices of codes"),
-            "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
-            "segment": (segment, "volumes -> class numbers on their own grid"),
-            "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures")}
+
+# -------------------------------------------------------------------------------- command line
+
+COMMANDS = {
+    "reconstruct": (reconstruct, "volumes through the autoencoder and back, on their own grid and scale"),
+    "encode": (encode, f"volumes -> STEM{latents.ENDING}: the latent mean, or the indices of codes"),
+    "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
+    "segment": (segment, "volumes -> class numbers on their own grid"),
+    "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures"),
+}
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="predict.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (_, text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
-                                  formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120))
-        add = sub.add_argument
-        add("--checkpoint", required=True, metavar="FILE_OR_RUN", help="best.pt, last.pt or a run folder" + (
-            "; or an autoencoder's state dict of MONAI, MAISI ... (weights.py)" if name != "segment" else ""))
-        if name != "segment":
-            add("--hints", metavar="HINTS", help="what such a file cannot say: norm_num_groups=32,intensity_range=0,1 and / or the JSON or "
-                "YAML file of its constructor's arguments")
-        if name == "evaluate":
-            add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
-            add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
-                help="held-out: files that the run did not train on; else a list of a datalist [all]")
-            add("--json", metavar="FILE", help="write the figures")
-            add("--report", metavar="FILE", help="write a page with the worst, median and best volume, self-contained HTML")
-        else:
-            add("--input", required=True, nargs="+", metavar="PATH", help="files, folders or datalists")
-            add("--output", required=name != "segment", metavar="FOLDER", help="results keep their source's stem")
-            add("--overwrite", action="store_true", help="make outputs that are there anew instead of skipping them")
-        if name != "segment":
-            add("--tile", default="auto", metavar="D,H,W", help="voxels a tile; auto: chosen within --memory; none: whole volumes")
-            add("--memory", type=number("--memory", 0, math.inf), default=BUDGET, metavar="GIB",
-                help=f"budget for which tile auto chooses, counted as for training: inference takes less [{BUDGET:g}]")
-        if name == "encode":
-            add("--sample", action="store_true", help="a sample of the latent instead of its mean (kl)")
-            add("--seed", type=int, default=0, metavar="N", help="of --sample [0]")
-        if name in ("segment", "evaluate"):
-            add("--window", metavar="D,H,W", help="voxels a window of a U-Net [the crops that it was trained on]")
-            add("--overlap", type=number("--overlap", -1e-9, 1), default=0.5, metavar="SHARE", help="of neighbouring windows [0.5]")
-            add("--mask-threshold", type=number("--mask-threshold", 0, 1), metavar="P",
-                help="two classes: foreground where its probability is above P [0.5]")
-        if name == "segment":
-            add("--viz", action="store_true", help="write STEM_viz.png: slices beside slices with a colour per class")
-            add("--no-save", action="store_true", help="write no labels")
-        add("--device", default="auto", metavar="NAME", help="auto | cuda | cuda:1 | mps | cpu [auto]")
-        add("--amp", action="store_true", help="16-bit autocast: faster, no longer exact")
-        hints = field_comments(data.DataConfig)
-        for field in DATA_FLAGS + ("label_values",) * (name in ("segment", "evaluate")):
-            add(f"--data.{field}", dest=f"data_{field}", metavar=field.upper(),
-                help=hints.get(field, "").replace("%", "%%") + " [as in training]")
-        sub.set_defaults(parser=sub)
+        command = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120))
+        add_flags(name, command.add_argument)
+        command.set_defaults(parser=command)
     return parser
 
 
-def number(flag: str, low: float, high: float) -> Callable[[str], float]:
-    """A number strictly between low and high."""
+def add_flags(command: str, add: Callable) -> None:
+    """The flags of one command. add: argparse's add_argument."""
+    of_autoencoder = command != "segment"
+    of_unet = command in ("segment", "evaluate")
+
+    # The network.
+    foreign = "; or an autoencoder's state dict of MONAI, MAISI ... (weights.py)" if of_autoencoder else ""
+    add("--checkpoint", required=True, metavar="FILE_OR_RUN",
+        help=f"best.pt, last.pt or a run folder{foreign}")
+    if of_autoencoder:
+        add("--hints", metavar="HINTS",
+            help="what such a file cannot say: norm_num_groups=32,intensity_range=0,1 and / or the JSON or "
+                 "YAML file of its constructor's arguments")
+
+    # The files.
+    if command == "evaluate":
+        add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
+        add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
+            help="held-out: files that the run did not train on; else a list of a datalist [all]")
+        add("--json", metavar="FILE", help="write the figures")
+        add("--report", metavar="FILE",
+            help="write a page with the worst, median and best volume, self-contained HTML")
+    else:
+        add("--input", required=True, nargs="+", metavar="PATH", help="files, folders or datalists")
+        add("--output", required=command != "segment", metavar="FOLDER",
+            help="results keep their source's stem")
+        add("--overwrite", action="store_true",
+            help="make outputs that are there anew instead of skipping them")
+
+    # How the network runs.
+    if of_autoencoder:
+        add("--tile", default="auto", metavar="D,H,W",
+            help="voxels a tile; auto: chosen within --memory; none: whole volumes")
+        add("--memory", type=number_between("--memory", 0, math.inf), default=BUDGET, metavar="GIB",
+            help=f"budget for which tile auto chooses, counted as for training: inference takes less "
+                 f"[{BUDGET:g}]")
+    if command == "encode":
+        add("--sample", action="store_true", help="a sample of the latent instead of its mean (kl)")
+        add("--seed", type=int, default=0, metavar="N", help="of --sample [0]")
+    if of_unet:
+        add("--window", metavar="D,H,W", help="voxels a window of a U-Net [the crops that it was trained on]")
+        add("--overlap", type=number_between("--overlap", -1e-9, 1), default=0.5, metavar="SHARE",
+            help="of neighbouring windows [0.5]")
+        add("--mask-threshold", type=number_between("--mask-threshold", 0, 1), metavar="P",
+            help="two classes: foreground where its probability is above P [0.5]")
+    if command == "segment":
+        add("--viz", action="store_true",
+            help="write STEM_viz.png: slices beside slices with a colour per class")
+        add("--no-save", action="store_true", help="write no labels")
+    add("--device", default="auto", metavar="NAME", help="auto | cuda | cuda:1 | mps | cpu [auto]")
+    add("--amp", action="store_true", help="16-bit autocast: faster, no longer exact")
+
+    # How the volumes are prepared, where that is not as the run prepared its own.
+    comments = field_comments(data.DataConfig)
+    fields = (*DATA_FLAGS, "label_values") if of_unet else DATA_FLAGS
+    for field in fields:
+        text = comments.get(field, "").replace("%", "%%")
+        add(f"--data.{field}", dest=f"data_{field}", metavar=field.upper(), help=f"{text} [as in training]")
+
+
+def number_between(flag: str, low: float, high: float) -> Callable[[str], float]:
+    """For argparse: a number strictly between the two."""
     def parse(text: str) -> float:
         try:
             value = convert(text, float, flag)
@@ -310,32 +377,35 @@ def number(flag: str, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def data_changes(options: argparse.Namespace) -> dict:
-    hints = typing.get_type_hints(data.DataConfig)
-    given = {field: getattr(options, f"data_{field}", None) for field in (*DATA_FLAGS, "label_values")}
-    return {field: convert(value, hints[field], f"--data.{field}") for field, value in given.items() if value is not None}
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises ValueError, one line, for flags that no command has or that cannot be meant."""
+    options, unknown = build_parser().parse_known_args(None if argv is None else list(argv))
+    if unknown:                                                  # the command's parser knows the closest flag
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    sizes = tuple[int, int, int] | None
+    if getattr(options, "tile", "auto") not in ("auto", "none"):
+        options.tile = convert(options.tile, sizes, "--tile")
+    if getattr(options, "window", None) is not None:
+        options.window = convert(options.window, sizes, "--window")
+        if options.window is not None and min(options.window) < 1:
+            raise ValueError(f"--window needs three sizes of 1 or more, got {options.window}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 cannot start, 1 some inputs were refused, 130 / 143 / 138 after a signal."""
     try:
         with stopped_by_signals():
-            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # decode repeats what reconstruct does
-            options, unknown = build_parser().parse_known_args(None if argv is None else list(argv))
-            if unknown:                                          # the command's own parser knows which flag is the closest
-                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-            sizes = tuple[int, int, int] | None
-            if getattr(options, "tile", "auto") not in ("auto", "none"):
-                options.tile = convert(options.tile, sizes, "--tile")
-            if getattr(options, "window", None) is not None:
-                options.window = convert(options.window, sizes, "--window")
-            if min(*(getattr(options, "window", None) or (1,)), 1) < 1:
-                raise ValueError(f"--window needs three sizes of 1 or more, got {options.window}")
-            return EXIT_DONE if COMMANDS[options.command][0](options) else EXIT_ERROR
+            torch.backends.cudnn.deterministic = True            # decode repeats what reconstruct does
+            torch.backends.cudnn.benchmark = False
+            options = parse(argv)
+            command, _ = COMMANDS[options.command]
+            return EXIT_DONE if command(options) else EXIT_ERROR
     except Stopped as stop:
         number = stop.args[0]
         clear_line()
-        print(f"stopped by {signal.Signals(number).name}; what is written is whole, and the same command goes on from there")
+        print(f"stopped by {signal.Signals(number).name}; what is written is whole, and the same command "
+              f"goes on from there")
         return SIGNALS[number]
     except (ValueError, DataError) as error:
         print(f"predict.py: {data.show(explained(error))}", file=sys.stderr)

@@ -35,7 +35,7 @@ from training.latents import LatentKind
 from training.log import codebook_use
 from training.memory import set_dial
 from training.order import MicroBatch, ramp, seed_of
-from training.ready import Ready, run_network
+from training.ready import BUDGET, Ready, run_network
 from training.run import Run, recovered, stop_if_signalled
 from training.signals import RunStopped
 from training.state import State
@@ -46,8 +46,6 @@ from weights import LAYOUTS
 
 PRESETS = vae3d.PRESETS
 FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}       # the config.yaml of a run from a foreign file, with all of it inside
-BUDGET = 4.0                                                     # GiB for which tiles of whole volumes are chosen; fixed, so that every
-                                                                 # run chooses alike
 METRICS = {"psnr": True, "ssim": True, "l1": False, "loss": False}
 
 
@@ -245,97 +243,114 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
             "scale_factor": float(1 / whole)}
 
 
-# ------------------------------------------------------------------------------------------------ use of a checkpoint
+# -------------------------------------------------------------------------------- use of a checkpoint
 
 def describe(cfg: TrainConfig) -> str:
     return f"autoencoder ({cfg.vae.bottleneck})"
 
 
 def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+    """Exact tiles, as --tile and --memory say. ValueError for --sample where there is no noise."""
     if getattr(options, "sample", False):
-        check_sampled(ready)
+        check_has_noise(ready)
     set_tiles(ready.model, options.tile, options.memory)
 
 
-def check_sampled(ready: Ready) -> None:
+def check_has_noise(ready: Ready) -> None:
     if ready.model.quantizer is not None:
-        raise ValueError(f"--sample: vae.bottleneck is {ready.model.cfg.bottleneck}, whose codes have no noise; leave the "
-                         f"flag out")
+        raise ValueError(f"--sample: vae.bottleneck is {ready.model.cfg.bottleneck}, whose codes have no "
+                         f"noise; leave the flag out")
 
 
-def set_tiles(vae: VAE3D, tile: Sequence[int] | str = "auto", budget: float | None = BUDGET) -> VAE3D:
-    """Exact tiles for whole volumes: D,H,W, `auto` for the cheapest that the planner counts within `budget` GiB, or `none`.
+def set_tiles(vae: VAE3D, tile: Sequence[int] | str = "auto", budget: float = BUDGET) -> VAE3D:
+    """Exact tiles for whole volumes. tile: D,H,W, `auto` or `none`.
 
-    The planner counts a training step, more than inference takes. Its choice depends on the volume's size alone, so that
-    every run, and `decode` after `encode`, computes the same bits.
+    `auto` is the cheapest that the planner counts within `budget` GiB. The planner counts a training step,
+    more than inference takes. Its choice depends on the volume's size alone, so that every run, and `decode`
+    after `encode`, computes the same bits.
     """
     if tile == "none":
         return vae.memory("none")
-    return vae.memory("tile", tile, budget=budget if tile == "auto" else None)
+    if tile == "auto":
+        return vae.memory("tile", "auto", budget=budget)
+    return vae.memory("tile", tile)
 
 
-def reconstruct(ready: Ready, array: np.ndarray, tick: Callable | None = None) -> np.ndarray:
-    """(C, D, H, W) normalised -> its reconstruction, the same shape; the very bits of `decode` after `encode`."""
-    return decode(ready, encode(ready, array, None, tick), array.shape[1:], tick)
+def encode(ready: Ready, array: np.ndarray, generator: torch.Generator | None = None,
+           tick: Callable | None = None) -> np.ndarray:
+    """(C, D, H, W) normalised -> the latent mean (Z, d, h, w) float32, or indices of codes (d, h, w) int64.
 
-
-def encode(ready: Ready, array: np.ndarray, generator: torch.Generator | None = None, tick: Callable | None = None) -> np.ndarray:
-    """(C, D, H, W) normalised -> the latent mean (Z, d, h, w) float32, or the indices of its codes (d, h, w) int64.
-
-    generator: a sample of the posterior instead of its mean. Raises ValueError for one with a codebook.
+    generator: a sample of the posterior instead of its mean. Raises ValueError for a network with a codebook.
     """
     if generator is not None:
-        check_sampled(ready)
+        check_has_noise(ready)
     vae = ready.model
     vae.progress = tick
     found = run_network(ready, vae.encode, array)
     if vae.quantizer is not None:
         return found.index[0].cpu().numpy()
-    z = found.mu if generator is None else vae3d.sample_posterior(*found, generator)
+    z = found.mu
+    if generator is not None:
+        z = vae3d.sample_posterior(*found, generator)
     return z[0].float().contiguous().cpu().numpy()
 
 
 def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable | None = None) -> np.ndarray:
-    """What `encode` gave, and the (D, H, W) that went in -> (C, D, H, W) float32. ValueError where that is not finite."""
+    """What `encode` gave -> (C, D, H, W) float32. size: the D, H, W that went in.
+
+    Raises ValueError where the result is not finite.
+    """
     vae = ready.model
     vae.progress = tick
-    from_latent = vae.decode if vae.quantizer is None else vae.decode_indices
-    recon = run_network(ready, lambda z: from_latent(z, size), latent)[0].float().contiguous().cpu().numpy()
-    if not (np.isfinite(recon.min()) and np.isfinite(recon.max())):  # a nan makes both of them nan; no copy of the volume
+
+    def work(z: Tensor) -> Tensor:
+        return vae.decode(z, size) if vae.quantizer is None else vae.decode_indices(z, size)
+    recon = run_network(ready, work, latent)[0].float().contiguous().cpu().numpy()
+
+    # A nan makes both ends nan, so this takes no copy of the volume.
+    if not (np.isfinite(recon.min()) and np.isfinite(recon.max())):
         remedy = "" if ready.amp_dtype is None else "; leave --amp out"
         raise ValueError(f"the reconstruction is not finite{remedy}")
     return recon
 
 
+def reconstruct(ready: Ready, array: np.ndarray, tick: Callable | None = None) -> np.ndarray:
+    """(C, D, H, W) normalised -> the same shape; the very bits of `decode` after `encode`."""
+    latent = encode(ready, array, tick=tick)
+    return decode(ready, latent, array.shape[1:], tick)
+
+
 def latent_kind(ready: Ready) -> LatentKind:
     vae = ready.model
-    if vae.quantizer is None:
-        return LatentKind(vae.cfg.bottleneck, None, lambda size: (vae.cfg.z_channels, *vae.latent_size(size)))
-    return LatentKind(vae.cfg.bottleneck, vae.quantizer.num_codes, lambda size: tuple(vae.latent_size(size)))
+    if vae.quantizer is not None:
+        return LatentKind(vae.cfg.bottleneck, vae.quantizer.num_codes, vae.latent_size)
+    return LatentKind(vae.cfg.bottleneck, None, lambda size: (vae.cfg.z_channels, *vae.latent_size(size)))
 
 
-def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace, tick: Callable | None) -> Scored:
-    """Figures of one whole volume and of its latent: bits, compression, codes used."""
+def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
+             tick: Callable | None) -> Scored:
+    """Of one whole volume: figures of its reconstruction, the size of its latent, and which codes it uses."""
     volume, intensity = case.volumes[number]
     started = time.monotonic()
-    latent = encode(ready, volume, None, tick)
+    latent = encode(ready, volume, tick=tick)
     recon = decode(ready, latent, volume.shape[1:], tick)
     seconds = time.monotonic() - started
-    scores, sums = compared(recon, volume, intensity, ready.device), {}
+    scores = compared(recon, volume, intensity, ready.device)
 
-    # How small the latent is: beside the voxels, and beside the bits that they take on disk. Volumes of a series share those.
+    # How small the latent is, beside the source's voxels and the bits that each volume has of them on disk.
     codes = latent_kind(ready).codes
-    each = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
+    bits = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
     voxels, source_bits = math.prod(case.origin.size), case.origin.bits / len(case.volumes)
-    for name, bits in each.items():
-        scores[f"bits_per_voxel{name}"] = latent.size * bits / voxels
-        scores[f"compression{name}"] = source_bits / (latent.size * bits)
-    if codes is not None:
-        sums["usage"] = torch.bincount(torch.from_numpy(latent).flatten(), minlength=codes)
-        scores |= codebook_use(sums["usage"])
-    return Scored(scores, recon, seconds, sums)
+    for kind, each in bits.items():
+        scores[f"bits_per_voxel{kind}"] = latent.size * each / voxels
+        scores[f"compression{kind}"] = source_bits / (latent.size * each)
+    if codes is None:
+        return Scored(scores, recon, seconds, {})
+
+    usage = torch.bincount(torch.from_numpy(latent).flatten(), minlength=codes)
+    return Scored(scores | codebook_use(usage), recon, seconds, {"usage": usage})
 
 
 def pooled(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Which codes all volumes together use."""
+    """Which codes are used by all volumes together."""
     return codebook_use(sums["usage"]) if "usage" in sums else {}

@@ -1,4 +1,5 @@
 """predict.py: its commands from end to end; what goes wrong in one line."""
+import json
 import math
 import subprocess
 import sys
@@ -8,16 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from predictions import ROOT, ct_file, failed_line, oriented, same_grid
+import toy_task
+from predictions import ROOT, TINY, ct_file, failed_line, oriented, same_grid
 
 import peaks
 import predict
+import train
 import vae3d
 from data import Item
 from tasks import TASKS, vae
 from training import latents
 from training.cases import read_case
-from training.ready import Ready, data_config, load
+from training.ready import BUDGET, Ready, data_config, load
 from training.task import named
 
 
@@ -87,7 +90,7 @@ def test_default_tiles_depend_on_the_size_alone():
     """So that encode and decode, run apart, compute the same bits; and a large volume is cut."""
     network = vae.set_tiles(vae3d.VAE3D.from_preset("ultra_lightweight"))
     plan = network.tile_plan((160, 512, 512), 1, torch.float32)
-    assert plan.peak_bytes <= vae.BUDGET * 2 ** 30 and plan == network.tile_plan((160, 512, 512), 1, torch.float32, "cuda")
+    assert plan.peak_bytes <= BUDGET * 2 ** 30 and plan == network.tile_plan((160, 512, 512), 1, torch.float32, "cuda")
 
 
 def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):
@@ -155,3 +158,24 @@ def test_as_a_script_piped(tmp_path, runs):
     done = subprocess.run([sys.executable, str(ROOT / "predict.py"), "reconstruct", "--checkpoint", str(runs("kl")), "--input", str(path),
                            str(path), "--output", str(tmp_path / "o")], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout and done.stdout.count("\n") == 2, done
+
+
+def test_a_task_that_no_room_knows_is_used_with_what_it_provides(tmp_path, monkeypatch, capsys):
+    """tests/toy_task.py: reconstructed and evaluated by its own figure, of which less is better; the rest is refused."""
+    monkeypatch.setitem(TASKS, "toy", toy_task)
+    run = str(tmp_path / "run")
+    assert train.main([*TINY, "--task", "toy", "--out", run]) == 0
+    paths = [ct_file(tmp_path / "in" / f"{name}.nii.gz", seed=seed) for seed, name in enumerate("abc")]
+    common = ["--checkpoint", run, "--device", "cpu"]
+    assert predict.main(["reconstruct", *common, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "o")]) == 0
+    same_grid(paths[0], tmp_path / "o" / "a.nii.gz")
+    capsys.readouterr()
+    assert predict.main(["evaluate", *common, "--data", str(tmp_path / "in"), "--json", str(tmp_path / "e.json"),
+                         "--report", str(tmp_path / "e.html")]) == 0
+    assert "network ultra_lightweight" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "e.json").read_text())["volumes"]
+    worst = max(rows, key=lambda row: row["l1"])
+    page = (tmp_path / "e.html").read_text()
+    assert Path(worst["file"]).name in page[page.index("<h3>Worst</h3>"):page.index("<h3>Median</h3>")] and "volume by L1" in page
+    assert predict.main(["encode", *common, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "z")]) == 2
+    failed_line(capsys, "--task toy", "this command needs one for vae")

@@ -13,7 +13,7 @@ import predict
 from data import DataConfig, Intensity, Item
 from standin_origin import Origin, in_stored_type, to_source_grid, write_result
 from training.cases import read_case
-from training.jobs import kind_of, make_jobs
+from training.jobs import ending_of_result, make_jobs
 
 
 def reader(channels):
@@ -28,7 +28,7 @@ def through_files(path, out, modality="ct", **fields):
     ready = reader(channels)
     case = read_case(Item(path), ready, cfg)
     out.mkdir(exist_ok=True)
-    job, = make_jobs([Item(path)], [str(path)], str(out), kind_of)
+    job, = make_jobs([Item(path)], [str(path)], str(out), ending_of_result)
     write_result(job.output, case.volumes, case.affine, case.origin)
     return job.output
 

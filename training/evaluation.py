@@ -1,7 +1,10 @@
 """Figures of whole volumes: what a network gives back beside what it was given, over a data set.
 
-A row is what is known of one volume: file, shape, figures, seconds. The result of an evaluation holds all rows, their means, and what the
-task adds up over all voxels. Intensities in [-1, 1], so PSNR and SSIM have data range 2. Memory is in GiB. Version 0.3 (2026-11).
+A row is what is known of one volume: its file, its shape, its figures, how long it took. The result of an
+evaluation holds all rows, their means, and what the task makes of its sums over all volumes.
+
+Shapes: C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -27,32 +30,47 @@ from training.ready import Ready
 from training.task import Scored
 
 COLUMNS = {                                                      # key of a row -> heading and format
-    "psnr": ("PSNR", "{:.2f} dB"), "ssim": ("SSIM", "{:.4f}"), "l1": ("L1", "{:.4f}"), "sharpness": ("sharpness", "{:.3f}"),
-    "iou": ("IoU", "{:.4f}"), "dice": ("Dice", "{:.4f}"),
-    "bits_per_voxel": ("bits/voxel", "{:.3f}"), "compression": ("ratio", "{:.1f}"),
-    "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"), "compression_16": ("ratio, 16-bit", "{:.1f}"),
-    "codebook_usage": ("codes used", "{:.1%}"), "perplexity": ("perplexity", "{:.1f}")}
-FIRST = ("psnr", "ssim", "l1", "iou", "dice")                    # in a volume's line
-NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", "codebook_usage", "perplexity")
-OVER_ALL = ("codebook_usage", "perplexity")                      # of all volumes together, beside the means
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "l1": ("L1", "{:.4f}"),
+    "sharpness": ("sharpness", "{:.3f}"),
+    "iou": ("IoU", "{:.4f}"),
+    "dice": ("Dice", "{:.4f}"),
+    "bits_per_voxel": ("bits/voxel", "{:.3f}"),
+    "compression": ("ratio", "{:.1f}"),
+    "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"),
+    "compression_16": ("ratio, 16-bit", "{:.1f}"),
+    "codebook_usage": ("codes used", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.1f}"),
+}
+FIDELITY = ("psnr", "ssim", "l1")
+FIRST = (*FIDELITY, "iou", "dice")                               # what the line of a volume shows
+OVER_ALL = ("codebook_usage", "perplexity")                      # of all volumes together, so not averaged
+NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
 
 
 def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
-    """Those that the run did not train on, told by their names. ValueError when there are none, or the checkpoint has no names."""
+    """Those that the run did not train on, told by their names.
+
+    Raises ValueError when there are none, or where the checkpoint has no names.
+    """
     names = ready.facts["data"].get("training")
     if names is None:
-        raise ValueError(f"--split held-out: {ready.path} does not name its training files; leave the flag out")
-    trained = {re.sub(r"_t\d{3,}$", "", name) for name in names} | set(names)  # volume 3 of a 4-D X is X_t003
+        raise ValueError(f"--split held-out: {ready.path} does not name its training files; leave the flag "
+                         f"out")
+    files = {re.sub(r"_t\d{3,}$", "", name) for name in names}   # volume 3 of a 4-D X is X_t003
+    trained = files | set(names)
     left = [item for item in items if data._stem(item.path) not in trained]
     if not left:
         raise ValueError(f"--split held-out: all of {len(items)} files were trained on; leave the flag out")
     return left
 
 
-# ------------------------------------------------------------------------------------------------ one volume
+# -------------------------------------------------------------------------------- one volume
 
-def score_reconstruction(ready: Ready, case: Case, number: int, options: argparse.Namespace, tick: Callable | None) -> Scored:
-    """What `reconstruct` gives back of volume `number`, for a task that does not say itself how it is evaluated."""
+def score_reconstruction(ready: Ready, case: Case, number: int, options: argparse.Namespace,
+                         tick: Callable | None) -> Scored:
+    """What `reconstruct` gives back of volume `number`: for a task that does not say how it is evaluated."""
     volume, intensity = case.volumes[number]
     started = time.monotonic()
     recon = ready.task.reconstruct(ready, volume, tick)
@@ -60,8 +78,13 @@ def score_reconstruction(ready: Ready, case: Case, number: int, options: argpars
     return Scored(compared(recon, volume, intensity, ready.device), recon, seconds, {})
 
 
-def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity, device: torch.device) -> dict[str, Any]:
-    """Figures of a reconstruction (C, D, H, W) of normalised intensities; iou where they are a voxel grid's."""
+def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
+             device: torch.device) -> dict[str, Any]:
+    """Figures of a reconstruction beside its volume, both (C, D, H, W) of normalised intensities.
+
+    psnr, ssim, l1, sharpness; iou of occupied voxels for voxel grids; `channels`: the first three for each of
+    several.
+    """
     a, b = (torch.from_numpy(array)[None].to(device) for array in (recon, volume))
     scores = fidelity(a, b) | {"sharpness": float(losses.sharpness(a, b))}
     if intensity.modality == "voxel":
@@ -77,62 +100,79 @@ def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
             "l1": float(losses.reconstruction_loss(recon, target, "l1"))}
 
 
-# ------------------------------------------------------------------------------------------------ all volumes
+def row_of(item: data.Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
+    volume = case.arrays[number]
+    row = {"file": str(item.path)}
+    if len(case.volumes) > 1:
+        row["volume"] = number
+    speed = {"seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}
+    return row | {"shape": list(volume.shape[1:])} | scored.figures | speed
+
+
+# -------------------------------------------------------------------------------- all volumes
 
 @dataclass
 class Totals:
     """Over all volumes."""
     voxels: int = 0
-    seconds: float = 0.0
-    sums: dict[str, Tensor] = field(default_factory=dict)        # of Scored.sums
+    seconds: float = 0.0                                         # that the network took
+    sums: dict[str, Tensor] = field(default_factory=dict)        # of what the task counts (Scored.sums)
 
     def add(self, volume: np.ndarray, scored: Scored) -> None:
-        self.voxels, self.seconds = self.voxels + volume[0].size, self.seconds + scored.seconds
+        self.voxels += volume[0].size
+        self.seconds += scored.seconds
         for name, part in scored.sums.items():
             self.sums[name] = self.sums.get(name, 0) + part
 
 
-def row_of(name: dict, volume: np.ndarray, scored: Scored) -> dict[str, Any]:
-    """name: file, and which volume of it."""
-    return name | {"shape": list(volume.shape[1:])} | scored.figures | {
-        "seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}
-
-
 def summary(ready: Ready, rows: list[dict], failed: list[dict], totals: Totals) -> dict:
-    """The content of --json. mean: over volumes, finite figures alone; pooled (seg): from all voxels together."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in NOT_AVERAGED]
-    mean = {name: average([row[name] for row in rows if name in row]) for name in names}
+    """The content of --json: all rows, their means, speed, memory, what the task counted, failures."""
+    names = dict.fromkeys(name for row in rows for name in row)  # in the order of the first row that has each
+    mean = {}
+    for name in names:
+        if name not in NOT_AVERAGED:
+            mean[name] = average([row[name] for row in rows if name in row])
     if rows and "channels" in rows[0]:
-        mean["channels"] = [{name: average([row["channels"][c][name] for row in rows]) for name in ("psnr", "ssim", "l1")}
-                            for c in range(len(rows[0]["channels"]))]
-    result = {"volumes": rows, "mean": mean, "peak_gib": peak_gib(ready.device),
-              "voxels_per_second": totals.voxels / totals.seconds if totals.seconds else None}
+        mean["channels"] = [mean_of_channel(rows, c) for c in range(len(rows[0]["channels"]))]
+    speed = totals.voxels / totals.seconds if totals.seconds else None
+    result = {"volumes": rows, "mean": mean, "peak_gib": peak_gib(ready.device), "voxels_per_second": speed}
     return result | ready.task.pooled(totals.sums) | {"failed": failed}
 
 
+def mean_of_channel(rows: Sequence[dict], channel: int) -> dict[str, float]:
+    return {name: average([row["channels"][channel][name] for row in rows]) for name in FIDELITY}
+
+
 def average(values: Sequence[float]) -> float:
+    """Of those that are finite; nan of none."""
     values = [value for value in values if math.isfinite(value)]
     return sum(values) / len(values) if values else math.nan
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """JSON has no nan and no infinity: null."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def ranked_by(ready: Ready, rows: Sequence[dict]) -> tuple[str, bool]:
-    """The figure by which volumes are called good or bad, the first of the task's that they have; and whether higher is better."""
-    known = [name for name in ready.task.METRICS if name in rows[0]]
-    name = known[0] if known else "psnr"
-    return name, ready.task.METRICS.get(name, True)
+    """The figure that makes a volume good or bad, and whether higher is better.
+
+    It is the first of the task's METRICS that the rows have, else their first figure.
+    """
+    for name, higher_is_better in ready.task.METRICS.items():
+        if name in rows[0]:
+            return name, higher_is_better
+    return next(name for name in rows[0] if name not in NOT_AVERAGED), True
 
 
 def worst_median_best(rows: Sequence[dict], name: str, higher_is_better: bool = True) -> dict[str, int]:
-    """Up to three row numbers, the worst first; equal ones are not repeated."""
+    """What -> number of the row, the worst first. Two rows have no median, one row is `The only`."""
     def goodness(number: int) -> float:
         value = rows[number][name]
         if math.isnan(value):
@@ -141,25 +181,34 @@ def worst_median_best(rows: Sequence[dict], name: str, higher_is_better: bool = 
     order = sorted(range(len(rows)), key=goodness)
     if len(order) == 1:
         return {"The only": order[0]}
-    chosen = {"Worst": order[0], "Median": order[(len(order) - 1) // 2], "Best": order[-1]}
     if len(order) == 2:
-        del chosen["Median"]
-    return chosen
+        return {"Worst": order[0], "Best": order[1]}
+    return {"Worst": order[0], "Median": order[(len(order) - 1) // 2], "Best": order[-1]}
 
 
-# ------------------------------------------------------------------------------------------------ as text
+# -------------------------------------------------------------------------------- as text
 
 def column(name: str) -> tuple[str, str]:
+    """Heading and format of a figure; dice_3 is `Dice 3`."""
     return COLUMNS.get(name, (name.replace("dice_", "Dice "), "{:.4f}"))
 
 
+def heading(name: str) -> str:
+    return column(name)[0]
+
+
 def cell(row: dict, name: str) -> str:
+    """A figure of a row as text; - where it has none, or one that is not finite."""
     value = row.get(name)
-    return "-" if value is None or not math.isfinite(value) else column(name)[1].format(value)
+    if value is None or not math.isfinite(value):
+        return "-"
+    return column(name)[1].format(value)
 
 
 def columns_of(result: dict) -> list[str]:
-    return [name for name in result["mean"] if name != "channels"] + [name for name in OVER_ALL if name in result]
+    """The figures of a result, in the order that they are shown in."""
+    means = [name for name in result["mean"] if name != "channels"]
+    return means + [name for name in OVER_ALL if name in result]
 
 
 def means_of(result: dict) -> dict:
@@ -168,32 +217,40 @@ def means_of(result: dict) -> dict:
 
 
 def row_text(row: dict) -> str:
-    figures = ", ".join(f"{column(name)[0]} {cell(row, name)}" for name in FIRST if name in row)
-    return f"{data._sizes(row['shape'])}, {row['seconds']:.1f} s, {short_number(row['voxels_per_second'])} voxels/s, {figures}"
+    """One volume in one line."""
+    pace = short_number(row["voxels_per_second"])
+    parts = [data._sizes(row["shape"]), f"{row['seconds']:.1f} s", f"{pace} voxels/s"]
+    parts += [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
+    return ", ".join(parts)
 
 
 def print_table(result: dict) -> None:
     """Means and totals, as lines that fit a terminal."""
-    names, rows, mean, pooled = columns_of(result), result["volumes"], means_of(result), result.get("pooled")
-    width = max([len("all volumes"), *(len(column(name)[0]) for name in names)])
+    names, rows, means, pooled = columns_of(result), result["volumes"], means_of(result), result.get("pooled")
+    width = max([len("all volumes"), *(len(heading(name)) for name in names)])
 
-    def line(heading: str, *cells: str) -> None:
-        print(f"{heading:{width}}" + "".join(f"  {text:>12}" for text in cells))
+    def line(first: str, *cells: str) -> None:
+        print(f"{first:{width}}" + "".join(f"  {text:>12}" for text in cells))
+
+    # A line for each figure: the mean, the least and the most of any volume, and of all voxels together.
     print()
     line("", "mean", "least", "most", *(["pooled"] if pooled else []))
     for name in names:
         known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+        known.sort(key=lambda row, name=name: row[name])
         least, most = "-", "-"
         if known:
-            least = cell(min(known, key=lambda row, name=name: row[name]), name)
-            most = cell(max(known, key=lambda row, name=name: row[name]), name)
-        line(column(name)[0], cell(mean, name), least, most, *([cell(pooled, name)] if pooled else []))
-    for c, row in enumerate(mean.get("channels", ())):
-        print(f"{f'channel {c}':{width}}  " + ", ".join(f"{column(name)[0]} {cell(row, name)}" for name in row))
+            least, most = cell(known[0], name), cell(known[-1], name)
+        line(heading(name), cell(means, name), least, most, *([cell(pooled, name)] if pooled else []))
 
-    last = [f"{len(rows)} volumes", f"peak {result['peak_gib']:.2f} GiB"]
+    # A line for each channel, and one for all.
+    for c, row in enumerate(means.get("channels", ())):
+        figures = ", ".join(f"{heading(name)} {cell(row, name)}" for name in row)
+        print(f"{f'channel {c}':{width}}  {figures}")
+    parts = [f"{len(rows)} volumes"]
     if result["voxels_per_second"]:
-        last.insert(1, f"{short_number(result['voxels_per_second'])} voxels/s")
+        parts.append(f"{short_number(result['voxels_per_second'])} voxels/s")
+    parts.append(f"peak {result['peak_gib']:.2f} GiB")
     if result["failed"]:
-        last.append(f"{len(result['failed'])} files failed")
-    print(", ".join(last))
+        parts.append(f"{len(result['failed'])} files failed")
+    print(", ".join(parts))

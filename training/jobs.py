@@ -1,7 +1,8 @@
-"""One piece of work for each of many files: which files, where their results go, and what goes wrong, told at the end.
+"""One piece of work for each of many files: which files, where the results go, and what went wrong.
 
-A result is written whole or not at all, and what is there is skipped, so an interrupted folder goes on with the same
-command. Version 0.3 (2026-11).
+A result is written whole or not at all, and what is there already is skipped, so an interrupted folder goes
+on with the same command. A file that fails does not stop the others: failures are told at the end. Version
+0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -21,33 +22,35 @@ from tiles import is_out_of_memory
 from training import latents
 from training.console import clear_line, line_of, short_number
 
-PROGRAM = "predict.py"                                           # whose files these are, in front of its lines on stderr
+PROGRAM = "predict.py"                                           # in front of its lines on stderr
 
 
 class Job(NamedTuple):
-    item: data.Item
+    item: data.Item                                              # the source
     output: Path
 
 
-# ------------------------------------------------------------------------------------------------ which files
+# -------------------------------------------------------------------------------- which files
 
-def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all", output: str | None = None) -> list[data.Item]:
+def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
+                output: str | None = None) -> list[data.Item]:
     """Files, folders and datalists -> items, each once. Raises DataError when there are none.
 
-    Of a folder, latents are left out, and so is an output folder inside of it: what a first run wrote is no input of the next.
+    labels: items with their labels. split: a list of a datalist, or all. Of a folder, latents are left out,
+    and so is the output folder where it lies inside: what a first run wrote is no input of the next.
     """
     found: dict[str, data.Item] = {}
+    results = None if output is None else Path(os.path.realpath(output))
     for path in paths:
         is_folder = os.path.isdir(path)
-        own = Path(os.path.realpath(output)) if output and is_folder else None
-        inside = own is not None and Path(os.path.realpath(path)) in own.parents
+        has_results = is_folder and results is not None and Path(os.path.realpath(path)) in results.parents
         for name, items in data.list_items(path, labels, print).items():
             if split not in ("all", name):
                 continue
             for item in items:
                 real = os.path.realpath(item.path)
                 is_latent = is_folder and real.endswith(latents.ENDING)
-                is_result = inside and own in Path(real).parents
+                is_result = has_results and results in Path(real).parents
                 if not is_latent and not is_result:
                     found.setdefault(real, item)
     if not found:
@@ -57,78 +60,86 @@ def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all", 
 
 
 def list_latents(paths: Sequence[str]) -> list[data.Item]:
-    """Latent files, folders of them and datalists -> items."""
+    """Latent files, folders of them and datalists -> items. Raises DataError when there are none."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            found += [data.Item(file) for file in sorted(Path(path).rglob("*" + latents.ENDING))]
+            found += [data.Item(file) for file in sorted(Path(path).rglob(f"*{latents.ENDING}"))]
         else:
-            found += [item for items in data.list_items(path).values() for item in items]
+            for items in data.list_items(path).values():
+                found += items
     if not found:
         raise DataError(f"{', '.join(paths)}: no *{latents.ENDING} files; predict.py encode writes them")
     return found
 
 
-def kind_of(path: Path) -> str:
-    """The ending of a result: arrays and pictures keep theirs, what nibabel reads goes out as NIfTI."""
+def ending_of_result(path: Path) -> str:
+    """Of what is made of a source: arrays and pictures (as PNG) stay such, what nibabel reads is NIfTI."""
     kind = data._suffix(path)[0]
     if kind in (".npy", ".npz"):
         return kind
     return ".png" if kind in data.PICTURES else ".nii.gz"
 
 
-def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str, ending: Callable[[Path], str]) -> list[Job]:
-    """Each item with the file that is made of it: its stem, in the subfolder that it has in an input folder, numbered where
-    two share one.
+def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str,
+              ending: Callable[[Path], str]) -> list[Job]:
+    """Each item with the file that is made of it, in the folder `output`, which is made with its subfolders.
 
-    ValueError when that would replace an input.
+    A result has its source's stem, lies in the subfolder that the source has in an input folder, and is
+    numbered where two would share a name. ending: of the result, by the path of the source. Raises ValueError
+    when a result would replace an input.
     """
-    folder, taken, jobs = Path(os.path.expanduser(output)), set(), []
+    folder = Path(os.path.expanduser(output))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be made a folder ({error.strerror})") from None
     roots = [Path(os.path.realpath(path)) for path in inputs if os.path.isdir(path)]
     sources = {os.path.realpath(file) for item in items for file in (item.path, item.label) if file}
+    taken, jobs = set(), []
     for item in items:
-        stem, end, number = data._stem(item.path), ending(item.path), 2
-        stem = stem.removesuffix("_latent") if item.path.name.endswith(latents.ENDING) else stem
+        # First the name: subfolder, stem, ending, and a number where it is taken.
+        stem, end = data._stem(item.path), ending(item.path)
+        if item.path.name.endswith(latents.ENDING):
+            stem = stem.removesuffix("_latent")
         parent = Path(os.path.realpath(item.path)).parent
         within = next((parent.relative_to(root) for root in roots if parent.is_relative_to(root)), Path())
-        name = within / (stem + end)
+        name, number = within / f"{stem}{end}", 2
         while name in taken:
             name, number = within / f"{stem}-{number}{end}", number + 1
         taken.add(name)
-        if os.path.realpath(folder / name) in sources:
-            raise ValueError(f"--output {folder}: {name} there is one of the inputs and would be overwritten; choose another "
-                             f"folder")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        jobs.append(Job(item, folder / name))
+
+        # Then its place.
+        path = folder / name
+        if os.path.realpath(path) in sources:
+            raise ValueError(f"--output {folder}: {name} there is one of the inputs and would be "
+                             f"overwritten; choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jobs.append(Job(item, path))
     return jobs
 
 
-# ------------------------------------------------------------------------------------------------ the work, and what goes wrong
+# -------------------------------------------------------------------------------- the work
 
 def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -> bool:
-    """work(job) -> what to say of it, for each job whose output is not there. Failures are told at the end.
-
-    Returns whether all went well.
-    """
-    open_jobs = [job for job in jobs if overwrite or not job.output.exists()]
-    if done := len(jobs) - len(open_jobs):
-        example = next(job.output for job in jobs if job not in open_jobs)
-        print(f"{done} of {len(jobs)} outputs are there, such as {example}: skipped (--overwrite makes them anew)", flush=True)
+    """work(job) -> what to say, for each job whose output is not there. Returns whether all went well."""
+    todo = [job for job in jobs if overwrite or not job.output.exists()]
+    done = len(jobs) - len(todo)
+    if done:
+        example = next(job.output for job in jobs if job not in todo)
+        what = f"{done} of {len(jobs)} outputs are there, such as {example}"
+        print(f"{what}: skipped (--overwrite makes them anew)", flush=True)
     failed = []
-    for number, job in enumerate(open_jobs, 1):
+    for number, job in enumerate(todo, 1):
         started = time.monotonic()
         with failures_in(failed, job.item.path):
-            name = f"[{number}/{len(open_jobs)}] {data.show(job.item.path)}"
+            name = f"[{number}/{len(todo)}] {data.show(job.item.path)}"
             if sys.stdout.isatty():
                 print(f"{name} ...", end="", flush=True)
             text = work(job)
             clear_line()
             print(f"{name}: {text}, {time.monotonic() - started:.1f} s", flush=True)
-    return tell_failures(failed, len(open_jobs))
+    return tell_failures(failed, len(todo))
 
 
 @contextlib.contextmanager
@@ -136,18 +147,18 @@ def failures_in(failed: list[dict], path: Path) -> Iterator[None]:
     """What is wrong with one file, or too large of it, goes to `failed`, and the others go on."""
     try:
         yield
-    except DataError as error:
-        failed.append({"file": str(path), "error": line_of(error)})
+        return
+    except DataError as error:                                   # names the file itself
+        text = line_of(error)
     except (ValueError, OSError) as error:
-        failed.append({"file": str(path), "error": f"{path}: {line_of(error)}"})
+        text = f"{path}: {line_of(error)}"
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        failed.append({"file": str(path), "error": f"{path}: out of memory; use a smaller --tile, --memory or --window, or "
-                                                   f"--device cpu"})
-    if failed and failed[-1]["file"] == str(path):
-        clear_line()
-        print(f"{data.show(path)}: failed, see the end", flush=True)
+        text = f"{path}: out of memory; use a smaller --tile, --memory or --window, or --device cpu"
+    failed.append({"file": str(path), "error": text})
+    clear_line()
+    print(f"{data.show(path)}: failed, see the end", flush=True)
 
 
 def tell_failures(failed: Sequence[dict], total: int) -> bool:
@@ -159,10 +170,10 @@ def tell_failures(failed: Sequence[dict], total: int) -> bool:
     return not failed
 
 
-# ------------------------------------------------------------------------------------------------ what is said meanwhile
+# -------------------------------------------------------------------------------- what is said meanwhile
 
 def show_progress(path: Path) -> Callable[..., None]:
-    """A line on the terminal that says how far a long volume is; nothing in a pipe."""
+    """A function that is told (done, of how many, what) and says on the terminal how far a long volume is."""
     shown = time.monotonic()
 
     def tick(done: float, total: int, part: str = "windows") -> None:
@@ -174,7 +185,8 @@ def show_progress(path: Path) -> Callable[..., None]:
 
 
 def speed(volumes: Sequence[np.ndarray], started: float) -> str:
-    """Size and voxels a second since `started`."""
-    voxels, seconds = sum(volume[0].size for volume in volumes), time.monotonic() - started
+    """How many of which size, and voxels a second since `started`. volumes (C, D, H, W)."""
+    seconds = max(time.monotonic() - started, 1e-9)
+    voxels = sum(volume[0].size for volume in volumes)
     many = f"{len(volumes)} x " if len(volumes) > 1 else ""
-    return f"{many}{data._sizes(volumes[0].shape[1:])}, {short_number(voxels / max(seconds, 1e-9))} voxels/s"
+    return f"{many}{data._sizes(volumes[0].shape[1:])}, {short_number(voxels / seconds)} voxels/s"

@@ -1,7 +1,7 @@
-"""A page that one opens in a browser: figures, pictures and tables in one HTML file that needs nothing beside it.
+"""A page to look at in a browser: figures, pictures and tables in one HTML file that needs nothing beside it.
 
-`page`, `table`, `panels` and what is above the line in the middle know nothing of where the figures come from; what
-follows it is the page of an evaluation. Version 0.1 (2026-11).
+The first half makes any page (`page`, `table`, `slices_table`), wherever its figures come from. The second
+half is the page of an evaluation. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 import data
 import pictures
-from data import Intensity
 from training.console import short_number
-from training.evaluation import FIRST, cell, column, columns_of, means_of, ranked_by
+from training.evaluation import FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
 from training.ready import Ready, describe
+
+MOST_CARDS = 8                                                   # figures on top of the page
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --back: #f5f7f9; --card: #fff; --accent: #0b6bcb }
@@ -32,20 +33,23 @@ h2 { font-size: 18px; margin: 34px 0 12px }
 p { margin: 0 0 6px; color: var(--soft) }
 .bad { color: #a4262c }
 
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px; margin-top: 20px }
+.cards { display: grid; gap: 12px; margin-top: 20px;
+         grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px }
 .card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; white-space: nowrap }
 .card span { color: var(--soft); font-size: 13px }
 
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; margin-bottom: 18px }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px;
+          margin-bottom: 18px }
 section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 .file { color: var(--ink); font-weight: 600; overflow-wrap: anywhere }
 .wide { overflow-x: auto; padding: 0 }
 
 .figures { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px }
-.figures th, .figures td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-.figures th:first-child, .figures td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
-                                                   min-width: 180px }
+.figures th, .figures td { padding: 6px 12px; text-align: right; white-space: nowrap;
+                           border-bottom: 1px solid var(--line) }
+.figures th:first-child, .figures td:first-child { text-align: left; min-width: 180px;
+                                                   white-space: normal; overflow-wrap: anywhere }
 .figures thead th { background: #eef1f5 }
 .figures .mean td { font-weight: 600; background: #f8fafc }
 
@@ -59,20 +63,24 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 """
 
 
-# ------------------------------------------------------------------------------------------------ any page
+# -------------------------------------------------------------------------------- any page
 
 def text(value: object) -> str:
-    """As it is, whatever characters it has."""
+    """Any text as HTML that shows it, whatever characters it has."""
     return html.escape(data.show(str(value)))
 
 
-def page(title: str, heading: str, notes: Sequence[str], cards: Sequence[tuple[str, str]], body: str) -> str:
-    """notes: paragraphs below the heading, `body`: what follows the cards (figure, what it is), all of it HTML."""
+def page(title: str, headline: str, notes: Sequence[str], cards: Sequence[tuple[str, str]], body: str) -> str:
+    """A whole page. All parts are HTML.
+
+    notes: paragraphs. cards: a figure and what it is. body: what stands below them.
+    """
     boxes = "".join(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for value, name in cards)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{STYLE}</style></head><body><main>
-<h1>{heading}</h1>
+<h1>{headline}</h1>
 {"".join(notes)}
 <div class="cards">{boxes}</div>
 {body}
@@ -81,18 +89,19 @@ def page(title: str, heading: str, notes: Sequence[str], cards: Sequence[tuple[s
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], means: int = 0) -> str:
-    """Rows of cells under their heads; the first `means` rows stand out."""
+    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out."""
     lines = []
     for number, row in enumerate(rows):
         kind = ' class="mean"' if number < means else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{value}</td>" for value in row) + "</tr>")
+        cells = "".join(f"<td>{value}</td>" for value in row)
+        lines.append(f"<tr{kind}>{cells}</tr>")
     top = "".join(f"<th>{head}</th>" for head in heads)
     return (f'<section class="wide"><table class="figures"><thead><tr>{top}</tr></thead>\n'
             f'<tbody>{"".join(lines)}</tbody></table></section>')
 
 
-def panels(columns: dict[str, list[Tensor]]) -> str:
-    """Heading -> slices (height, width, 3) of one volume, the pictures inside the page: a row for each slice."""
+def slices_table(columns: dict[str, list[Tensor]]) -> str:
+    """A row for each slice of one volume. columns: heading -> pictures (height, width, 3) of the slices."""
     count = len(next(iter(columns.values())))
     names = ("axial", "coronal", "sagittal") if count > 1 else ("",)
     rows = []
@@ -108,69 +117,85 @@ def picture(image: Tensor, what: str) -> str:
     return f'<td><img alt="{what}" src="data:image/png;base64,{content}"></td>'
 
 
-# ------------------------------------------------------------------------------------------------ of an evaluation
+# -------------------------------------------------------------------------------- of an evaluation
 
-def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, intensity: Intensity,
+def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, background: float,
               spacing: Sequence[float], is_picture: bool) -> dict[str, list[Tensor]]:
-    """Heading -> three orthogonal slices: input, reconstruction, error; or, where there is a label: input, label, found."""
+    """Heading -> three orthogonal slices, where there is most to see of the volume or of its classes.
+
+    volume (C, D, H, W), of which the first channel is shown. Without a label, found (C, D, H, W) is a
+    reconstruction, and the columns are input, reconstruction, error; with one, (D, H, W), so are the classes
+    found.
+    """
     x = torch.from_numpy(volume[0])
     if label is None:
-        y = torch.from_numpy(found[0])
-        weight = (x - intensity.background).abs()
-        columns = {"Input": ([x], pictures.grey), "Reconstruction": ([y], pictures.grey), "Error": ([y, x], pictures.error)}
+        recon = torch.from_numpy(found[0])
+        weight = (x - background).abs()
+        columns = {"Input": ([x], pictures.grey), "Reconstruction": ([recon], pictures.grey),
+                   "Error": ([recon, x], pictures.error)}
     else:
-        y, truth = torch.from_numpy(found), torch.from_numpy(label)
-        weight = ((truth > 0) | (y > 0)).float()
+        truth, classes = torch.from_numpy(label), torch.from_numpy(found)
+        weight = ((truth > 0) | (classes > 0)).float()
         columns = {"Input": ([x], pictures.grey), "Label": ([x, truth], pictures.coloured),
-                   "Found": ([x, y], pictures.coloured)}
-    return {name: pictures.slices(volumes, weight, spacing, colour, is_picture) for name, (volumes, colour) in columns.items()}
+                   "Found": ([x, classes], pictures.coloured)}
+    images = {}
+    for name, (volumes, colour) in columns.items():
+        images[name] = pictures.slices(volumes, weight, spacing, colour, is_picture)
+    return images
 
 
-def volume_name(row: dict, name: str) -> str:
-    return text(name) + (f", volume {row['volume']}" if "volume" in row else "")
+def name_of(row: dict, name: str) -> str:
+    """name: the file's, or its path."""
+    return f"{text(name)}, volume {row['volume']}" if "volume" in row else text(name)
 
 
 def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
     """One volume: its name, its figures, its slices."""
-    figures = " &middot; ".join(f"{column(name)[0]} {cell(row, name)}" for name in FIRST if name in row)
+    figures = [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
     size = " &times; ".join(map(str, row["shape"]))
-    return (f'<p class="file">{volume_name(row, Path(row["file"]).name)}</p><p>{figures} &middot; {size} voxels</p>'
-            f"{panels(columns)}")
+    line = " &middot; ".join([*figures, f"{size} voxels"])
+    return f'<p class="file">{name_of(row, Path(row["file"]).name)}</p><p>{line}</p>{slices_table(columns)}'
 
 
-def evaluation_page(ready: Ready, result: dict, figures: dict[str, str], source: str) -> str:
-    """Cards with the means, the volumes chosen (worst, median, best -> `figure` of it), and a row per volume."""
-    names, means, count = columns_of(result), means_of(result), len(result["volumes"])
+def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: str) -> str:
+    """result: evaluation.summary's. parts: Worst, Median, Best -> `figure` of it. source: the user's."""
+    names, means, volumes = columns_of(result), means_of(result), result["volumes"]
 
-    # First the cards.
+    # First the cards: means, speed, memory.
     cards = []
     for name in names:
         if not name.endswith("_16"):
-            mean = "mean " if name in result["mean"] else ""
-            cards.append((cell(means, name), f"{mean}{column(name)[0]}"))
-    cards = cards[:8] + [(short_number(result["voxels_per_second"]), "voxels/s"), (f"{result['peak_gib']:.2f} GiB", "peak memory")]
+            what = f"mean {heading(name)}" if name in result["mean"] else heading(name)
+            cards.append((cell(means, name), what))
+    cards = cards[:MOST_CARDS]
+    cards.append((short_number(result["voxels_per_second"]), "voxels/s"))
+    cards.append((f"{result['peak_gib']:.2f} GiB", "peak memory"))
 
-    # Then the chosen volumes.
-    what, legend = "Reconstruction", ('Grey from -1 to 1; error 0 <span class="bar"></span> 0.5 and more, of the intensity '
-                                      "range [-1, 1]. First channel.")
+    # Then the chosen volumes, with what the colours mean.
+    what = "Reconstruction"
+    legend = ('Grey from -1 to 1; error 0 <span class="bar"></span> 0.5 and more, of the intensity range '
+              '[-1, 1]. First channel.')
     if ready.task.LABELS:
         what, legend = "Segmentation", "A colour for each class; 0 is left as it is."
-    chosen = " and ".join(", ".join(figures).rsplit(", ", 1)).capitalize()
-    ranked, _ = ranked_by(ready, result["volumes"])
-    parts = "".join(f"<section><h3>{name}</h3>{figure}</section>" for name, figure in figures.items())
-    body = [f"<h2>{chosen} volume by {column(ranked)[0]}</h2><p>{legend}</p>", parts]
+    chosen = " and ".join(", ".join(parts).rsplit(", ", 1)).capitalize()  # Worst, median and best
+    rank, _ = ranked_by(ready, volumes)
+    body = [f"<h2>{chosen} volume by {heading(rank)}</h2><p>{legend}</p>"]
+    body += [f"<section><h3>{name}</h3>{part}</section>" for name, part in parts.items()]
 
-    # Then the tables: means for each channel, and all volumes below their means.
+    # Then the tables: channels, where there are several, and all volumes below their means.
     if "channels" in result["mean"]:
-        rows = [[f"channel {c}", *(cell(row, name) for name in row)] for c, row in enumerate(result["mean"]["channels"])]
-        body += ["<h2>Means per channel</h2>" + table(["", "PSNR", "SSIM", "L1"], rows)]
-    rows = [[f"mean of {count}", *(cell(means, name) for name in names)]]
+        rows = []
+        for c, row in enumerate(result["mean"]["channels"]):
+            rows.append([f"channel {c}", *(cell(row, name) for name in FIDELITY)])
+        body.append("<h2>Means per channel</h2>" + table(["", *map(heading, FIDELITY)], rows))
+    tops = {f"mean of {len(volumes)}": means}
     if "pooled" in result:
-        rows.append(["all voxels together", *(cell(result["pooled"], name) for name in names)])
-    top = len(rows)
-    rows += [[volume_name(row, row["file"]), *(cell(row, name) for name in names)] for row in result["volumes"]]
-    body += ["<h2>Every volume</h2>", table(["file", *(column(name)[0] for name in names)], rows, top)]
+        tops["all voxels together"] = result["pooled"]
+    rows = [[name, *(cell(row, key) for key in names)] for name, row in tops.items()]
+    rows += [[name_of(row, row["file"]), *(cell(row, key) for key in names)] for row in volumes]
+    body.append("<h2>Every volume</h2>" + table(["file", *map(heading, names)], rows, len(tops)))
 
     notes = [f"<p>{text(describe(ready))}</p>", f"<p>Data: {text(source)}</p>"]
     notes += [f'<p class="bad">{text(row["error"])}</p>' for row in result["failed"]]
-    return page(f"{html.escape(ready.cfg.preset)}: evaluation", f"{what} of {count} volumes", notes, cards, "\n".join(body))
+    title = f"{html.escape(ready.cfg.preset)}: evaluation"
+    return page(title, f"{what} of {len(volumes)} volumes", notes, cards, "\n".join(body))

@@ -31,11 +31,11 @@ class Picture(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What predict.py learns from one whole volume."""
-    figures: dict[str, Any]                                      # name -> number; `channels`: such a dict for each
-    found: Any                                                   # array: the reconstruction (C, D, H, W), or classes (D, H, W)
+    """What predict.py learns of one whole volume."""
+    figures: dict[str, Any]                                      # name -> number; channels: such a dict for each
+    found: Any                                                   # reconstruction (C, D, H, W) or classes (D, H, W)
     seconds: float                                               # that the network took
-    sums: dict[str, Tensor]                                      # what is added up over all volumes, for `pooled`
+    sums: dict[str, Tensor]                                      # to be added up over all volumes, for `pooled`
 
 
 def nothing(*_) -> None:
@@ -85,20 +85,21 @@ class Task:
     ship: Callable[..., dict] | None = None                      # (network) -> content of best.pt; None: its weights and the config
     finish: Callable[..., None] = nothing                        # (run): measurements at the end of a run
 
-    # predict.py: the use of a checkpoint (`ready`, training/ready.py). None: the command is for other tasks. `tick` is told of progress.
+    # predict.py, the use of a checkpoint. `ready` is training.ready.Ready, arrays are (C, D, H, W) normalised,
+    # `tick` is told of progress. None: the command is for other tasks.
     describe: Callable[[TrainConfig], str] = lambda cfg: "network"  # kind of network, for the console
-    prepare: Callable[..., None] = nothing                       # (ready, options, data config): put the flags on the network; ValueError
-                                                                 # for flags that do not fit it
-    reconstruct: Callable | None = None                          # (ready, array (C, D, H, W), tick) -> (C, D, H, W)
-    encode: Callable | None = None                               # (ready, array, generator, tick) -> latent, or indices of codes
-    decode: Callable | None = None                               # (ready, latent, size, tick) -> (C, D, H, W); size: D, H, W
-    latent_kind: Callable | None = None                          # (ready) -> training.latents.LatentKind, of what `encode` makes
-    classes: Callable[[TrainConfig], int] | None = None          # number of classes that `segment` tells apart
-    segment: Callable | None = None                              # (ready, array, window, overlap, background, threshold, size, tick)
-                                                                 # -> classes (D, H, W)
-    evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored; None: what `reconstruct`
-                                                                 # gives back is compared with what it was given
-    pooled: Callable[[dict[str, Tensor]], dict] = no_helpers     # (sums of Scored.sums) -> figures of all volumes together
+    prepare: Callable[..., None] = nothing                       # (ready, options, data config): put flags on the
+                                                                 # network; ValueError for those that do not fit
+    reconstruct: Callable | None = None                          # (ready, array, tick) -> array
+    encode: Callable | None = None                               # (ready, array, generator, tick) -> latent
+    decode: Callable | None = None                               # (ready, latent, size, tick) -> array
+    latent_kind: Callable | None = None                          # (ready) -> latents.LatentKind, of `encode`
+    classes: Callable[[TrainConfig], int] | None = None          # how many `segment` tells apart
+    segment: Callable | None = None                              # (ready, array, window, overlap, background,
+                                                                 # threshold, size, tick) -> classes (D, H, W)
+    evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored;
+                                                                 # None: `reconstruct` is compared with its input
+    pooled: Callable[[dict], dict] = no_helpers                  # (sums of Scored.sums) -> figures over all volumes
 
 
 def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
@@ -117,11 +118,14 @@ def metric_of(cfg: TrainConfig, task: Task) -> str:
 def serving(tasks: Mapping[str, ModuleType], needs: Sequence[str]) -> dict[str, Task]:
     """The tasks that have at least one of the names in `needs`; all of them where it is empty."""
     every = {name: named(tasks, name) for name in tasks}
-    return {name: task for name, task in every.items() if not needs or any(getattr(task, need) for need in needs)}
+    if not needs:
+        return every
+    return {name: task for name, task in every.items() if any(getattr(task, need) for need in needs)}
 
 
 def task_of(cfg: TrainConfig, able: Mapping[str, Task], source: object) -> Task:
-    """The task that a checkpoint was trained for. Raises ValueError where it is none of `able`; source: the checkpoint."""
+    """The task of a checkpoint. Raises ValueError where it is none of `able`; source: the checkpoint."""
     if cfg.task not in able:
-        raise ValueError(f"{source}: a network for --task {cfg.task}; this command needs one for {' or '.join(able)}")
+        raise ValueError(f"{source}: a network for --task {cfg.task}; this command needs one for "
+                         f"{' or '.join(able)}")
     return able[cfg.task]
