@@ -1,4 +1,6 @@
-"""Before torch loads: the tensors here are tiny, and OpenMP threads that share a core or spin while they wait make the suite slower."""
+"""Before torch loads: the tensors here are tiny, and OpenMP threads that share a core or spin while they wait
+make the suite slower.
+"""
 import os
 
 import pytest

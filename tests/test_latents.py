@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import torch
-from predictions import ct_file
+from predictions import ct_file, use
 
 import data
-import predict
 from data import Item
 from tasks import TASKS
 from training.cases import read_case
@@ -15,11 +14,10 @@ from training.ready import data_config, load
 
 
 def test_encode_writes_the_mean_unless_asked_to_sample(tmp_path, runs):
-    """DEFECTS 19. With what is needed besides: scale factor, affine, size; and no pickles."""
+    """No noise in what is stored. With what is needed besides: scale factor, affine, size; and no pickles."""
     path = ct_file(tmp_path / "a.nii.gz")
     for name, flags in (("z", []), ("s1", ["--sample"]), ("s2", ["--sample"])):
-        command = ["encode", "--checkpoint", str(runs("kl")), "--input", str(path), "--output", str(tmp_path / name)]
-        assert predict.main(command + flags) == 0
+        assert use("encode", runs("kl"), "--input", path, "--output", tmp_path / name, *flags) == 0
     z, s1, s2 = (np.load(tmp_path / name / "a_latent.npz", allow_pickle=False) for name in ("z", "s1", "s2"))
     ready = load(runs("kl"), TASKS, device="cpu")
     case = read_case(Item(path), ready, data_config(ready))
@@ -34,22 +32,25 @@ def test_encode_writes_the_mean_unless_asked_to_sample(tmp_path, runs):
 
 def test_latents_that_lie_are_refused_in_one_line(tmp_path, runs, capsys):
     path = ct_file(tmp_path / "a.nii.gz")
-    assert predict.main(["encode", "--checkpoint", str(runs("kl")), "--input", str(path), "--output", str(tmp_path)]) == 0
+    assert use("encode", runs("kl"), "--input", path, "--output", tmp_path) == 0
     with np.load(tmp_path / "a_latent.npz") as content:
         good = dict(content)
     about = json.loads(str(good["about"]))
     for number, (name, value, words) in enumerate([
-            ("size", good["size"] + 0.5, "its size"), ("size", good["size"] * 10**6, "decode it with the checkpoint"),
+            ("size", good["size"] + 0.5, "its size"),
+            ("size", good["size"] * 10**6, "decode it with the checkpoint"),
             ("affine", good["affine"] * math.nan, "its affine"), ("affine", np.eye(3), "is no latent"),
             ("low", good["low"] * 1j, "its low"), ("low", good["low"][:0], "low and high"),
             ("high", good["high"].repeat(3, 1), "low and high"),
-            ("high", good["high"] + math.inf, "its high"), ("latent", good["latent"] * math.nan, "NaN or infinite latents"),
+            ("high", good["high"] + math.inf, "its high"),
+            ("latent", good["latent"] * math.nan, "NaN or infinite latents"),
             ("latent", np.array("x"), "decode it"), ("about", np.array("{"), "is no latent"),
             *(("about", np.array(json.dumps(about | {"origin": origin})), "is no latent")
               for origin in (3, {}, about["origin"] | {"dtype": "zz"}, about["origin"] | {"more": 1}))]):
         np.savez(tmp_path / f"{number}.npz", **good | {name: value})
         capsys.readouterr()
-        assert predict.main(["decode", "--checkpoint", str(runs("kl")), "--input", str(tmp_path / f"{number}.npz"), "--output",
-                             str(tmp_path / "o")]) == 1
+        path = tmp_path / f"{number}.npz"
+        assert use("decode", runs("kl"), "--input", path, "--output", tmp_path / "o") == 1
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 2 and f"{number}.npz" in lines[0] and words in lines[0] and lines[1].endswith("1 of 1 failed"), lines
+        assert len(lines) == 2 and f"{number}.npz" in lines[0] and words in lines[0], lines
+        assert lines[1].endswith("1 of 1 failed"), lines

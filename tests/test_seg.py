@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from predictions import ct_file, failed_line
+from predictions import ct_file, failed_line, use
 
 import data
 import predict
@@ -22,18 +22,20 @@ def segmenter(logits_of, out_channels=3, patch=(4, 8, 8)):
     """A checkpoint whose network is a function."""
     model = torch.nn.Conv3d(1, 1, 1)
     model.forward = lambda x: types.SimpleNamespace(logits=logits_of(x))
-    cfg = types.SimpleNamespace(data=types.SimpleNamespace(patch=patch), unet=unet.UNetConfig(out_channels=out_channels))
+    cfg = types.SimpleNamespace(data=types.SimpleNamespace(patch=patch),
+                                unet=unet.UNetConfig(out_channels=out_channels))
     return Ready(Path(), cfg, named(TASKS, "seg"), model, {}, None, "float32", "")
 
 
-@pytest.mark.parametrize("size, window, overlap", [((9, 17, 20), (4, 8, 8), 0.5), ((4, 30, 8), (4, 8, 8), 0.0),
-                                                   ((13, 7, 9), (5, 9, 4), 0.75)])
+@pytest.mark.parametrize("size, window, overlap", [
+    ((9, 17, 20), (4, 8, 8), 0.5), ((4, 30, 8), (4, 8, 8), 0.0), ((13, 7, 9), (5, 9, 4), 0.75)])
 def test_windows_of_a_local_network_give_the_whole_volumes_logits(size, window, overlap):
-    """A partition of unity: weights sum to one everywhere, so what does not depend on the window comes through."""
+    """Weights sum to one everywhere, so what does not depend on the window comes through."""
     x = np.random.default_rng(0).standard_normal((1, *size)).astype(np.float32)
     ready = segmenter(lambda t: torch.cat([t, 0 * t + 2.5], 1), 2)
     ticks = []
-    found = torch.cat(list(seg.window_logits(ready, x, window, overlap, 0.0, lambda *told: ticks.append(told))), 1)
+    slabs = seg.window_logits(ready, x, window, overlap, 0.0, lambda *told: ticks.append(told))
+    found = torch.cat(list(slabs), 1)
     assert (found[0] - torch.from_numpy(x[0])).abs().max() < 1e-5 and (found[1] - 2.5).abs().max() < 1e-5
     assert found.shape == (2, *size) and ticks[-1][0] == ticks[-1][1] == len(ticks)
 
@@ -69,15 +71,18 @@ def test_threshold_decides_between_two_classes():
 
 
 def test_segment_command(tmp_path, runs, capsys):
-    """Several inputs, odd orientations, overlay, class numbers on the source's grid; --no-save writes none."""
-    paths = [ct_file(tmp_path / "in" / f"{codes}.nii.gz", codes, shape=(20, 18, 9)) for codes in ("LPS", "AIL")]
-    common = ["segment", "--checkpoint", str(runs("seg")), "--input", *map(str, paths), "--output", str(tmp_path / "o"), "--viz"]
+    """Several inputs, odd orientations, overlay, class numbers on the source's grid; --no-save: none."""
+    folder = tmp_path / "in"
+    paths = [ct_file(folder / f"{codes}.nii.gz", codes, shape=(20, 18, 9)) for codes in ("LPS", "AIL")]
+    common = ["segment", "--checkpoint", str(runs("seg")), "--input", *map(str, paths), "--output",
+              str(tmp_path / "o"), "--viz"]
     assert predict.main([*common, "--no-save"]) == 0
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["AIL_viz.png", "LPS_viz.png"]
     assert predict.main([*common, "--window", "4,8,8", "--overlap", "0.25"]) == 0
     for path in paths:
         a, b = nib.load(path), nib.load(tmp_path / "o" / path.name)
-        assert a.shape == b.shape and np.allclose(a.affine, b.affine, atol=1e-5) and b.get_data_dtype() == np.uint8
+        assert a.shape == b.shape and np.allclose(a.affine, b.affine, atol=1e-5)
+        assert b.get_data_dtype() == np.uint8
         assert set(np.unique(b.dataobj)) <= set(range(4))
     assert (tmp_path / "o" / "LPS_viz.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
@@ -97,8 +102,8 @@ def test_labels_go_back_to_a_finer_grid_and_to_their_stored_values(tmp_path, run
         value.zero_()
     content["model"]["head.bias"][3] = 1.0
     torch.save(content, tmp_path / "seg.pt")
-    assert predict.main(["segment", "--checkpoint", str(tmp_path / "seg.pt"), "--input", str(tmp_path / "a.nii.gz"), "--output",
-                         str(tmp_path / "o")]) == 0
+    assert use("segment", tmp_path / "seg.pt", "--input", tmp_path / "a.nii.gz", "--output",
+               tmp_path / "o") == 0
     found = nib.load(tmp_path / "o" / "a.nii.gz")
     assert found.shape == values.shape and np.unique(found.dataobj).tolist() == [7]
     x = data.load(Item(tmp_path / "a.nii.gz"), DataConfig(modality="ct", spacing="3,3,3")).volumes[0][0]
