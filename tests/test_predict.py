@@ -27,12 +27,11 @@ from training.task import named
 @pytest.mark.parametrize("kind", ["kl", "vq", "fsq"])
 def test_decode_of_encode_equals_reconstruct_to_the_bit(tmp_path, runs, kind):
     path = ct_file(tmp_path / "in" / "a.nii.gz", "PIR", shape=(19, 26, 13))
-    common = ["--checkpoint", str(runs(kind)), "--tile", "8,16,8"]
-    assert predict.main(["reconstruct", *common, "--input", str(path), "--output", str(tmp_path / "r")]) == 0
-    assert predict.main(["encode", *common, "--input", str(path), "--output", str(tmp_path / "z")]) == 0
+    tile = ["--tile", "8,16,8"]
+    assert use("reconstruct", runs(kind), *tile, "--input", path, "--output", tmp_path / "r") == 0
+    assert use("encode", runs(kind), *tile, "--input", path, "--output", tmp_path / "z") == 0
     assert [p.name for p in (tmp_path / "z").iterdir()] == ["a_latent.npz"]
-    assert predict.main(["decode", *common, "--input", str(tmp_path / "z"), "--output",
-                         str(tmp_path / "d")]) == 0
+    assert use("decode", runs(kind), *tile, "--input", tmp_path / "z", "--output", tmp_path / "d") == 0
     same_grid(path, tmp_path / "r" / "a.nii.gz")
     assert (tmp_path / "r" / "a.nii.gz").read_bytes() == (tmp_path / "d" / "a.nii.gz").read_bytes()
     ready = load(runs(kind), TASKS, device="cpu")  # before the rounding to int16 too
@@ -108,9 +107,7 @@ def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):
     capsys.readouterr()
 
     def refused(command, checkpoint, *flags, words, source=path):
-        argv = [command, "--checkpoint", str(checkpoint), "--input", str(source), "--output", str(tmp_path / "o"),
-                *flags]
-        assert predict.main(argv) == 2
+        assert use(command, checkpoint, "--input", source, "--output", tmp_path / "o", *flags) == 2
         failed_line(capsys, *words)
     refused("reconstruct", tmp_path / "other.pt", words=["other.pt", "vae3d.other"])
     refused("reconstruct", tmp_path / "empty.pt", words=["empty.pt", "holds no config"])
