@@ -71,6 +71,7 @@ DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "f
 # Each opens the checkpoint, does its work for each of its files, and returns whether all went well.
 
 def reconstruct(options: argparse.Namespace) -> bool:
+    """Volumes -> what the network gives back of them, in files like their sources."""
     ready, cfg = open_checkpoint(options, "reconstruct")
 
     def work(job: Job) -> str:
@@ -90,6 +91,7 @@ def reconstruct(options: argparse.Namespace) -> bool:
 
 
 def encode(options: argparse.Namespace) -> bool:
+    """Volumes -> latent files (training/latents.py)."""
     ready, cfg = open_checkpoint(options, "encode")
     if not ready.facts["latent"] and ready.task.latent_kind(ready).codes is None:
         why = "not from train.py" if ready.facts["step"] is None else "its run has not finished"
@@ -116,6 +118,7 @@ def encode(options: argparse.Namespace) -> bool:
 
 
 def decode(options: argparse.Namespace) -> bool:
+    """Latent files -> volumes, in files like the sources that were encoded."""
     ready, _ = open_checkpoint(options, "decode")
 
     def work(job: Job) -> str:
@@ -135,12 +138,13 @@ def decode(options: argparse.Namespace) -> bool:
 
 
 def segment(options: argparse.Namespace) -> bool:
+    """Volumes -> labels on their sources' grid, and on request pictures of them."""
     if options.output is None and (options.viz or not options.no_save):
         raise ValueError("--output FOLDER is needed, unless --no-save is given without --viz")
     ready, cfg = open_checkpoint(options, "segment")
     values = cfg.label_values                                    # that stand for the classes on disk
     if values is None:
-        values = range(ready.task.classes(ready.cfg))
+        values = range(ready.classes)
     values = np.array(values)
 
     def work(job: Job) -> str:
@@ -197,6 +201,7 @@ def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
 
 
 def evaluate(options: argparse.Namespace) -> bool:
+    """A data set -> figures of each volume and of all: a table, and on request JSON and a page."""
     # First the network and the files.
     for path in (options.json, options.report):
         if path is not None and not Path(path).absolute().parent.is_dir():

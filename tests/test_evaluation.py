@@ -13,6 +13,7 @@ import predict
 import train
 from data import Item
 from tasks import TASKS, vae
+from training import evaluation
 from training.cases import read_case
 from training.ready import data_config, load
 
@@ -114,3 +115,17 @@ def test_evaluate_segmentation(tmp_path, runs, capsys):
     assert set(result["pooled"]) == {"dice", "dice_1", "dice_2", "dice_3"}
     assert (tmp_path / "o.html").read_text().count("<img") == 18
     assert "c2_label.nii.gz" in capsys.readouterr().err
+
+
+def test_worst_median_and_best_by_a_figure_of_which_more_or_less_is_better():
+    rows = [{"l1": value} for value in (0.2, float("nan"), 0.5, 0.1, 0.3)]
+    assert evaluation.worst_median_best(rows, "l1") == {"Worst": 1, "Median": 0, "Best": 2}
+    assert evaluation.worst_median_best(rows, "l1", False) == {"Worst": 1, "Median": 4, "Best": 3}
+    assert evaluation.worst_median_best(rows[2:4], "l1", False) == {"Worst": 0, "Best": 1}
+    assert evaluation.worst_median_best(rows[:1], "l1") == {"The only": 0}
+
+
+def test_means_are_of_finite_figures():
+    assert evaluation.average([1.0, float("nan"), 3.0, float("inf")]) == 2.0
+    assert evaluation.finite({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
+    assert math.isnan(evaluation.average([]))

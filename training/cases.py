@@ -57,7 +57,7 @@ def class_numbers(label: np.ndarray, item: data.Item, ready: Ready, cfg: data.Da
 
     Raises DataError for a value that is no class.
     """
-    classes, ignore = ready.task.classes(ready.cfg), ready.cfg.data.ignore_label
+    classes, ignore = ready.classes, ready.cfg.data.ignore_label
     ignored = [] if ignore is None else [ignore]
     found = label.astype(np.int64)
     if cfg.label_values is not None:

@@ -45,6 +45,13 @@ class Ready(NamedTuple):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def classes(self) -> int:
+        """That labels have: as the task says of its network, else as in the training labels."""
+        if self.task.classes is None:
+            return self.facts["data"]["classes"]
+        return self.task.classes(self.cfg)
+
 
 def load(path: str | Path, tasks: Mapping[str, ModuleType], needs: Sequence[str] = (), device: str = "auto",
          amp: bool = False, hints: str | None = None) -> Ready:

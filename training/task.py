@@ -94,7 +94,8 @@ class Task:
     encode: Callable | None = None                               # (ready, array, generator, tick) -> latent
     decode: Callable | None = None                               # (ready, latent, size, tick) -> array
     latent_kind: Callable | None = None                          # (ready) -> latents.LatentKind, of `encode`
-    classes: Callable[[TrainConfig], int] | None = None          # how many `segment` tells apart
+    classes: Callable[[TrainConfig], int] | None = None          # how many `segment` tells apart; None: as many
+                                                                 # as the training labels have
     segment: Callable | None = None                              # (ready, array, window, overlap, background,
                                                                  # threshold, size, tick) -> classes (D, H, W)
     evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored;
