@@ -5,8 +5,12 @@ Shapes: B batch, C channels, K classes, D H W depth height width; labels (B, D, 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +20,13 @@ import losses
 import pictures
 import unet
 import vae3d
+from training.cases import Case, label_of
 from training.config import TrainConfig, changed
 from training.forward import forward
 from training.order import MicroBatch
+from training.ready import Ready, run_network
 from training.state import State
-from training.task import Objective, Picture
+from training.task import Objective, Picture, Scored, nothing
 from unet import UNet, UNetConfig
 
 PRESETS = unet.PRESETS
@@ -155,3 +161,113 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
     is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
     image = pictures.label_comparison(crop.image, [label, found[0]], crop.entry.spacing, is_picture)
     return Picture(image, found.numpy(), "pred")
+
+
+# -------------------------------------------------------------------------------- use of a checkpoint
+
+def classes(cfg: TrainConfig) -> int:
+    """One logit tells two classes apart."""
+    return max(2, cfg.unet.out_channels)
+
+
+def describe(cfg: TrainConfig) -> str:
+    return f"U-Net of {classes(cfg)} classes"
+
+
+def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+    """Raises ValueError for flags that do not fit the network's classes."""
+    count = classes(ready.cfg)
+    if options.mask_threshold is not None:
+        check_two_classes(count)
+    if cfg.label_values is not None and len(cfg.label_values) != count:
+        raise ValueError(f"--data.label_values: {len(cfg.label_values)} values, the network has {count} "
+                         f"classes; give one for each")
+
+
+def check_two_classes(count: int) -> None:
+    if count != 2:
+        raise ValueError(f"--mask-threshold: the network has {count} classes, a threshold decides between "
+                         f"two; leave the flag out")
+
+
+def segment(ready: Ready, array: np.ndarray, window: Sequence[int] | None = None, overlap: float = 0.5,
+            background: float = -1.0, threshold: float | None = None, size: Sequence[int] | None = None,
+            tick: Callable = nothing) -> np.ndarray:
+    """(C, D, H, W) normalised -> classes (D, H, W) int16, by windows that overlap (unet.window_logits).
+
+    window: D, H, W; None: the size of the run's crops. background: the volume's. threshold: see
+    `class_scores`. size: of a grid over the same field of view that the classes are wanted on.
+    """
+    slabs = window_logits(ready, array, window or ready.cfg.data.patch, overlap, background, tick)
+    scores = (class_scores(slab, threshold) for slab in slabs)
+    if size is None or tuple(size) == array.shape[1:]:
+        return np.concatenate([slab.argmax(0).to(torch.int16).numpy() for slab in scores])
+    return classes_on(torch.cat(list(scores), 1), size)
+
+
+def window_logits(ready: Ready, array: np.ndarray, window: Sequence[int], overlap: float = 0.5,
+                  background: float = -1.0, tick: Callable = nothing) -> Iterator[Tensor]:
+    """unet.window_logits in the checkpoint's precision: (K, slab, H, W) float32 on the CPU, along D."""
+    def network(x: Tensor) -> Tensor:
+        return run_network(ready, lambda y: ready.model(y).logits, x[0])
+    return unet.window_logits(network, torch.from_numpy(array)[None], window, overlap, background, tick)
+
+
+def class_scores(logits: Tensor, threshold: float | None) -> Tensor:
+    """Logits (K, ...) -> scores whose argmax is the class.
+
+    With a threshold, which is for two classes, class 1 is where its probability lies above that.
+    """
+    if len(logits) == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits])
+    if threshold is None:
+        return logits
+    check_two_classes(len(logits))
+
+    # sigmoid(b - a) > t where b > a + log(t / (1 - t)).
+    return torch.stack([logits[0] + math.log(threshold / (1 - threshold)), logits[1]])
+
+
+def classes_on(scores: Tensor, size: Sequence[int]) -> np.ndarray:
+    """Scores (K, d, h, w) -> classes (D, H, W) int16 of another grid, by linear interpolation of the scores.
+
+    One class at a time: the other grid is often the finer one.
+    """
+    best, found = None, np.zeros(size, dtype=np.int16)
+    for k in range(len(scores)):
+        score = data.resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
+        if best is None:
+            best = score
+            continue
+        better = score > best
+        found[better] = k
+        best = np.where(better, score, best)
+    return found
+
+
+def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace, tick: Callable) -> Scored:
+    """Of one whole volume: Dice of each class but 0 that occurs, on the network's grid."""
+    volume, intensity = case.volumes[number]
+    label = label_of(case, number)
+    started = time.monotonic()
+    found = segment(ready, volume, options.window, options.overlap, intensity.background,
+                    options.mask_threshold, tick=tick)
+    seconds = time.monotonic() - started
+    found_classes, true_classes = torch.from_numpy(found)[None].long(), torch.from_numpy(label)[None]
+    counts = torch.stack(losses.dice_scores(found_classes, true_classes, classes(ready.cfg),
+                                            ready.cfg.data.ignore_label))
+    return Scored(dice_row(counts), found, seconds, {"dice": counts})
+
+
+def pooled(sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Dice from the voxels of all volumes together."""
+    return {"pooled": dice_row(sums["dice"])} if "dice" in sums else {}
+
+
+def dice_row(counts: Tensor) -> dict[str, float]:
+    """counts (2, K), see losses.dice_scores -> Dice of each class but 0, and the mean of those that occur."""
+    scores = losses.dice(*counts)[1:]
+    row = {"dice": float(scores.nanmean())}
+    for k, score in enumerate(scores, 1):
+        row[f"dice_{k}"] = float(score)
+    return row

@@ -8,9 +8,13 @@ Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w 
 """
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +27,20 @@ import vae3d
 from losses import LossConfig
 from training import checkpoints, ranks
 from training.adversary import disc_rate
+from training.cases import Case
 from training.config import TrainConfig
 from training.devices import on_device, to_device
+from training.evaluation import compared
 from training.forward import forward
+from training.latents import LatentKind
+from training.log import codebook_use
 from training.memory import set_dial
 from training.order import MicroBatch, ramp, seed_of
+from training.ready import BUDGET, Ready, run_network
 from training.run import Run, recovered, stop_if_signalled
 from training.signals import RunStopped
 from training.state import State
-from training.task import Objective, Picture
+from training.task import Objective, Picture, Scored
 from training.validation import load_best
 from vae3d import VAE3D, VAEConfig
 from weights import LAYOUTS
@@ -284,3 +293,116 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
         "std": (squares / count - mean.square()).clamp_min(0).sqrt().float().cpu(),
         "scale_factor": float(1 / whole),
     }
+
+
+# -------------------------------------------------------------------------------- use of a checkpoint
+
+def describe(cfg: TrainConfig) -> str:
+    return f"autoencoder ({cfg.vae.bottleneck})"
+
+
+def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+    """Exact tiles, as --tile and --memory say. ValueError for --sample where there is no noise."""
+    if getattr(options, "sample", False):
+        check_has_noise(ready)
+    set_tiles(ready.model, options.tile, options.memory)
+
+
+def check_has_noise(ready: Ready) -> None:
+    if ready.model.quantizer is not None:
+        raise ValueError(f"--sample: vae.bottleneck is {ready.model.cfg.bottleneck}, whose codes have no "
+                         f"noise; leave the flag out")
+
+
+def set_tiles(vae: VAE3D, tile: Sequence[int] | str = "auto", budget: float = BUDGET) -> VAE3D:
+    """Exact tiles for whole volumes. tile: D,H,W, `auto` or `none`.
+
+    `auto` is the cheapest that the planner counts within `budget` GiB. The planner counts a training step,
+    more than inference takes. Its choice depends on the volume's size alone, so that every run, and `decode`
+    after `encode`, computes the same bits.
+    """
+    if tile == "none":
+        return vae.memory("none")
+    if tile == "auto":
+        return vae.memory("tile", "auto", budget=budget)
+    return vae.memory("tile", tile)
+
+
+def encode(ready: Ready, array: np.ndarray, generator: torch.Generator | None = None,
+           tick: Callable | None = None) -> np.ndarray:
+    """(C, D, H, W) normalised -> the latent mean (Z, d, h, w) float32, or indices of codes (d, h, w) int64.
+
+    generator: a sample of the posterior instead of its mean. Raises ValueError for a network with a codebook.
+    """
+    if generator is not None:
+        check_has_noise(ready)
+    vae = ready.model
+    vae.progress = tick
+    found = run_network(ready, vae.encode, array)
+    if vae.quantizer is not None:
+        return found.index[0].cpu().numpy()
+    z = found.mu
+    if generator is not None:
+        z = vae3d.sample_posterior(*found, generator)
+    return z[0].float().contiguous().cpu().numpy()
+
+
+def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable | None = None) -> np.ndarray:
+    """What `encode` gave -> (C, D, H, W) float32. size: the D, H, W that went in.
+
+    Raises ValueError where the result is not finite.
+    """
+    vae = ready.model
+    vae.progress = tick
+
+    def work(z: Tensor) -> Tensor:
+        return vae.decode(z, size) if vae.quantizer is None else vae.decode_indices(z, size)
+    recon = run_network(ready, work, latent)[0].float().contiguous().cpu().numpy()
+
+    # A nan makes both ends nan, so this takes no copy of the volume.
+    if not (np.isfinite(recon.min()) and np.isfinite(recon.max())):
+        remedy = "" if ready.amp_dtype is None else "; leave --amp out"
+        raise ValueError(f"the reconstruction is not finite{remedy}")
+    return recon
+
+
+def reconstruct(ready: Ready, array: np.ndarray, tick: Callable | None = None) -> np.ndarray:
+    """(C, D, H, W) normalised -> the same shape; the very bits of `decode` after `encode`."""
+    latent = encode(ready, array, tick=tick)
+    return decode(ready, latent, array.shape[1:], tick)
+
+
+def latent_kind(ready: Ready) -> LatentKind:
+    vae = ready.model
+    if vae.quantizer is not None:
+        return LatentKind(vae.cfg.bottleneck, vae.quantizer.num_codes, vae.latent_size)
+    return LatentKind(vae.cfg.bottleneck, None, lambda size: (vae.cfg.z_channels, *vae.latent_size(size)))
+
+
+def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
+             tick: Callable | None) -> Scored:
+    """Of one whole volume: figures of its reconstruction, the size of its latent, and which codes it uses."""
+    volume, intensity = case.volumes[number]
+    started = time.monotonic()
+    latent = encode(ready, volume, tick=tick)
+    recon = decode(ready, latent, volume.shape[1:], tick)
+    seconds = time.monotonic() - started
+    scores = compared(recon, volume, intensity, ready.device)
+
+    # How small the latent is, beside the source's voxels and the bits that each volume has of them on disk.
+    codes = latent_kind(ready).codes
+    bits = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
+    voxels, source_bits = math.prod(case.origin.size), case.origin.bits / len(case.volumes)
+    for kind, each in bits.items():
+        scores[f"bits_per_voxel{kind}"] = latent.size * each / voxels
+        scores[f"compression{kind}"] = source_bits / (latent.size * each)
+    if codes is None:
+        return Scored(scores, recon, seconds, {})
+
+    usage = torch.bincount(torch.from_numpy(latent).flatten(), minlength=codes)
+    return Scored(scores | codebook_use(usage), recon, seconds, {"usage": usage})
+
+
+def pooled(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Which codes are used by all volumes together."""
+    return codebook_use(sums["usage"]) if "usage" in sums else {}

@@ -1,4 +1,6 @@
-"""Before torch loads: the tensors here are tiny, and OpenMP threads that share a core or spin while they wait make the suite slower."""
+"""Before torch loads: the tensors here are tiny, and OpenMP threads that share a core or spin while they wait
+make the suite slower.
+"""
 import os
 
 import pytest
@@ -14,3 +16,20 @@ def pool():
     pool = Pool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A function: name in predictions.RUNS -> its trained run folder, made when it is first asked for."""
+    from predictions import RUNS, TINY
+
+    import train
+
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(name):
+        if name not in made:
+            assert train.main([*TINY, *RUNS[name], "--out", str(folder / name)]) == 0
+            made[name] = folder / name
+        return made[name]
+    return get

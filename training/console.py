@@ -1,6 +1,7 @@
 """What a run says on the console, in single lines. Version 0.3 (2026-11)."""
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -29,3 +30,15 @@ def tell(text: str, end: str = "\n") -> None:
 
 def shown(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4g}"
+
+
+def clear_line() -> None:
+    """Of a line that is written over again and again; nothing in a pipe."""
+    if sys.stdout.isatty():
+        print("\r\x1b[K", end="")
+
+
+def short_number(value: float) -> str:
+    """232000 -> 232 k."""
+    power = max(0, min(3, int(math.log10(max(value, 1)) // 3)))
+    return f"{value / 1000 ** power:.3g} {('', 'k', 'M', 'G')[power]}".strip()

@@ -7,7 +7,7 @@ is. The table of all tasks is tasks.TASKS. Version 0.1 (2026-11).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,6 +30,14 @@ class Picture(NamedTuple):
     image: Tensor                             # (height, width, 3) uint8
     volume: Any                               # (C, D, H, W) array, written as NIfTI beside it
     kind: str                                 # the end of that file's name: recon | pred
+
+
+class Scored(NamedTuple):
+    """What predict.py learns of one whole volume."""
+    figures: dict[str, Any]                                      # name -> number; channels: such a dict for each
+    found: Any                                                   # reconstruction (C, D, H, W) or classes (D, H, W)
+    seconds: float                                               # that the network took
+    sums: dict[str, Tensor]                                      # to be added up over all volumes, for `pooled`
 
 
 def nothing(*_) -> None:
@@ -90,16 +98,22 @@ class Task:
                                               # config
     finish: Callable[..., None] = nothing     # (run): measurements at the end of a run
 
-    # predict.py; None: the command is for other tasks.
+    # predict.py, the use of a checkpoint. `ready` is training.ready.Ready, arrays are (C, D, H, W) normalised,
+    # `tick` is told of progress. None: the command is for other tasks.
     describe: Callable[[TrainConfig], str] = lambda cfg: "network"  # kind of network, for the console
-    prepare: Callable[..., None] = nothing    # (ready, options, data config): ValueError for flags that do
-                                              # not fit
-    reconstruct: Callable | None = None       # (ready, array (C, D, H, W)) -> (C, D, H, W)
-    encode: Callable | None = None            # (ready, array, generator) -> latent or indices
-    decode: Callable | None = None            # (ready, latent, size) -> (C, D, H, W)
-    segment: Callable | None = None           # (ready, array, ...) -> classes (D, H, W)
-    evaluate: Callable | None = None          # (ready, case, number, options, totals, tick) -> figures, what
-                                              # was found
+    prepare: Callable[..., None] = nothing                       # (ready, options, data config): put flags on the
+                                                                 # network; ValueError for those that do not fit
+    reconstruct: Callable | None = None                          # (ready, array, tick) -> array
+    encode: Callable | None = None                               # (ready, array, generator, tick) -> latent
+    decode: Callable | None = None                               # (ready, latent, size, tick) -> array
+    latent_kind: Callable | None = None                          # (ready) -> latents.LatentKind, of `encode`
+    classes: Callable[[TrainConfig], int] | None = None          # how many `segment` tells apart; None: as many
+                                                                 # as the training labels have
+    segment: Callable | None = None                              # (ready, array, window, overlap, background,
+                                                                 # threshold, size, tick) -> classes (D, H, W)
+    evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored;
+                                                                 # None: `reconstruct` is compared with its input
+    pooled: Callable[[dict], dict] = no_helpers                  # (sums of Scored.sums) -> figures over all volumes
 
 
 def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
@@ -119,3 +133,19 @@ def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
 def metric_of(cfg: TrainConfig, task: Task) -> str:
     """train.metric, with `auto` resolved by the task."""
     return next(iter(task.METRICS)) if cfg.train.metric == "auto" else cfg.train.metric
+
+
+def serving(tasks: Mapping[str, ModuleType], needs: Sequence[str]) -> dict[str, Task]:
+    """The tasks that have at least one of the names in `needs`; all of them where it is empty."""
+    every = {name: named(tasks, name) for name in tasks}
+    if not needs:
+        return every
+    return {name: task for name, task in every.items() if any(getattr(task, need) for need in needs)}
+
+
+def task_of(cfg: TrainConfig, able: Mapping[str, Task], source: object) -> Task:
+    """The task of a checkpoint. Raises ValueError where it is none of `able`; source: the checkpoint."""
+    if cfg.task not in able:
+        raise ValueError(f"{source}: a network for --task {cfg.task}; this command needs one for "
+                         f"{' or '.join(able)}")
+    return able[cfg.task]

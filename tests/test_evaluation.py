@@ -1,0 +1,131 @@
+"""predict.py evaluate: figures against sums by hand, JSON, table and report."""
+import json
+import math
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from predictions import TINY, ct_file, use
+
+import predict
+import train
+from data import Item
+from tasks import TASKS, vae
+from training import evaluation
+from training.cases import read_case
+from training.ready import data_config, load
+
+
+def test_evaluate_json_table_and_report(tmp_path, runs, capsys):
+    folder = tmp_path / "in"
+    for i in range(4):
+        ct_file(folder / (f"<b>{i}&.nii.gz" if i else "plain.nii.gz"), seed=i, shape=(9, 14 + i, 12))
+    ct_file(folder / "broken.nii.gz").write_bytes(b"no NIfTI")
+    assert use("evaluate", runs("kl"), "--data", folder, "--json", tmp_path / "o.json", "--report",
+               tmp_path / "o.html") == 1
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert list(result)[:4] == ["volumes", "mean", "peak_gib", "voxels_per_second"]
+    assert len(result["volumes"]) == 4
+    assert {"file", "psnr", "ssim", "l1", "sharpness", "bits_per_voxel",
+            "compression"} <= set(result["volumes"][0])
+    for name in ("psnr", "ssim", "l1"):
+        assert math.isclose(result["mean"][name], np.mean([row[name] for row in result["volumes"]]))
+    assert "broken" in result["failed"][0]["file"]
+    assert result["peak_gib"] > 0 and result["voxels_per_second"] > 0
+    row = next(row for row in result["volumes"] if "plain" in row["file"])
+
+    # 12,14,9 -> 6,4,3 of 4 channels at 32 bits.
+    assert row["shape"] == [12, 14, 9]
+    assert math.isclose(row["bits_per_voxel"], 6 * 4 * 3 * 4 * 32 / (12 * 14 * 9))
+    assert math.isclose(row["compression"], 16 / row["bits_per_voxel"])
+    assert math.isclose(row["compression_16"], 2 * row["compression"])
+    ready = load(runs("kl"), TASKS, device="cpu")
+    case = read_case(Item(folder / "plain.nii.gz"), ready, data_config(ready))
+    x = torch.from_numpy(case.arrays[0])[None]
+    recon = torch.from_numpy(vae.reconstruct(ready, x[0].numpy()))[None]
+    assert math.isclose(row["psnr"], 10 * math.log10(4 / float((recon - x).square().mean())), abs_tol=1e-3)
+    page = (tmp_path / "o.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 27
+    assert not re.search(r"https?://|<script|<link|<b>\d&", page)
+    assert page.count("<h3>") == 3 and all(f"<h3>{name}</h3>" in page for name in ("Worst", "Median", "Best"))
+    assert "&lt;b&gt;1&amp;" in page
+    captured = capsys.readouterr()
+    assert "PSNR" in captured.out and captured.err.count("\n") == 2 and "broken.nii.gz" in captured.err
+    assert "1 of 5 failed" in captured.err
+
+
+def test_held_out_files_are_those_that_the_run_did_not_train_on(tmp_path, capsys):
+    for n in range(4):
+        ct_file(tmp_path / "data" / f"case{n}.nii.gz", seed=n)
+    assert train.main([*TINY, "--vae.base_channels", "4", "--data", str(tmp_path / "data"),
+                       "--data.cache_dir", str(tmp_path / "cache"),
+                       "--out", str(tmp_path / "run")]) == 0
+    trained = torch.load(tmp_path / "run/best.pt", weights_only=True)["data"]["training"]
+    argv = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--split", "held-out", "--device", "cpu",
+            "--json", str(tmp_path / "e.json")]
+    assert predict.main([*argv, "--data", str(tmp_path / "data")]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["volumes"]
+    seen = {Path(row["file"]).name.split(".")[0] for row in rows}
+    assert seen == {f"case{n}" for n in range(4)} - set(trained) and len(seen) == 1
+    capsys.readouterr()
+    assert predict.main([*argv, "--data", str(tmp_path / "data" / f"{trained[0]}.nii.gz")]) == 2
+    assert "all of 1 files were trained on" in capsys.readouterr().err
+
+
+def test_evaluate_counts_codes_and_channels(tmp_path, runs):
+    path = ct_file(tmp_path / "a.nii.gz", shape=(16, 16, 8))
+    assert use("evaluate", runs("vq"), "--data", path, "--json", tmp_path / "vq.json") == 0
+    result = json.loads((tmp_path / "vq.json").read_text())
+    assert 0 < result["codebook_usage"] <= 1 and 1 <= result["perplexity"] <= 300
+    assert math.isclose(result["mean"]["bits_per_voxel"], 4 * 4 * 4 * math.log2(300) / (16 * 16 * 8))
+    grid = np.zeros((8, 8, 8, 4), dtype=np.float32)
+    grid[3, 3, 3], grid[1, 2, 3] = (1, 2, 3, 4), (1, 1, -2, 0)
+    np.save(tmp_path / "g.npy", grid)
+    assert use("evaluate", runs("radar"), "--data", tmp_path / "g.npy", "--json", tmp_path / "g.json",
+               "--report", tmp_path / "g.html") == 0
+    row, = json.loads((tmp_path / "g.json").read_text())["volumes"]
+    assert 0 <= row["iou"] <= 1 and len(row["channels"]) == 4
+    assert math.isclose(row["l1"], np.mean([channel["l1"] for channel in row["channels"]]), rel_tol=1e-4)
+    assert "The only" in (tmp_path / "g.html").read_text()
+
+
+def test_evaluate_segmentation(tmp_path, runs, capsys):
+    """Dice by hand over a network of constant answer; a label that is no class is refused."""
+    for i, codes in enumerate(("LPS", "PIR", "RAS")):
+        image = ct_file(tmp_path / "d" / f"c{i}_image.nii.gz", codes, i)
+        stored = nib.load(image)
+        label = np.random.default_rng(i).integers(0, 4 if i < 2 else 9, stored.shape).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, stored.affine), tmp_path / "d" / f"c{i}_label.nii.gz")
+    content = torch.load(runs("seg") / "best.pt", weights_only=True)
+    for value in content["model"].values():
+        value.zero_()
+    content["model"]["head.bias"][2] = 1.0
+    torch.save(content, tmp_path / "seg.pt")
+    assert use("evaluate", tmp_path / "seg.pt", "--data", tmp_path / "d", "--json", tmp_path / "o.json",
+               "--report", tmp_path / "o.html") == 1
+    result = json.loads((tmp_path / "o.json").read_text())
+    label = np.asarray(nib.load(tmp_path / "d" / "c1_label.nii.gz").dataobj)
+    row = next(row for row in result["volumes"] if "c1" in row["file"])
+    share = (label == 2).mean()
+    assert math.isclose(row["dice_2"], 2 * share / (1 + share), rel_tol=1e-5) and row["dice_1"] == 0
+    assert "psnr" not in row
+    assert math.isclose(row["dice"], row["dice_2"] / 3, rel_tol=1e-5)
+    assert set(result["pooled"]) == {"dice", "dice_1", "dice_2", "dice_3"}
+    assert (tmp_path / "o.html").read_text().count("<img") == 18
+    assert "c2_label.nii.gz" in capsys.readouterr().err
+
+
+def test_worst_median_and_best_by_a_figure_of_which_more_or_less_is_better():
+    rows = [{"l1": value} for value in (0.2, float("nan"), 0.5, 0.1, 0.3)]
+    assert evaluation.worst_median_best(rows, "l1") == {"Worst": 1, "Median": 0, "Best": 2}
+    assert evaluation.worst_median_best(rows, "l1", False) == {"Worst": 1, "Median": 4, "Best": 3}
+    assert evaluation.worst_median_best(rows[2:4], "l1", False) == {"Worst": 0, "Best": 1}
+    assert evaluation.worst_median_best(rows[:1], "l1") == {"The only": 0}
+
+
+def test_means_are_of_finite_figures():
+    assert evaluation.average([1.0, float("nan"), 3.0, float("inf")]) == 2.0
+    assert evaluation.finite({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
+    assert math.isnan(evaluation.average([]))

@@ -1,0 +1,56 @@
+"""Latent files: what they hold, and what is refused."""
+import json
+import math
+
+import numpy as np
+import torch
+from predictions import ct_file, use
+
+import data
+from data import Item
+from tasks import TASKS
+from training.cases import read_case
+from training.ready import data_config, load
+
+
+def test_encode_writes_the_mean_unless_asked_to_sample(tmp_path, runs):
+    """No noise in what is stored. With what is needed besides: scale factor, affine, size; and no pickles."""
+    path = ct_file(tmp_path / "a.nii.gz")
+    for name, flags in (("z", []), ("s1", ["--sample"]), ("s2", ["--sample"])):
+        assert use("encode", runs("kl"), "--input", path, "--output", tmp_path / name, *flags) == 0
+    z, s1, s2 = (np.load(tmp_path / name / "a_latent.npz", allow_pickle=False) for name in ("z", "s1", "s2"))
+    ready = load(runs("kl"), TASKS, device="cpu")
+    case = read_case(Item(path), ready, data_config(ready))
+    with torch.no_grad():
+        mu = ready.model.encode(torch.from_numpy(case.volumes[0][0])[None]).mu
+    assert np.abs(z["latent"] - mu.numpy()).max() < 1e-5 and z["latent"].dtype == np.float32
+    assert not np.array_equal(z["latent"], s1["latent"]) and np.array_equal(s1["latent"], s2["latent"])
+    assert z["size"].tolist() == [11, 14, 9] and np.allclose(z["affine"], data.read_volume(path).affine)
+    best = torch.load(runs("kl") / "best.pt", weights_only=True)
+    assert float(z["scale_factor"]) == best["latent"]["scale_factor"] > 0
+
+
+def test_latents_that_lie_are_refused_in_one_line(tmp_path, runs, capsys):
+    path = ct_file(tmp_path / "a.nii.gz")
+    assert use("encode", runs("kl"), "--input", path, "--output", tmp_path) == 0
+    with np.load(tmp_path / "a_latent.npz") as content:
+        good = dict(content)
+    about = json.loads(str(good["about"]))
+    for number, (name, value, words) in enumerate([
+            ("size", good["size"] + 0.5, "its size"),
+            ("size", good["size"] * 10**6, "decode it with the checkpoint"),
+            ("affine", good["affine"] * math.nan, "its affine"), ("affine", np.eye(3), "is no latent"),
+            ("low", good["low"] * 1j, "its low"), ("low", good["low"][:0], "low and high"),
+            ("high", good["high"].repeat(3, 1), "low and high"),
+            ("high", good["high"] + math.inf, "its high"),
+            ("latent", good["latent"] * math.nan, "NaN or infinite latents"),
+            ("latent", np.array("x"), "decode it"), ("about", np.array("{"), "is no latent"),
+            *(("about", np.array(json.dumps(about | {"origin": origin})), "is no latent")
+              for origin in (3, {}, about["origin"] | {"dtype": "zz"}, about["origin"] | {"more": 1}))]):
+        np.savez(tmp_path / f"{number}.npz", **good | {name: value})
+        capsys.readouterr()
+        path = tmp_path / f"{number}.npz"
+        assert use("decode", runs("kl"), "--input", path, "--output", tmp_path / "o") == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and f"{number}.npz" in lines[0] and words in lines[0], lines
+        assert lines[1].endswith("1 of 1 failed"), lines

@@ -1,0 +1,256 @@
+"""Figures of whole volumes: what a network gives back beside what it was given, over a data set.
+
+A row is what is known of one volume: its file, its shape, its figures, how long it took. The result of an
+evaluation holds all rows, their means, and what the task makes of its sums over all volumes.
+
+Shapes: C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data range 2.
+Version 0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import losses
+from data import Intensity
+from training.cases import Case
+from training.console import short_number
+from training.devices import peak_gib
+from training.ready import Ready
+from training.task import Scored
+
+COLUMNS = {                                                      # key of a row -> heading and format
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "l1": ("L1", "{:.4f}"),
+    "sharpness": ("sharpness", "{:.3f}"),
+    "iou": ("IoU", "{:.4f}"),
+    "dice": ("Dice", "{:.4f}"),
+    "bits_per_voxel": ("bits/voxel", "{:.3f}"),
+    "compression": ("ratio", "{:.1f}"),
+    "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"),
+    "compression_16": ("ratio, 16-bit", "{:.1f}"),
+    "codebook_usage": ("codes used", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.1f}"),
+}
+FIDELITY = ("psnr", "ssim", "l1")
+FIRST = (*FIDELITY, "iou", "dice")                               # what the line of a volume shows
+OVER_ALL = ("codebook_usage", "perplexity")                      # of all volumes together, so not averaged
+NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
+
+
+def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
+    """Those that the run did not train on, told by their names.
+
+    Raises ValueError when there are none, or where the checkpoint has no names.
+    """
+    names = ready.facts["data"].get("training")
+    if names is None:
+        raise ValueError(f"--split held-out: {ready.path} does not name its training files; leave the flag "
+                         f"out")
+    files = {re.sub(r"_t\d{3,}$", "", name) for name in names}   # volume 3 of a 4-D X is X_t003
+    trained = files | set(names)
+    left = [item for item in items if data._stem(item.path) not in trained]
+    if not left:
+        raise ValueError(f"--split held-out: all of {len(items)} files were trained on; leave the flag out")
+    return left
+
+
+# -------------------------------------------------------------------------------- one volume
+
+def score_reconstruction(ready: Ready, case: Case, number: int, options: argparse.Namespace,
+                         tick: Callable | None) -> Scored:
+    """What `reconstruct` gives back of volume `number`: for a task that does not say how it is evaluated."""
+    volume, intensity = case.volumes[number]
+    started = time.monotonic()
+    recon = ready.task.reconstruct(ready, volume, tick)
+    seconds = time.monotonic() - started
+    return Scored(compared(recon, volume, intensity, ready.device), recon, seconds, {})
+
+
+def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
+             device: torch.device) -> dict[str, Any]:
+    """Figures of a reconstruction beside its volume, both (C, D, H, W) of normalised intensities.
+
+    psnr, ssim, l1, sharpness; iou of occupied voxels for voxel grids; `channels`: the first three for each of
+    several.
+    """
+    a, b = (torch.from_numpy(array)[None].to(device) for array in (recon, volume))
+    scores = fidelity(a, b) | {"sharpness": float(losses.sharpness(a, b))}
+    if intensity.modality == "voxel":
+        scores["iou"] = float(losses.occupancy_iou(a, b, intensity.background))
+    if len(volume) > 1:
+        scores["channels"] = [fidelity(a[:, c:c + 1], b[:, c:c + 1]) for c in range(len(volume))]
+    return scores
+
+
+def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
+    """(1, C, D, H, W) of normalised intensities, data range 2."""
+    return {"psnr": float(losses.psnr(recon, target)), "ssim": float(losses.ssim(recon, target)),
+            "l1": float(losses.reconstruction_loss(recon, target, "l1"))}
+
+
+def row_of(item: data.Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
+    volume = case.arrays[number]
+    row = {"file": str(item.path)}
+    if len(case.volumes) > 1:
+        row["volume"] = number
+    speed = {"seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}
+    return row | {"shape": list(volume.shape[1:])} | scored.figures | speed
+
+
+# -------------------------------------------------------------------------------- all volumes
+
+@dataclass
+class Totals:
+    """Over all volumes."""
+    voxels: int = 0
+    seconds: float = 0.0                                         # that the network took
+    sums: dict[str, Tensor] = field(default_factory=dict)        # of what the task counts (Scored.sums)
+
+    def add(self, volume: np.ndarray, scored: Scored) -> None:
+        self.voxels += volume[0].size
+        self.seconds += scored.seconds
+        for name, part in scored.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + part
+
+
+def summary(ready: Ready, rows: list[dict], failed: list[dict], totals: Totals) -> dict:
+    """The content of --json: all rows, their means, speed, memory, what the task counted, failures."""
+    names = dict.fromkeys(name for row in rows for name in row)  # in the order of the first row that has each
+    mean = {}
+    for name in names:
+        if name not in NOT_AVERAGED:
+            mean[name] = average([row[name] for row in rows if name in row])
+    if rows and "channels" in rows[0]:
+        mean["channels"] = [mean_of_channel(rows, c) for c in range(len(rows[0]["channels"]))]
+    speed = totals.voxels / totals.seconds if totals.seconds else None
+    result = {"volumes": rows, "mean": mean, "peak_gib": peak_gib(ready.device), "voxels_per_second": speed}
+    return result | ready.task.pooled(totals.sums) | {"failed": failed}
+
+
+def mean_of_channel(rows: Sequence[dict], channel: int) -> dict[str, float]:
+    return {name: average([row["channels"][channel][name] for row in rows]) for name in FIDELITY}
+
+
+def average(values: Sequence[float]) -> float:
+    """Of those that are finite; nan of none."""
+    values = [value for value in values if math.isfinite(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def ranked_by(ready: Ready, rows: Sequence[dict]) -> tuple[str, bool]:
+    """The figure that makes a volume good or bad, and whether higher is better.
+
+    It is the first of the task's METRICS that the rows have, else their first figure.
+    """
+    for name, higher_is_better in ready.task.METRICS.items():
+        if name in rows[0]:
+            return name, higher_is_better
+    return next(name for name in rows[0] if name not in NOT_AVERAGED), True
+
+
+def worst_median_best(rows: Sequence[dict], name: str, higher_is_better: bool = True) -> dict[str, int]:
+    """What -> number of the row, the worst first. Two rows have no median, one row is `The only`."""
+    def goodness(number: int) -> float:
+        value = rows[number][name]
+        if math.isnan(value):
+            return -math.inf
+        return value if higher_is_better else -value
+    order = sorted(range(len(rows)), key=goodness)
+    if len(order) == 1:
+        return {"The only": order[0]}
+    if len(order) == 2:
+        return {"Worst": order[0], "Best": order[1]}
+    return {"Worst": order[0], "Median": order[(len(order) - 1) // 2], "Best": order[-1]}
+
+
+# -------------------------------------------------------------------------------- as text
+
+def column(name: str) -> tuple[str, str]:
+    """Heading and format of a figure; dice_3 is `Dice 3`."""
+    return COLUMNS.get(name, (name.replace("dice_", "Dice "), "{:.4f}"))
+
+
+def heading(name: str) -> str:
+    return column(name)[0]
+
+
+def cell(row: dict, name: str) -> str:
+    """A figure of a row as text; - where it has none, or one that is not finite."""
+    value = row.get(name)
+    if value is None or not math.isfinite(value):
+        return "-"
+    return column(name)[1].format(value)
+
+
+def columns_of(result: dict) -> list[str]:
+    """The figures of a result, in the order that they are shown in."""
+    means = [name for name in result["mean"] if name != "channels"]
+    return means + [name for name in OVER_ALL if name in result]
+
+
+def means_of(result: dict) -> dict:
+    """The means, with what is known of all volumes together."""
+    return result["mean"] | {name: result[name] for name in OVER_ALL if name in result}
+
+
+def row_text(row: dict) -> str:
+    """One volume in one line."""
+    pace = short_number(row["voxels_per_second"])
+    parts = [data._sizes(row["shape"]), f"{row['seconds']:.1f} s", f"{pace} voxels/s"]
+    parts += [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
+    return ", ".join(parts)
+
+
+def print_table(result: dict) -> None:
+    """Means and totals, as lines that fit a terminal."""
+    names, rows, means, pooled = columns_of(result), result["volumes"], means_of(result), result.get("pooled")
+    width = max([len("all volumes"), *(len(heading(name)) for name in names)])
+
+    def line(first: str, *cells: str) -> None:
+        print(f"{first:{width}}" + "".join(f"  {text:>12}" for text in cells))
+
+    # A line for each figure: the mean, the least and the most of any volume, and of all voxels together.
+    print()
+    line("", "mean", "least", "most", *(["pooled"] if pooled else []))
+    for name in names:
+        known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+        known.sort(key=lambda row, name=name: row[name])
+        least, most = "-", "-"
+        if known:
+            least, most = cell(known[0], name), cell(known[-1], name)
+        line(heading(name), cell(means, name), least, most, *([cell(pooled, name)] if pooled else []))
+
+    # A line for each channel, and one for all.
+    for c, row in enumerate(means.get("channels", ())):
+        figures = ", ".join(f"{heading(name)} {cell(row, name)}" for name in row)
+        print(f"{f'channel {c}':{width}}  {figures}")
+    parts = [f"{len(rows)} volumes"]
+    if result["voxels_per_second"]:
+        parts.append(f"{short_number(result['voxels_per_second'])} voxels/s")
+    parts.append(f"peak {result['peak_gib']:.2f} GiB")
+    if result["failed"]:
+        parts.append(f"{len(result['failed'])} files failed")
+    print(", ".join(parts))

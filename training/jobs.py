@@ -1,0 +1,192 @@
+"""One piece of work for each of many files: which files, where the results go, and what went wrong.
+
+A result is written whole or not at all, and what is there already is skipped, so an interrupted folder goes
+on with the same command. A file that fails does not stop the others: failures are told at the end. Version
+0.3 (2026-11).
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import data
+from data import DataError
+from tiles import is_out_of_memory
+from training import latents
+from training.console import clear_line, line_of, short_number
+
+PROGRAM = "predict.py"                                           # in front of its lines on stderr
+
+
+class Job(NamedTuple):
+    item: data.Item                                              # the source
+    output: Path
+
+
+# -------------------------------------------------------------------------------- which files
+
+def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
+                output: str | None = None) -> list[data.Item]:
+    """Files, folders and datalists -> items, each once. Raises DataError when there are none.
+
+    labels: items with their labels. split: a list of a datalist, or all. Of a folder, latents are left out,
+    and so is the output folder where it lies inside: what a first run wrote is no input of the next.
+    """
+    found: dict[str, data.Item] = {}
+    results = None if output is None else Path(os.path.realpath(output))
+    for path in paths:
+        is_folder = os.path.isdir(path)
+        has_results = is_folder and results is not None and Path(os.path.realpath(path)) in results.parents
+        for name, items in data.list_items(path, labels, print).items():
+            if split not in ("all", name):
+                continue
+            for item in items:
+                real = os.path.realpath(item.path)
+                is_latent = is_folder and real.endswith(latents.ENDING)
+                is_result = has_results and results in Path(real).parents
+                if not is_latent and not is_result:
+                    found.setdefault(real, item)
+    if not found:
+        where = "" if split == "all" else f" in the list {split}"
+        raise DataError(f"{', '.join(paths)}: no volumes found{where}; looked for {data.FORMATS}")
+    return list(found.values())
+
+
+def list_latents(paths: Sequence[str]) -> list[data.Item]:
+    """Latent files, folders of them and datalists -> items. Raises DataError when there are none."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += [data.Item(file) for file in sorted(Path(path).rglob(f"*{latents.ENDING}"))]
+        else:
+            for items in data.list_items(path).values():
+                found += items
+    if not found:
+        raise DataError(f"{', '.join(paths)}: no *{latents.ENDING} files; predict.py encode writes them")
+    return found
+
+
+def ending_of_result(path: Path) -> str:
+    """Of what is made of a source: arrays and pictures (as PNG) stay such, what nibabel reads is NIfTI."""
+    kind = data._suffix(path)[0]
+    if kind in (".npy", ".npz"):
+        return kind
+    return ".png" if kind in data.PICTURES else ".nii.gz"
+
+
+def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str,
+              ending: Callable[[Path], str]) -> list[Job]:
+    """Each item with the file that is made of it, in the folder `output`, which is made with its subfolders.
+
+    A result has its source's stem, lies in the subfolder that the source has in an input folder, and is
+    numbered where two would share a name. ending: of the result, by the path of the source. Raises ValueError
+    when a result would replace an input.
+    """
+    folder = Path(os.path.expanduser(output))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be made a folder ({error.strerror})") from None
+    roots = [Path(os.path.realpath(path)) for path in inputs if os.path.isdir(path)]
+    sources = {os.path.realpath(file) for item in items for file in (item.path, item.label) if file}
+    taken, jobs = set(), []
+    for item in items:
+        # First the name: subfolder, stem, ending, and a number where it is taken.
+        stem, end = data._stem(item.path), ending(item.path)
+        if item.path.name.endswith(latents.ENDING):
+            stem = stem.removesuffix("_latent")
+        parent = Path(os.path.realpath(item.path)).parent
+        within = next((parent.relative_to(root) for root in roots if parent.is_relative_to(root)), Path())
+        name, number = within / f"{stem}{end}", 2
+        while name in taken:
+            name, number = within / f"{stem}-{number}{end}", number + 1
+        taken.add(name)
+
+        # Then its place.
+        path = folder / name
+        if os.path.realpath(path) in sources:
+            raise ValueError(f"--output {folder}: {name} there is one of the inputs and would be "
+                             f"overwritten; choose another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jobs.append(Job(item, path))
+    return jobs
+
+
+# -------------------------------------------------------------------------------- the work
+
+def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -> bool:
+    """work(job) -> what to say, for each job whose output is not there. Returns whether all went well."""
+    todo = [job for job in jobs if overwrite or not job.output.exists()]
+    done = len(jobs) - len(todo)
+    if done:
+        example = next(job.output for job in jobs if job not in todo)
+        what = f"{done} of {len(jobs)} outputs are there, such as {example}"
+        print(f"{what}: skipped (--overwrite makes them anew)", flush=True)
+    failed = []
+    for number, job in enumerate(todo, 1):
+        started = time.monotonic()
+        with failures_in(failed, job.item.path):
+            name = f"[{number}/{len(todo)}] {data.show(job.item.path)}"
+            if sys.stdout.isatty():
+                print(f"{name} ...", end="", flush=True)
+            text = work(job)
+            clear_line()
+            print(f"{name}: {text}, {time.monotonic() - started:.1f} s", flush=True)
+    return tell_failures(failed, len(todo))
+
+
+@contextlib.contextmanager
+def failures_in(failed: list[dict], path: Path) -> Iterator[None]:
+    """What is wrong with one file, or too large of it, goes to `failed`, and the others go on."""
+    try:
+        yield
+        return
+    except DataError as error:                                   # names the file itself
+        text = line_of(error)
+    except (ValueError, OSError) as error:
+        text = f"{path}: {line_of(error)}"
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        text = f"{path}: out of memory; use a smaller --tile, --memory or --window, or --device cpu"
+    failed.append({"file": str(path), "error": text})
+    clear_line()
+    print(f"{data.show(path)}: failed, see the end", flush=True)
+
+
+def tell_failures(failed: Sequence[dict], total: int) -> bool:
+    """A line for each on stderr. Returns whether there are none."""
+    for row in failed:
+        print(f"{PROGRAM}: {data.show(row['error'])}", file=sys.stderr)
+    if failed:
+        print(f"{PROGRAM}: {len(failed)} of {total} failed", file=sys.stderr)
+    return not failed
+
+
+# -------------------------------------------------------------------------------- what is said meanwhile
+
+def show_progress(path: Path) -> Callable[..., None]:
+    """A function that is told (done, of how many, what) and says on the terminal how far a long volume is."""
+    shown = time.monotonic()
+
+    def tick(done: float, total: int, part: str = "windows") -> None:
+        nonlocal shown
+        if sys.stdout.isatty() and time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
+            print(f"\r{data.show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
+    return tick
+
+
+def speed(volumes: Sequence[np.ndarray], started: float) -> str:
+    """How many of which size, and voxels a second since `started`. volumes (C, D, H, W)."""
+    seconds = max(time.monotonic() - started, 1e-9)
+    voxels = sum(volume[0].size for volume in volumes)
+    many = f"{len(volumes)} x " if len(volumes) > 1 else ""
+    return f"{many}{data._sizes(volumes[0].shape[1:])}, {short_number(voxels / seconds)} voxels/s"

@@ -1,0 +1,201 @@
+"""A page to look at in a browser: figures, pictures and tables in one HTML file that needs nothing beside it.
+
+The first half makes any page (`page`, `table`, `slices_table`), wherever its figures come from. The second
+half is the page of an evaluation. Version 0.1 (2026-11).
+"""
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import pictures
+from training.console import short_number
+from training.evaluation import FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
+from training.ready import Ready, describe
+
+MOST_CARDS = 8                                                   # figures on top of the page
+
+STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --back: #f5f7f9; --card: #fff; --accent: #0b6bcb }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--back); color: var(--ink);
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
+main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 60px }
+h1 { font-size: 24px; margin: 0 0 4px }
+h2 { font-size: 18px; margin: 34px 0 12px }
+p { margin: 0 0 6px; color: var(--soft) }
+.bad { color: #a4262c }
+
+.cards { display: grid; gap: 12px; margin-top: 20px;
+         grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px }
+.card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; white-space: nowrap }
+.card span { color: var(--soft); font-size: 13px }
+
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px;
+          margin-bottom: 18px }
+section h3 { margin: 0; font-size: 16px; color: var(--accent) }
+.file { color: var(--ink); font-weight: 600; overflow-wrap: anywhere }
+.wide { overflow-x: auto; padding: 0 }
+
+.figures { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px }
+.figures th, .figures td { padding: 6px 12px; text-align: right; white-space: nowrap;
+                           border-bottom: 1px solid var(--line) }
+.figures th:first-child, .figures td:first-child { text-align: left; min-width: 180px;
+                                                   white-space: normal; overflow-wrap: anywhere }
+.figures thead th { background: #eef1f5 }
+.figures .mean td { font-weight: 600; background: #f8fafc }
+
+.slices { width: 100%; table-layout: fixed; border-spacing: 6px }
+.slices th { font-weight: 500; color: var(--soft); font-size: 13px }
+.slices th:first-child { width: 68px; text-align: left }
+.slices td { background: #000; text-align: center; vertical-align: middle; border-radius: 4px; padding: 0 }
+.slices img { display: block; margin: auto; width: 100%; max-height: 340px; object-fit: contain }
+.bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px;
+       background: linear-gradient(90deg, #000, #f00 50%, #ff0) }
+"""
+
+
+# -------------------------------------------------------------------------------- any page
+
+def text(value: object) -> str:
+    """Any text as HTML that shows it, whatever characters it has."""
+    return html.escape(data.show(str(value)))
+
+
+def page(title: str, headline: str, notes: Sequence[str], cards: Sequence[tuple[str, str]], body: str) -> str:
+    """A whole page. All parts are HTML.
+
+    notes: paragraphs. cards: a figure and what it is. body: what stands below them.
+    """
+    boxes = "".join(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for value, name in cards)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body><main>
+<h1>{headline}</h1>
+{"".join(notes)}
+<div class="cards">{boxes}</div>
+{body}
+</main></body></html>
+"""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], means: int = 0) -> str:
+    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out."""
+    lines = []
+    for number, row in enumerate(rows):
+        kind = ' class="mean"' if number < means else ""
+        cells = "".join(f"<td>{value}</td>" for value in row)
+        lines.append(f"<tr{kind}>{cells}</tr>")
+    top = "".join(f"<th>{head}</th>" for head in heads)
+    return (f'<section class="wide"><table class="figures"><thead><tr>{top}</tr></thead>\n'
+            f'<tbody>{"".join(lines)}</tbody></table></section>')
+
+
+def slices_table(columns: dict[str, list[Tensor]]) -> str:
+    """A row for each slice of one volume. columns: heading -> pictures (height, width, 3) of the slices."""
+    count = len(next(iter(columns.values())))
+    names = ("axial", "coronal", "sagittal") if count > 1 else ("",)
+    rows = []
+    for number, name in enumerate(names):
+        cells = "".join(picture(images[number], f"{kind}, {name}") for kind, images in columns.items())
+        rows.append(f"<tr><th>{name}</th>{cells}</tr>")
+    heads = "".join(f"<th>{kind}</th>" for kind in columns)
+    return f'<table class="slices"><tr><th></th>{heads}</tr>{"".join(rows)}</table>'
+
+
+def picture(image: Tensor, what: str) -> str:
+    content = base64.b64encode(pictures.png(image.round().to(torch.uint8))).decode()
+    return f'<td><img alt="{what}" src="data:image/png;base64,{content}"></td>'
+
+
+# -------------------------------------------------------------------------------- of an evaluation
+
+def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, background: float,
+              spacing: Sequence[float], is_picture: bool) -> dict[str, list[Tensor]]:
+    """Heading -> three orthogonal slices, where there is most to see of the volume or of its classes.
+
+    volume (C, D, H, W), of which the first channel is shown. Without a label, found (C, D, H, W) is a
+    reconstruction, and the columns are input, reconstruction, error; with one, (D, H, W), so are the classes
+    found.
+    """
+    x = torch.from_numpy(volume[0])
+    if label is None:
+        recon = torch.from_numpy(found[0])
+        weight = (x - background).abs()
+        columns = {"Input": ([x], pictures.grey), "Reconstruction": ([recon], pictures.grey),
+                   "Error": ([recon, x], pictures.error)}
+    else:
+        truth, classes = torch.from_numpy(label), torch.from_numpy(found)
+        weight = ((truth > 0) | (classes > 0)).float()
+        columns = {"Input": ([x], pictures.grey), "Label": ([x, truth], pictures.coloured),
+                   "Found": ([x, classes], pictures.coloured)}
+    images = {}
+    for name, (volumes, colour) in columns.items():
+        images[name] = pictures.slices(volumes, weight, spacing, colour, is_picture)
+    return images
+
+
+def name_of(row: dict, name: str) -> str:
+    """name: the file's, or its path."""
+    return f"{text(name)}, volume {row['volume']}" if "volume" in row else text(name)
+
+
+def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
+    """One volume: its name, its figures, its slices."""
+    figures = [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
+    size = " &times; ".join(map(str, row["shape"]))
+    line = " &middot; ".join([*figures, f"{size} voxels"])
+    return f'<p class="file">{name_of(row, Path(row["file"]).name)}</p><p>{line}</p>{slices_table(columns)}'
+
+
+def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: str) -> str:
+    """result: evaluation.summary's. parts: Worst, Median, Best -> `figure` of it. source: the user's."""
+    names, means, volumes = columns_of(result), means_of(result), result["volumes"]
+
+    # First the cards: means, speed, memory.
+    cards = []
+    for name in names:
+        if not name.endswith("_16"):
+            what = f"mean {heading(name)}" if name in result["mean"] else heading(name)
+            cards.append((cell(means, name), what))
+    cards = cards[:MOST_CARDS]
+    cards.append((short_number(result["voxels_per_second"]), "voxels/s"))
+    cards.append((f"{result['peak_gib']:.2f} GiB", "peak memory"))
+
+    # Then the chosen volumes, with what the colours mean.
+    what = "Reconstruction"
+    legend = ('Grey from -1 to 1; error 0 <span class="bar"></span> 0.5 and more, of the intensity range '
+              '[-1, 1]. First channel.')
+    if ready.task.LABELS:
+        what, legend = "Segmentation", "A colour for each class; 0 is left as it is."
+    chosen = " and ".join(", ".join(parts).rsplit(", ", 1)).capitalize()  # Worst, median and best
+    rank, _ = ranked_by(ready, volumes)
+    body = [f"<h2>{chosen} volume by {heading(rank)}</h2><p>{legend}</p>"]
+    body += [f"<section><h3>{name}</h3>{part}</section>" for name, part in parts.items()]
+
+    # Then the tables: channels, where there are several, and all volumes below their means.
+    if "channels" in result["mean"]:
+        rows = []
+        for c, row in enumerate(result["mean"]["channels"]):
+            rows.append([f"channel {c}", *(cell(row, name) for name in FIDELITY)])
+        body.append("<h2>Means per channel</h2>" + table(["", *map(heading, FIDELITY)], rows))
+    tops = {f"mean of {len(volumes)}": means}
+    if "pooled" in result:
+        tops["all voxels together"] = result["pooled"]
+    rows = [[name, *(cell(row, key) for key in names)] for name, row in tops.items()]
+    rows += [[name_of(row, row["file"]), *(cell(row, key) for key in names)] for row in volumes]
+    body.append("<h2>Every volume</h2>" + table(["file", *map(heading, names)], rows, len(tops)))
+
+    notes = [f"<p>{text(describe(ready))}</p>", f"<p>Data: {text(source)}</p>"]
+    notes += [f'<p class="bad">{text(row["error"])}</p>' for row in result["failed"]]
+    title = f"{html.escape(ready.cfg.preset)}: evaluation"
+    return page(title, f"{what} of {len(volumes)} volumes", notes, cards, "\n".join(body))
