@@ -58,7 +58,7 @@ from training.run import Run, recovered, save_config, stopped_early, total_steps
 from training.signals import SIGNALS, RunStopped, Stopped, caught_signals, stopped_by_signals
 from training.state import State, tensors_of
 from training.step import train_step
-from training.task import Task, metric_of, named
+from training.task import Task, metric_of, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
@@ -125,7 +125,7 @@ def start(argv: Sequence[str]) -> int:
         out = resumed.path.parent
         base = config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
     cfg = ranks.from_rank(0, lambda: load_config(argv, TASKS, base))
-    task = named(TASKS, cfg.task)
+    task = of(TASKS, cfg)
     out = out or ranks.from_rank(0, lambda: run_folder(cfg))
     cfg = changed(cfg, train={"out": str(out)})
 

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
 from training.foreign import foreign_init
-from training.task import named
+from training.task import named, of
 
 DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
 SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
@@ -56,7 +56,7 @@ def load_config(
             raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; "
                              "leave it out")
     cfg = config_from(flags, config_from(from_file, base, str(options.get("config"))), "command line")
-    task = named(tasks, cfg.task, "command line")
+    task = of(tasks, cfg, "command line")
     one_of(
         "train.metric",
         cfg.train.metric,

@@ -130,6 +130,11 @@ def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
     return Task(name, **given)
 
 
+def of(tasks: Mapping[str, ModuleType], cfg: TrainConfig, source: str = "") -> Task:
+    """The task of a config."""
+    return named(tasks, cfg.task, source)
+
+
 def metric_of(cfg: TrainConfig, task: Task) -> str:
     """train.metric, with `auto` resolved by the task."""
     return next(iter(task.METRICS)) if cfg.train.metric == "auto" else cfg.train.metric
