@@ -5,7 +5,7 @@
 
 Data, crops, seed, loss and precision are the same for both sides. They take turns in one run, so that a
 machine whose speed drifts does not matter: a time ratio is the
-median over pairs of steps that follow each other. Ours is `train.train_step` with all that it does
+median over pairs of steps that follow each other. Ours is `training.step.train_step` with all that it does
 (clipping, finite check); MONAI's is the plain loop that its tutorials have, without GradScaler: zero_grad,
 forward, L1 + KL, backward, clip, AdamW (fused). Ours runs in channels_last_3d, as always; MONAI's as it
 comes. Peak memory is the most bytes of live tensors of a step, predicted by memtest.py in the same way for
@@ -32,8 +32,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import runs
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+import training.config
+import training.devices
+import training.order
+import training.step
 
 try:
     import monai  # noqa: E402
@@ -72,7 +78,7 @@ Step = Callable[[], object]
 
 def config(
     size: tuple[int, int, int], batch: int, mode: str = "none", steps: int = 300, **more: str
-) -> train.TrainConfig:
+) -> training.config.TrainConfig:
     flags = {
         "preset": "fast",
         "patch": ",".join(map(str, size)),
@@ -81,13 +87,13 @@ def config(
         "memory.mode": mode,
         **more,
     }
-    return train.load_config([word for name, value in flags.items() for word in (f"--{name}", value)])
+    return runs.load_config([word for name, value in flags.items() for word in (f"--{name}", value)])
 
 
 def our_step(
-    cfg: train.TrainConfig, dtype: torch.dtype | None, vae_config: vae3d.VAEConfig | None = None
+    cfg: training.config.TrainConfig, dtype: torch.dtype | None, vae_config: vae3d.VAEConfig | None = None
 ) -> peaks.MakeStep:
-    """train.make_step; dtype: of autocast, whatever `--amp` would choose on this machine.
+    """runs.make_step; dtype: of autocast, whatever `--amp` would choose on this machine.
 
     vae_config: in place of the preset.
     """
@@ -95,21 +101,21 @@ def our_step(
         cfg = train.dataclasses.replace(cfg, vae=vae_config)
 
     def make(device: torch.device) -> Step:
-        state = train.new_state(cfg, device)
+        state = runs.new_state(cfg, device)
         state.amp_dtype = dtype
-        batch = train.MicroBatch(
-            train.to_device(torch.randn(cfg.train.batch, 1, *cfg.data.patch), device),
+        batch = training.order.MicroBatch(
+            training.devices.to_device(torch.randn(cfg.train.batch, 1, *cfg.data.patch), device),
             [0] * cfg.train.batch,
             [0],
         )
-        return lambda: train.train_step(cfg, state, [batch])
+        return lambda: training.step.train_step(cfg, state, [batch])
     return make
 
 
 class Theirs:
     """A MONAI network, its optimizer and the loop around them; loss weights and clipping are those of
     `cfg`."""
-    def __init__(self, name: str, cfg: train.TrainConfig, device: torch.device, dtype: torch.dtype | None):
+    def __init__(self, name: str, cfg: training.config.TrainConfig, device: torch.device, dtype: torch.dtype | None):
         torch.manual_seed(cfg.train.seed)
         self.network, self.cfg, self.dtype = THEIRS[name]().to(device), cfg, dtype
         self.optimizer = torch.optim.AdamW(
@@ -126,7 +132,7 @@ class Theirs:
         self.optimizer.step()
 
 
-def their_step(name: str, cfg: train.TrainConfig, dtype: torch.dtype | None) -> peaks.MakeStep:
+def their_step(name: str, cfg: training.config.TrainConfig, dtype: torch.dtype | None) -> peaks.MakeStep:
     def make(device: torch.device) -> Step:
         theirs, image = (
             Theirs(name, cfg, device, dtype),
@@ -248,17 +254,17 @@ def scores(network: torch.nn.Module, held_out: list[Tensor], dtype: torch.dtype 
 
 
 def batches(
-    cfg: train.TrainConfig, crops: data.Crops, steps: int, device: torch.device
-) -> Iterator[tuple[int, train.MicroBatch]]:
-    for step, micro_batches in train.step_batches(cfg, crops, range(steps), device, cfg.train.batch):
+    cfg: training.config.TrainConfig, crops: data.Crops, steps: int, device: torch.device
+) -> Iterator[tuple[int, training.order.MicroBatch]]:
+    for step, micro_batches in training.order.step_batches(cfg, crops, range(steps), device, cfg.train.batch):
         yield step, micro_batches[0]
 
 
 def set_rate(
-    optimizer: torch.optim.Optimizer, cfg: train.TrainConfig, step: int, total: int, factor: float = 1.0
+    optimizer: torch.optim.Optimizer, cfg: training.config.TrainConfig, step: int, total: int, factor: float = 1.0
 ) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = factor * train.learning_rate(cfg.optim, step, total)
+        group["lr"] = factor * training.order.learning_rate(cfg.optim, step, total)
 
 
 def race(
@@ -280,17 +286,17 @@ def race(
     dataset = data.open_data(cfg.data, cfg.train.seed, lambda line: None)
     crops = data.Crops(dataset, cfg.train.seed)
     held_out = [
-        train.to_device(crop.image[None], device)[0]
+        training.devices.to_device(crop.image[None], device)[0]
         for crop in data.val_crops(dataset, cfg.train.seed, val_crops)
     ]
-    theirs, ours = Theirs(name, cfg, device, dtype), train.new_state(cfg, device)
+    theirs, ours = Theirs(name, cfg, device, dtype), runs.new_state(cfg, device)
     ours.amp_dtype = dtype
     spent, curve = {"theirs": [], "ours": []}, []
     for step, micro in batches(cfg, crops, steps, device):
         set_rate(theirs.optimizer, cfg, step, steps, their_lr / cfg.optim.lr)
         set_rate(ours.optimizer, cfg, step, steps)
         spent["theirs"].append(seconds(lambda micro=micro: theirs.step(micro.image), device))
-        spent["ours"].append(seconds(lambda micro=micro: train.train_step(cfg, ours, [micro]), device))
+        spent["ours"].append(seconds(lambda micro=micro: training.step.train_step(cfg, ours, [micro]), device))
         ours.step = step + 1
         if (step + 1) % max(1, steps // 4) == 0:
             curve.append(
@@ -307,11 +313,11 @@ def race(
                 flush=True,
             )
     time_ratio = ratio(spent["ours"][2:], spent["theirs"][2:])
-    longer, equal, spent["equal"] = round(steps / time_ratio), train.new_state(cfg, device), []
+    longer, equal, spent["equal"] = round(steps / time_ratio), runs.new_state(cfg, device), []
     equal.amp_dtype = dtype
     for step, micro in batches(cfg, crops, longer, device):
         set_rate(equal.optimizer, cfg, step, longer)
-        spent["equal"].append(seconds(lambda micro=micro: train.train_step(cfg, equal, [micro]), device))
+        spent["equal"].append(seconds(lambda micro=micro: training.step.train_step(cfg, equal, [micro]), device))
         equal.step = step + 1
     after = scores(equal.model, held_out, dtype)
     print(
@@ -396,18 +402,18 @@ def main() -> int:
     args = parser.parse_args()
     rows, races = [], []
     try:
-        device = train.pick_device(args.device)
-        sizes = [train.convert(size, tuple[int, int, int], "--size")
+        device = training.devices.pick_device(args.device)
+        sizes = [training.config.convert(size, tuple[int, int, int], "--size")
                  for size in args.size or (["32,64,64"] if args.quick else ["32,64,64", "96,96,96"])]
         if args.steps < 4 or args.pairs < 3 or args.batch < 1:
             raise ValueError("--steps must be at least 4, --pairs 3, --batch 1")
-        race_size = train.convert(args.race_size, tuple[int, int, int], "--race-size")
+        race_size = training.config.convert(args.race_size, tuple[int, int, int], "--race-size")
         for folder in args.data:
             data.open_data(config(race_size, args.batch, data=folder).data, args.seed, lambda line: None)
     except ValueError as error:
         print(f"vs_monai.py: {error}", file=sys.stderr)
         return 2
-    right = device.type != "cpu" or train.cpu_bf16_is_right()
+    right = device.type != "cpu" or training.devices.cpu_bf16_is_right()
     if not right and (args.race_precision == "bf16" if args.no_times else not args.quick):
         print(
             "note: bf16 weight gradients of this CPU (oneDNN) are wrong where a level is 2 deep; "

@@ -182,8 +182,8 @@ def reconstruct_and_compare(
     # The networks that judge see a sub-crop of image and reconstruction, so that their memory is bounded.
     crops = ()
     if state.disc is not None or state.perceptual is not None:
-        starts = losses.crop_starts(micro.image.shape, cfg.loss.crop, generators)
-        crops = tuple(losses.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon))
+        starts = perceptual.crop_starts(micro.image.shape, cfg.loss.crop, generators)
+        crops = tuple(perceptual.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon))
     terms = reconstruction_terms(cfg.loss, out, micro.image)
     if perceptual_weight:
         real, fake = crops

@@ -42,12 +42,15 @@ sys.path.insert(0, str(ROOT))
 
 import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
+import runs
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-import checkpoints  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
+import training.config
+import training.console
+from training import checkpoints
 
 MAX_GIB = 1 / 32      # data.max_gib of every case
 MEMORY = 200          # MiB that a case may take on top: six times what max_gib lets a volume have as float32
@@ -443,7 +446,7 @@ YAML_SCALARS = ("!!python/object/apply:os.system ['touch executed']", "!!timesta
 
 @functools.cache
 def config_texts() -> tuple[str, ...]:
-    return (train.to_yaml(train.TrainConfig()), *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "config").glob("*.yaml"))))
+    return (training.config.to_yaml(training.config.TrainConfig()), *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "config").glob("*.yaml"))))
 
 
 def laughs(rng: random.Random) -> str:
@@ -699,13 +702,13 @@ def judge_json(path: Path, rng: random.Random) -> str:
 
 def judge_yaml(path: Path, rng: random.Random) -> str:
     try:
-        cfg = train.load_config(["--config", str(path)])
+        cfg = runs.load_config(["--config", str(path)])
     except ValueError as error:
-        check_line(train.line_of(error))                        # as main prints it
+        check_line(training.console.line_of(error))                        # as main prints it
         return "refused"
     again = path.with_name("again.yaml")
-    again.write_text(train.to_yaml(cfg), encoding="utf-8")
-    if repr(train.load_config(["--config", str(again)])) != repr(cfg):
+    again.write_text(training.config.to_yaml(cfg), encoding="utf-8")
+    if repr(runs.load_config(["--config", str(again)])) != repr(cfg):
         raise Failed("the resolved config is another one when it is read again")
     return "accepted"
 
@@ -714,7 +717,7 @@ def judge_pt(path: Path, rng: random.Random) -> str:
     try:
         content = checkpoints.load(path, "vae3d.train", "vae3d.weights")
     except ValueError as error:
-        check_line(train.line_of(error), train.line_of(path))
+        check_line(training.console.line_of(error), training.console.line_of(path))
         outcome = "refused"
     else:
         outcome = "accepted"

@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
+import training.flags
+import training.signals
 
 FLAGS = ("--vae.base_channels 4 --vae.bottleneck vq --vae.num_codes 16 --data.synthetic_count 4 --data.synthetic_size 8,16,16 "
          "--patch 4,8,8 --data.crops_per_volume 3 --train.val_crops 2 --train.latent_crops 2 --device cpu --batch 1 --train.save_every 1 "
@@ -38,7 +40,7 @@ STARTED = "; run folder "                                        # the line that
 
 def start(arguments: list[str], output: Path, command: bool) -> int:
     """train.py in a process group of its own, as a fork of this one or as a command; returns its process id."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, train.SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, training.signals.SIGNALS)
     pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -49,13 +51,13 @@ def start(arguments: list[str], output: Path, command: bool) -> int:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        for number in train.SIGNALS:
+        for number in training.signals.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if command:
             os.execv(sys.executable, [sys.executable, str(Path(train.__file__)), *arguments])
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        train.SECOND_SIGNAL = 0.0
+        training.signals.SECOND_SIGNAL = 0.0
         code = train.main(arguments)
         sys.stdout.flush()
     except BaseException as error:
@@ -106,7 +108,7 @@ def disturb(pid: int, kind: str, out: Path, output: Path, rng: random.Random, sl
         os.killpg(pid, signal.SIGKILL) if rng.random() < 0.5 else os.kill(pid, signal.SIGKILL)
         allowed = {0, -signal.SIGKILL}
     else:
-        first, second = rng.choices(list(train.SIGNALS), k=2)
+        first, second = rng.choices(list(training.signals.SIGNALS), k=2)
         if kind.startswith("second"):
             os.kill(pid, first)
             time.sleep(rng.uniform(0, 0.03))
@@ -118,7 +120,7 @@ def disturb(pid: int, kind: str, out: Path, output: Path, rng: random.Random, sl
             number = signal.Signals[kind.split()[-1]]
             (os.killpg if kind.startswith("group") else os.kill)(pid, number)
             sent = (number,)
-        allowed = {0} | {train.SIGNALS[n] for n in sent} | {-n for n in sent}  # by the signal itself: before main or after it
+        allowed = {0} | {training.signals.SIGNALS[n] for n in sent} | {-n for n in sent}  # by the signal itself: before main or after it
     code = finished(pid, 60) if code is None else code
     text = output.read_text()
     # the workers of a killed process tell how they lost it, which nobody can help
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--commands", type=int, default=10)      # every so many starts is a real command; 0: none
     options = parser.parse_args()
-    train.build_parser()                                         # 0.4 s of reading sources, kept for the forks
+    training.flags.build_parser()                                         # 0.4 s of reading sources, kept for the forks
     rng, began, starts, runs = random.Random(options.seed), time.monotonic(), 0, 0
     counts, codes = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as name:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import pytest
 import torch
 
-import checkpoints
+from training import checkpoints
 
 
 def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Many processes against one: parallel.py, what train.py makes of it, the shared cache, config/slurm.sh. Real gloo processes on the CPU."""
+"""Many processes against one: training.ranks.py, what train.py makes of it, the shared cache, config/slurm.sh. Real gloo processes on the CPU."""
 import contextlib
 import fcntl
 import io
@@ -15,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from processes import free_port
 
 import data
-import parallel
+import tasks.vae
 import train
+import training.devices
+import training.ranks
+import training.step
 import vae3d
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +38,7 @@ def session(flags, out, double=False, spoil=None):
     rank, stdout, stderr = int(os.environ.get("RANK", 0)), io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         if double:
-            original = train.to_device
+            original = training.devices.to_device
             patch.setattr(train, "to_device", lambda image, device: original(image.double(), device))
             torch.set_default_dtype(torch.float64)
         try:
@@ -116,7 +120,7 @@ def test_out_of_memory_on_one_of_the_ranks_that_share_tiles_turns_the_dial_of_al
 
 
 def runs_out_once(patch, rank):
-    original, raised = train.objective, []
+    original, raised = tasks.vae.objective, []
 
     def objective(cfg, state, *rest):
         if rank == 1 and state.step == 1 and not raised:
@@ -160,7 +164,7 @@ def test_resuming_on_other_numbers_of_ranks_is_the_same_run(pool, tmp_path):
 
 def runs_out(patch, rank):
     """Rank 1 runs out of memory in step 2, rank 0 then in the second validation."""
-    original, raised = train.objective, []
+    original, raised = tasks.vae.objective, []
 
     def objective(cfg, state, *rest):
         at = (state.step, rest[-1] is None, cfg.memory.mode)
@@ -182,7 +186,7 @@ def test_out_of_memory_on_one_rank_turns_the_dial_of_all_and_changes_no_result(p
 
 def poisoned(patch, rank):
     """Rank 1 begins with other weights, and one of its crops in step 2 has a NaN."""
-    new_state, original = train.new_state, train.train_step
+    new_state, original = runs.new_state, training.step.train_step
 
     def unlike(*arguments):
         state = new_state(*arguments)
@@ -217,7 +221,7 @@ def test_running_statistics_are_the_same_on_all_ranks(pool, tmp_path):
 
 
 def breaks(patch, rank):
-    original = train.train_step
+    original = training.step.train_step
 
     def train_step(cfg, state, batches):
         if rank == 1 and state.step == 2:
@@ -227,7 +231,7 @@ def breaks(patch, rank):
 
 
 def drifts(patch, rank):
-    original = train.train_step
+    original = training.step.train_step
 
     def train_step(cfg, state, batches):
         if rank == 1 and state.step == 2:
@@ -265,7 +269,7 @@ def test_usage_errors_are_told_once_and_a_dry_run_prints_once(pool, tmp_path):
 
 def signals_itself(number, guilty, patch, rank):
     """Rank `guilty` sends itself a signal in step 4."""
-    original = train.train_step
+    original = training.step.train_step
 
     def train_step(cfg, state, batches):
         if rank == guilty and state.step == 3:
@@ -285,32 +289,32 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_the_state_saved(po
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shares_are_stretches_that_cover_all(monkeypatch, count, ranks):
-    monkeypatch.setattr(parallel, "world", lambda: ranks)
+    monkeypatch.setattr(training.ranks, "world", lambda: ranks)
     shares = []
     for rank in range(ranks):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        shares.append(list(parallel.shared(count)))
+        monkeypatch.setattr(training.ranks, "rank", lambda rank=rank: rank)
+        shares.append(list(training.ranks.shared(count)))
     assert [k for share in shares for k in share] == list(range(count)) and max(map(len, shares)) == -(-count // ranks)
     assert len(shares[0]) == max(map(len, shares))              # the first rank has work wherever one has
 
 
 def pieces():
     """Rank 1 has no gradient of `a`, no rank one of `c`; `b` is 16-bit."""
-    with parallel.started(int(os.environ["RANK"]), 2):
+    with training.ranks.started(int(os.environ["RANK"]), 2):
         a, b, c = torch.zeros(2, 3, 1, 2, 1).to(memory_format=torch.channels_last_3d), torch.zeros(4, dtype=torch.half), torch.zeros(2)
         for p in (a, b, c):
             p.requires_grad_()
-        if parallel.first():
+        if training.ranks.first():
             a.grad = torch.empty_like(a).copy_(torch.arange(12.0).view(a.shape))
-        b.grad = torch.full((4,), 1.5 + parallel.rank(), dtype=torch.half)
-        gradients = parallel.Gradients([a, b, c])
+        b.grad = torch.full((4,), 1.5 + training.ranks.rank(), dtype=torch.half)
+        gradients = training.ranks.Gradients([a, b, c])
         gradients.add_up()
-        terms = parallel.summed({"loss": torch.tensor(2.0)} if parallel.first() else {}, torch.device("cpu"))
-        statistics = torch.tensor([1.0, 3.0]) + 2 * parallel.rank()
-        parallel.average([statistics])
-        order = torch.tensor([1.0, 2.0]) if parallel.first() else torch.tensor([2.0, 1.0])
+        terms = training.ranks.summed({"loss": torch.tensor(2.0)} if training.ranks.first() else {}, torch.device("cpu"))
+        statistics = torch.tensor([1.0, 3.0]) + 2 * training.ranks.rank()
+        training.ranks.average([statistics])
+        order = torch.tensor([1.0, 2.0]) if training.ranks.first() else torch.tensor([2.0, 1.0])
         return (a.grad.tolist(), a.grad.stride() == a.stride(), b.grad.tolist(), c.grad, terms, statistics.tolist(),
-                parallel.difference({"same": torch.tensor([math.nan]), "codebook": order}))
+                training.ranks.difference({"same": torch.tensor([math.nan]), "codebook": order}))
 
 
 def test_sums_fill_in_for_ranks_without_micro_batches(pool):
@@ -321,9 +325,9 @@ def test_sums_fill_in_for_ranks_without_micro_batches(pool):
 
 LEAVES = """
 import os, parallel
-with parallel.started(int(os.environ["RANK"]), 2):
+with training.ranks.started(int(os.environ["RANK"]), 2):
     import torch._dynamo                                         # as the first optimizer does
-    parallel.barrier()
+    training.ranks.barrier()
 print([name for name in (open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")) if "gloo" in name])
 """
 
@@ -338,11 +342,11 @@ def test_the_group_and_its_threads_end_with_it_and_not_with_the_interpreter():
 
 def restarted():
     """Two updates of a codebook after which every code starts anew, in 5 samples of which this rank has its share."""
-    with parallel.started(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))):
+    with training.ranks.started(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))):
         torch.manual_seed(0)
         quantizer = vae3d.VectorQuantizer(16, 2, restart=9.0).double()
         for step in range(2):
-            z, places = torch.randn(5, 2, 3, 4, 5, dtype=torch.float64), parallel.shared(5)
+            z, places = torch.randn(5, 2, 3, 4, 5, dtype=torch.float64), training.ranks.shared(5)
             quantizer(z[places.start:places.stop], [torch.Generator().manual_seed(100 * step + place) for place in places])
             quantizer.update(torch.Generator().manual_seed(step))
         return quantizer.state_dict()

@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import runs
 import torch
 from foreign_networks import Reference, close, monai_model
 from torch import nn
@@ -13,6 +14,8 @@ from torch import nn
 import data
 import predict
 import train
+import training.facts
+import training.foreign
 import weights
 from vae3d import VAEConfig
 
@@ -70,8 +73,8 @@ def test_training_starts_at_their_loss_and_goes_on_without_the_file(layout, low,
     argv = [*TINY, "--init", str(file), "--train.init_hints", hints, "--steps", "2", "--out", str(out)]
     assert train.main(argv) == 0
     assert f"init: a {layout} network; it is given {low} to 1" in capsys.readouterr().out
-    cfg = train.load_config(argv)
-    dataset = train.open_data(cfg, lambda text: None)
+    cfg = runs.load_config(argv)
+    dataset = training.facts.open_data(cfg, lambda text: None)
     rows = []
     for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
         x = turned((crop.image[None] + 1) * (high - low) / 2 + low)
@@ -103,7 +106,7 @@ def test_training_starts_at_their_loss_and_goes_on_without_the_file(layout, low,
     assert (
         VAEConfig(**last["config"]["vae"])
         == cfg.vae
-        == train.load_config(["--config", str(out / "config.yaml"), "--train.init", "none", *TINY]).vae
+        == runs.load_config(["--config", str(out / "config.yaml"), "--train.init", "none", *TINY]).vae
     )
 
 
@@ -131,7 +134,7 @@ def test_flags_beat_the_file_as_far_as_weights_fit(tmp_path, capsys):
     model = torch.load(tmp_path / "vq" / "last.pt", weights_only=True)["model"]
     assert torch.equal(model["encoder.quant_conv.weight"], theirs.state_dict()["quant_conv_mu.conv.weight"])
     (tmp_path / "c.yaml").write_text("preset: base\nvae: {norm_eps: 1e-3, num_codes: 9}\n")
-    cfg = train.load_config([*flags, "--config", str(tmp_path / "c.yaml"), "--vae.num_codes", "7"])
+    cfg = runs.load_config([*flags, "--config", str(tmp_path / "c.yaml"), "--vae.num_codes", "7"])
     assert (cfg.preset, cfg.vae.widths, cfg.vae.norm_eps, cfg.vae.num_codes) == ("monai", (8, 16), 1e-3, 7)
 
 
@@ -240,7 +243,7 @@ BUNDLE["mask_autoencoder_def"] = BUNDLE["autoencoder_def"] | {
 def test_axes_are_turned_unless_a_hint_says_otherwise(tmp_path):
     theirs = saved(tmp_path / "theirs.pt", "monai")
     found = {
-        hints: train.load_foreign(tmp_path / "theirs.pt", HINTS + hints, "--hints").weights
+        hints: training.foreign.load_foreign(tmp_path / "theirs.pt", HINTS + hints, "--hints").weights
         for hints in ("", ",axes=zyx")
     }
     _, plain = weights.convert(theirs.state_dict(), norm_num_groups=4)
@@ -250,7 +253,7 @@ def test_axes_are_turned_unless_a_hint_says_otherwise(tmp_path):
     )
     assert all(torch.equal(value, plain[key]) for key, value in weights.turn_axes(found[""]).items())
     with pytest.raises(ValueError, match="--hints: axes must be one of xyz, zyx, got 'yxz'"):
-        train.load_foreign(tmp_path / "theirs.pt", HINTS + ",axes=yxz", "--hints")
+        training.foreign.load_foreign(tmp_path / "theirs.pt", HINTS + ",axes=yxz", "--hints")
 
 
 def test_hints_are_values_and_the_config_of_the_original(tmp_path):
@@ -262,7 +265,7 @@ def test_hints_are_values_and_the_config_of_the_original(tmp_path):
         "image_channels: 1\nnet: {latent: 2}\n"
     )
     found = {
-        hints: train.load_foreign(
+        hints: training.foreign.load_foreign(
             tmp_path / "theirs.pt", hints.replace("maisi.", f"{tmp_path}/maisi."), "--hints"
         ).vae
         for hints in (HINTS, "maisi.json", "maisi.yaml", "maisi.yaml,norm_eps=1e-4 ,intensity_range=(-2, 2)")
@@ -276,7 +279,7 @@ def test_hints_are_values_and_the_config_of_the_original(tmp_path):
         {"ema": Reference(False).state_dict(), "model": Reference(False, base=16).state_dict()},
         tmp_path / "two.pt",
     )
-    radar = train.load_foreign(
+    radar = training.foreign.load_foreign(
         tmp_path / "two.pt",
         "entry=model,num_heads=2,downsample_strides=[[2,2,2],[2,2,2]],upsample_scales=[[2,2,2],[2,2,2]]",
         "--hints",
@@ -284,8 +287,8 @@ def test_hints_are_values_and_the_config_of_the_original(tmp_path):
     assert radar.layout == "radar" and radar.vae.widths == (16, 32, 32) and radar.vae.head_channels == 16
     assert radar.vae.strides == ((2, 2, 2),) * 2 and radar.vae.intensity_range == (-1, 1)
     assert (
-        train.load_foreign(tmp_path, None, "--hints") is None
-        and train.load_foreign(tmp_path / "absent.pt", None, "--hints") is None
+        training.foreign.load_foreign(tmp_path, None, "--hints") is None
+        and training.foreign.load_foreign(tmp_path / "absent.pt", None, "--hints") is None
     )
 
 
@@ -310,7 +313,7 @@ def test_hints_that_do_not_do_are_one_line(hints, says, tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "none.yaml").write_text("latent_channels: 4\nunet: {channels: [8, 16]}\n")
     with pytest.raises(ValueError) as error:
-        train.load_foreign("theirs.pt", hints, "--hints")
+        training.foreign.load_foreign("theirs.pt", hints, "--hints")
     assert says in str(error.value) and "\n" not in str(error.value), error.value
 
 

@@ -12,13 +12,15 @@ import fuzz_data
 import nibabel as nib
 import numpy as np
 import pytest
+import runs
 import torch
 import yaml
 
-import checkpoints
 import data
 import train
+import training.config
 from data import DataConfig, DataError, read_volume
+from training import checkpoints
 
 
 @pytest.mark.parametrize("name, count", [("nii", 120), ("nii.gz", 100), ("pair", 100), ("npy", 100), ("npz", 100), ("json", 60),
@@ -206,7 +208,7 @@ def test_cache_that_changes_under_a_run_ends_it_in_a_line(cached, damage, worker
     assert error.count("\n") == 1 and "the cache changed under the run" in error and ".npy" in error and "Traceback" not in error, error
     assert checkpoints.load(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
     data._open_array.cache_clear()
-    opened = data.open_data(train.load_config(flags).data, 0, lambda _: None)  # the next start rebuilds it
+    opened = data.open_data(runs.load_config(flags).data, 0, lambda _: None)  # the next start rebuilds it
     assert all(np.isfinite(entry.read()).all() and entry.read().shape == entry.shape for entry in opened.train)
 
 
@@ -248,7 +250,7 @@ def test_worker_that_dies_ends_the_run_in_a_line(cached, number, monkeypatch, ca
     ("x: " + "y" * 200_000, "200003 bytes"), ("- a", "got list"), ("\0", "c.yaml")])
 def test_configs_that_are_none(text, words, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
-    refused(lambda: train.load_config(["--config", str(tmp_path / "c.yaml")]), words)
+    refused(lambda: runs.load_config(["--config", str(tmp_path / "c.yaml")]), words)
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -259,10 +261,10 @@ def test_a_billion_laughs(merge, tmp_path):
         lines.append(f"a{i}: &a{i} {{<<: [{many}]}}" if merge else f"a{i}: &a{i} [{many}]")
     (tmp_path / "c.yaml").write_text("\n".join(lines) + "\ndata: {patch: *a11}\n")
     start = time.monotonic()
-    refused(lambda: train.load_config(["--config", str(tmp_path / "c.yaml")]), "c.yaml", "write it out")
+    refused(lambda: runs.load_config(["--config", str(tmp_path / "c.yaml")]), "c.yaml", "write it out")
     assert time.monotonic() - start < 10
     (tmp_path / "c.yaml").write_text("train: {steps: &n 7, val_every: *n}")  # one value is no bomb
-    assert train.load_config(["--config", str(tmp_path / "c.yaml")]).train.val_every == 7
+    assert runs.load_config(["--config", str(tmp_path / "c.yaml")]).train.val_every == 7
 
 
 def test_pipes_and_bombs_in_place_of_configs_and_checkpoints(tmp_path, capsys, monkeypatch):
@@ -288,7 +290,7 @@ def test_pipes_and_bombs_in_place_of_configs_and_checkpoints(tmp_path, capsys, m
 
 
 def test_aliases_never_come_from_our_own_configs(tmp_path):
-    (tmp_path / "c.yaml").write_text(train.to_yaml(train.load_config(["--patch", "8,8,8", "--memory.tile", "8,8,8"])))
-    assert yaml.load((tmp_path / "c.yaml").read_text(), train.ConfigLoader)["data"]["patch"] == [8, 8, 8]
+    (tmp_path / "c.yaml").write_text(training.config.to_yaml(runs.load_config(["--patch", "8,8,8", "--memory.tile", "8,8,8"])))
+    assert yaml.load((tmp_path / "c.yaml").read_text(), training.config.ConfigLoader)["data"]["patch"] == [8, 8, 8]
     with pytest.raises(DataError):
         data.read_volume(tmp_path / "c.yaml")

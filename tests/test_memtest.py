@@ -8,6 +8,7 @@ import types
 from xml.etree import ElementTree
 
 import pytest
+import runs
 import torch
 import yaml
 from pieces import ROOT
@@ -37,7 +38,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens
 
 
 def test_what_depends_on_data_is_an_error_of_the_row_not_a_traceback():
-    row = memtest.new_row(train.load_config([]))
+    row = memtest.new_row(runs.load_config([]))
     row = memtest.fill(row, lambda device: lambda: torch.ones(3, device=device).nonzero(), "cuda", False)
     assert row.predicted_gib is None and "nonzero" in row.error
     row = memtest.fill(row, lambda device: lambda: torch.ones(1), "cpu", True)
@@ -93,7 +94,7 @@ def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):
              # one rank's memory; other modes are tried
              "--memory.mode", "tile", "--memory.tile_parallel", "true"]
     assert memtest.main([*flags, "--budget", "1", "--yaml", str(path)]) == 0
-    cfg = train.load_config(["--config", str(path)])
+    cfg = runs.load_config(["--config", str(path)])
     assert (cfg.preset, cfg.data.patch, cfg.train.batch, cfg.vae.norm, cfg.train.amp) == (
         "high_res",
         (64, 128, 128),

@@ -10,11 +10,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import runs
 import torch
 
 import memtest
 import predict
 import train
+import training.flags
 import weights
 from vae3d import VAE3D, VAEConfig
 
@@ -113,13 +115,13 @@ def test_our_names_for_options_of_elsewhere_are_flags(monkeypatch):
     spans = {span for row in rows for cell in row.split("|")[2:] for span in re.findall(r"`([^`]+)`", cell) if "--" in span}
     spans |= set(re.findall(r"^python train\.py (.*)$", GUIDE, re.M))
     assert len(spans) > 120
-    parser = train.build_parser()
+    parser = training.flags.build_parser()
     monkeypatch.setattr(train, "build_parser", lambda: parser)   # built once: 0.1 s each
-    others = predict.build_parser()._subparsers._group_actions[0].choices | {"memtest.py": memtest.build_parser(train.Parser)}
+    others = predict.build_parser()._subparsers._group_actions[0].choices | {"memtest.py": memtest.build_parser(training.flags.Parser)}
     for span in sorted(spans):
         first, *words = shlex.split(span.removeprefix("predict.py "))
         known = others.get(first, parser)._option_string_actions
         unknown = [word for word in (first, *words) if word.startswith("--") and word.partition("=")[0] not in known]
         assert not unknown, f"`{span}`: {unknown}"
         if first.startswith("--") and "FILE" not in words:
-            train.load_config([first, *words])                   # ValueError for a value that cannot be meant
+            runs.load_config([first, *words])                   # ValueError for a value that cannot be meant

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import train
+import training.config
+import training.memory
 import vae3d
 
 OLD = dict(down_padding="end", upsample="transposed3", strides=((2, 2, 2), (1, 2, 2)), quant_conv="joint", post_quant_conv=True)
@@ -170,7 +172,7 @@ def of_rank(folder: Path) -> None:
             fake(torch.empty(1, 1, 8, 8, 8)).recon.mean().backward()
     alone = copy.deepcopy(vae)
     found["copy"] = alone.group is None and vae.group is not None and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
-    dial = train.set_dial(vae, train.MemoryConfig(mode="tile", tile_parallel=True)).group, train.set_dial(vae, train.MemoryConfig()).group
+    dial = training.memory.set_dial(vae, training.config.MemoryConfig(mode="tile", tile_parallel=True)).group, training.memory.set_dial(vae, training.config.MemoryConfig()).group
     found["dial"] = dial[0] is dist.group.WORLD and dial[1] is None
     try:
         vae.memory("tile", group=groups[2])
@@ -249,12 +251,12 @@ def test_progress_copies_and_settings(ranks):
 def test_configuration_of_train():
     for mode in ("none", "checkpoint"):
         with pytest.raises(ValueError, match=f"memory.tile_parallel shares tiles .* memory.mode is {mode}, .* add --memory.mode tile"):
-            train.MemoryConfig(mode=mode, tile_parallel=True)
-    memory = train.MemoryConfig(mode="tile", tile=(16, 16, 16), stretch="1", tile_parallel=True)
-    vae = train.set_dial(vae3d.VAE3D.from_preset("ultra_lightweight", base_channels=4), memory)
+            training.config.MemoryConfig(mode=mode, tile_parallel=True)
+    memory = training.config.MemoryConfig(mode="tile", tile=(16, 16, 16), stretch="1", tile_parallel=True)
+    vae = training.memory.set_dial(vae3d.VAE3D.from_preset("ultra_lightweight", base_channels=4), memory)
     assert vae.group is None                                     # one process: nothing to share
     state = SimpleNamespace(model=vae, masters=None, amp_dtype=None)
-    softer = train.next_dial(memory, state, (1, 1, 32, 32, 32))
+    softer = training.memory.next_dial(memory, state, (1, 1, 32, 32, 32))
     assert softer.tile_parallel and softer.mode == "tile" and softer.tile != memory.tile, softer  # recovery goes on sharing
 
 

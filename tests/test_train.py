@@ -20,18 +20,33 @@ import typing
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adversarial
-import checkpoints
 import data
 import losses
 import perceptual
 import predict
+import tasks.seg
 import train
+import training.config
+import training.devices
+import training.fit
+import training.flags
+import training.log
+import training.memory
+import training.order
+import training.resume
+import training.run
+import training.signals
+import training.step
+import training.validation
 import vae3d
-from train import MicroBatch, OptimConfig, TrainConfig
+from training import checkpoints
+from training.config import OptimConfig, TrainConfig
+from training.order import MicroBatch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--vae.base_channels", "4", "--data.synthetic_count", "4", "--data.synthetic_size", "8,16,16", "--patch", "4,8,8",
@@ -59,8 +74,8 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------------------------- one step, by its definition
 
 def tiny_state(**changes):
-    cfg = train.load_config([*TINY, *(part for k, v in changes.items() for part in (f"--{k.replace('__', '.')}", str(v)))])
-    return cfg, train.new_state(cfg, torch.device("cpu"))
+    cfg = runs.load_config([*TINY, *(part for k, v in changes.items() for part in (f"--{k.replace('__', '.')}", str(v)))])
+    return cfg, runs.new_state(cfg, torch.device("cpu"))
 
 
 def micro_batches(sizes, dtype=torch.float32, seed=0, size=(4, 8, 8)):
@@ -79,7 +94,7 @@ def test_micro_batches_equal_one_batch_for_a_tail_of_any_length(sizes):
     for split in ([6], sizes):
         cfg, state = tiny_state(optim__optimizer="sgd", optim__grad_clip=0)
         doubled(state)
-        result = train.train_step(cfg, state, micro_batches(split, torch.float64))
+        result = training.step.train_step(cfg, state, micro_batches(split, torch.float64))
         results.append((torch.cat([p.detach().flatten() for p in state.model.parameters()]), result.terms["loss"]))
     assert (results[0][0] - results[1][0]).abs().max() < 1e-12
     assert abs(results[0][1] - results[1][1]) < 1e-12
@@ -91,7 +106,7 @@ def test_step_equals_the_slow_version():
     reference = vae3d.VAE3D(cfg.vae)
     reference.load_state_dict(state.model.state_dict())
     optimizer = torch.optim.AdamW(reference.parameters(), cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
-    result = train.train_step(cfg, state, micro_batches([2, 1]))
+    result = training.step.train_step(cfg, state, micro_batches([2, 1]))
     total = 0
     for image, seeds, *_ in micro_batches([2, 1]):
         recon, mu, logvar = reference(image, [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -112,7 +127,7 @@ def test_clipping_happens_after_unscaling():
         cfg, state = tiny_state(optim__optimizer="sgd", optim__grad_clip=0.01)
         if scaled:
             state.scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-        result = train.train_step(cfg, state, micro_batches([1, 1]))
+        result = training.step.train_step(cfg, state, micro_batches([1, 1]))
         results.append((result.norm, torch.cat([p.detach().flatten() for p in state.model.parameters()])))
     assert abs(float(results[0][0] / results[1][0]) - 1) < 1e-5 and results[0][0] > 0.01
     assert (results[0][1] - results[1][1]).abs().max() < 1e-7
@@ -125,9 +140,9 @@ def test_a_nan_micro_batch_leaves_the_weights_as_they_were(poison):
     before, before_ema = [{k: v.clone() for k, v in m.state_dict().items()} for m in (state.model, state.emas[0])]
     window = micro_batches([1, 1, 1])
     window[1].image[0, 0, 0, 0, 0] = poison
-    result = train.train_step(cfg, state, window)
+    result = training.step.train_step(cfg, state, window)
     assert not result.updated and same(before, state.model.state_dict()) and same(before_ema, state.emas[0].state_dict())
-    assert train.train_step(cfg, state, micro_batches([1])).updated
+    assert training.step.train_step(cfg, state, micro_batches([1])).updated
 
 
 def test_autocast_step_stays_close_to_float32():
@@ -141,7 +156,7 @@ def test_autocast_step_stays_close_to_float32():
         cfg, state = tiny_state()
         state.amp_dtype = dtype
         with torch.backends.mkldnn.flags(enabled=False):
-            results.append(train.train_step(cfg, state, micro_batches([2])))
+            results.append(training.step.train_step(cfg, state, micro_batches([2])))
     assert all(t.dtype == torch.float32 for t in results[1].terms.values())
     assert abs(float(results[0].terms["loss"] / results[1].terms["loss"]) - 1) < 0.02 and results[1].updated
 
@@ -150,7 +165,7 @@ def test_ema_follows_its_formula():
     cfg, state = tiny_state(train__ema=0.5)
     before = [p.clone() for p in state.emas[0].parameters()]
     state.step = 100                                             # past the rise of the decay
-    train.train_step(cfg, state, micro_batches([1]))
+    training.step.train_step(cfg, state, micro_batches([1]))
     for old, new, live in zip(before, state.emas[0].parameters(), state.model.parameters()):
         assert (new - (0.5 * old + 0.5 * live)).abs().max() < 1e-6
 
@@ -168,7 +183,7 @@ def test_learning_rate_follows_its_formula(schedule, total):
         want = {"cosine": 1 + math.cos(math.pi * t), "cosine_restarts": 1 + math.cos(math.pi * (4 * t - int(4 * t))), "constant": 2.0,
                 "exponential": 2 * 0.1 ** t, "step": 2 * 0.1 ** int(3 * t), "plateau": 2 * 0.5}[schedule]
         want = 2.0 * (step + 1) / warm if step < warm else want
-        assert abs(train.learning_rate(o, step, total, plateau_factor=0.5) - want) < 1e-9
+        assert abs(training.order.learning_rate(o, step, total, plateau_factor=0.5) - want) < 1e-9
         assert 0 < want <= 2.0
 
 
@@ -178,34 +193,34 @@ def test_logged_rates_are_the_formula(tmp_path, epochs):
     logged = rows(tmp_path / "r", "train")
     assert len(logged) == epochs * 5                             # 3 training volumes x 3 crops = 9: four windows of 2 and one of 1
     o = OptimConfig()
-    assert [r["lr"] for r in logged] == [train.learning_rate(o, i, epochs * 5) for i in range(epochs * 5)]
+    assert [r["lr"] for r in logged] == [training.order.learning_rate(o, i, epochs * 5) for i in range(epochs * 5)]
     assert [r["epoch"] for r in logged] == [i // 5 for i in range(epochs * 5)]
 
 
 def test_plateau_counts_validations():
-    cfg = train.load_config([*TINY, "--optim.schedule", "plateau", "--optim.plateau_patience", "2", "--optim.gamma", "0.5"])
+    cfg = runs.load_config([*TINY, "--optim.schedule", "plateau", "--optim.plateau_patience", "2", "--optim.gamma", "0.5"])
     state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
     factors = []
     for loss in (1.0, 0.9, 0.95, 0.95, 0.8, 0.9, 0.9, 0.9, 0.9):
-        train.update_best(cfg, state, {"psnr": 0.0, "loss": loss})
+        training.validation.update_best(cfg, state, {"psnr": 0.0, "loss": loss})
         factors.append(state.plateau[1])
     assert factors == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
 
 
 @pytest.mark.parametrize("length,batch", [(9, 2), (9, 4), (5, 8), (8, 8), (7, 1)])
 def test_windows_cover_each_epoch_exactly(length, batch):
-    per_epoch = train.steps_per_epoch(length, batch)
-    taken = [list(train.window_of(step, length, batch)) for step in range(3 * per_epoch)]
+    per_epoch = training.order.steps_per_epoch(length, batch)
+    taken = [list(training.order.crops_of_step(step, length, batch)) for step in range(3 * per_epoch)]
     assert [i for window in taken for i in window] == list(range(3 * length))       # nothing dropped, nothing carried over an edge
     assert all(len({i // length for i in window}) == 1 for window in taken)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_a_function_of_step_alone(workers):
-    cfg = train.load_config([*TINY, "--batch", "2", "--accum", "2", "--workers", str(workers)])
+    cfg = runs.load_config([*TINY, "--batch", "2", "--accum", "2", "--workers", str(workers)])
     crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
-    whole = dict(train.step_batches(cfg, crops, range(0, 6), torch.device("cpu"), 4))
-    late = dict(train.step_batches(cfg, crops, range(4, 6), torch.device("cpu"), 4))
+    whole = dict(training.order.step_batches(cfg, crops, range(0, 6), torch.device("cpu"), 4))
+    late = dict(training.order.step_batches(cfg, crops, range(4, 6), torch.device("cpu"), 4))
     for step in late:
         for a, b in zip(whole[step], late[step], strict=True):
             assert torch.equal(a.image, b.image) and a.volumes == b.volumes and a.seeds == b.seeds
@@ -241,7 +256,7 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path):
 def test_signals_save_the_state_and_name_the_command(tmp_path, number, code, capsys, monkeypatch):
     flags = ["--steps", "6", "--train.val_every", "2"]
     assert run(*flags, out=tmp_path / "whole") == 0
-    original = train.train_step
+    original = training.step.train_step
 
     def signalled(cfg, state, batches):
         if state.step == 2:
@@ -367,14 +382,14 @@ def test_a_loss_scale_is_taken_over_only_where_both_runs_have_one(tmp_path):
     """A run of a card with bf16 goes on on one without, and the reverse: fp16's GradScaler begins anew, or is left out."""
     assert run("--steps", "2", out=tmp_path / "r") == 0
     content = load(tmp_path / "r/last.pt")
-    state = train.new_state(train.config_from(content["config"], train.TrainConfig(), "last.pt"), torch.device("cpu"))
+    state = runs.new_state(training.config.config_from(content["config"], training.config.TrainConfig(), "last.pt"), torch.device("cpu"))
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    train.restore(state, content, tmp_path / "r/last.pt")        # {}: nothing to take over
+    training.resume.restore(state, content, tmp_path / "r/last.pt")        # {}: nothing to take over
     assert state.scaler.get_scale() == 8.0 and state.step == 2
-    train.restore(state, content | {"scaler": state.scaler.state_dict() | {"scale": 2.0}}, tmp_path / "r/last.pt")
+    training.resume.restore(state, content | {"scaler": state.scaler.state_dict() | {"scale": 2.0}}, tmp_path / "r/last.pt")
     assert state.scaler.get_scale() == 2.0
     state.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    train.restore(state, content | {"scaler": torch.amp.GradScaler("cpu").state_dict()}, tmp_path / "r/last.pt")
+    training.resume.restore(state, content | {"scaler": torch.amp.GradScaler("cpu").state_dict()}, tmp_path / "r/last.pt")
 
 
 def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_anew(tmp_path, capsys, monkeypatch):
@@ -416,7 +431,7 @@ def test_signals_between_the_crops_of_validation_codebook_latents_and_pictures(t
     """At every place where a part of the loop can be left: the resumed run does that part again, and is never finished too early."""
     flags = ["--steps", "2", "--train.val_every", "2", "--vae.bottleneck", "vq", "--vae.num_codes", "8", "--train.keep", "1",
              "--train.save_every", "1", "--train.ema", "0.9,0.5"]
-    calls, original, at = [], train.stop_if_signalled, None
+    calls, original, at = [], training.run.stop_if_signalled, None
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -489,7 +504,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         process.send_signal(number)
     assert "after the step at hand" in process.stdout.readline()
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(train.SECOND_SIGNAL + 0.2)
+        process.wait(training.signals.SECOND_SIGNAL + 0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     error = process.stderr.read()
@@ -513,7 +528,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_state(name, t
                 armed.append(1)
                 running.log.file = open("/dev/full", "a") if name == "log.jsonl" else running.log.file
                 if name == "config.yaml":                        # written again when the memory dial turns
-                    train.save_config(running)
+                    training.run.save_config(running)
                 if name == "folder":
                     shutil.rmtree(out)
             step(running, number, micro_batches)
@@ -590,7 +605,7 @@ def test_soak_in_short():
 
 def test_latent_statistics_are_stored(tmp_path):
     assert run("--steps", "2", out=tmp_path / "r") == 0
-    cfg = train.load_config(TINY)
+    cfg = runs.load_config(TINY)
     crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
     best = torch.load(tmp_path / "r/best.pt", weights_only=True)
     vae = vae3d.VAE3D(cfg.vae).eval()
@@ -636,9 +651,9 @@ def test_early_stopping_keeps_and_ships_the_best_weights(tmp_path, monkeypatch):
 
 
 def test_metric_where_less_is_better():
-    cfg = train.load_config([*TINY, "--train.metric", "l1"])
+    cfg = runs.load_config([*TINY, "--train.metric", "l1"])
     state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
-    assert [train.update_best(cfg, state, {"l1": v, "loss": v}) for v in (3.0, 2.0, 2.5, math.nan, 1.0)] == [True, True, False, False, True]
+    assert [training.validation.update_best(cfg, state, {"l1": v, "loss": v}) for v in (3.0, 2.0, 2.5, math.nan, 1.0)] == [True, True, False, False, True]
 
 
 def test_one_held_out_crop_is_enough(tmp_path):
@@ -686,9 +701,9 @@ class RunsOut(TorchDispatchMode):
 
 def operations_of_a_step():
     cfg, state = tiny_state()
-    train.train_step(cfg, state, micro_batches([1, 1]))
+    training.step.train_step(cfg, state, micro_batches([1, 1]))
     with RunsOut([]) as mode:
-        train.train_step(cfg, state, micro_batches([1, 1]))
+        training.step.train_step(cfg, state, micro_batches([1, 1]))
     return mode.count
 
 
@@ -698,11 +713,11 @@ def test_out_of_memory_at_any_point_of_the_step_changes_no_result(share):
     notes, results = [], []
     for at in ([], [max(1, round(share * operations_of_a_step()))]):
         cfg, state = tiny_state(optim__grad_clip=0.1)
-        train.train_step(cfg, state, micro_batches([2, 1], seed=5))                 # so that the optimizer has moments to keep
+        training.step.train_step(cfg, state, micro_batches([2, 1], seed=5))                 # so that the optimizer has moments to keep
         window = micro_batches([1, 1])
         with RunsOut(at):
-            result = train.with_recovery(cfg, state, window[0].image.shape, notes.append,
-                                         lambda c=cfg, s=state, w=window: train.train_step(c, s, w))
+            result = training.memory.with_recovery(cfg, state, window[0].image.shape, notes.append,
+                                         lambda c=cfg, s=state, w=window: training.step.train_step(c, s, w))
         results.append((result, [p.detach().clone() for p in state.model.parameters()], cfg))
     assert len(notes) == 1 and "none -> checkpoint" in notes[0] and results[1][2].memory.mode == "checkpoint"
     assert abs(float(results[0][0].terms["loss"] - results[1][0].terms["loss"])) < 1e-6
@@ -715,9 +730,9 @@ def test_recovery_goes_down_the_whole_dial_and_then_says_what_to_do():
 
     def always_short():
         with RunsOut([1]):
-            train.train_step(cfg, state, window)
-    with pytest.raises(train.RunStopped, match="--patch"):
-        train.with_recovery(cfg, state, (1, 1, 64, 64, 64), notes.append, always_short)
+            training.step.train_step(cfg, state, window)
+    with pytest.raises(training.signals.RunStopped, match="--patch"):
+        training.memory.with_recovery(cfg, state, (1, 1, 64, 64, 64), notes.append, always_short)
     assert "none -> checkpoint" in notes[0] and "checkpoint -> tile" in notes[1] and len(notes) > 3
     assert all("-> tile" in text for text in notes[1:])
 
@@ -726,7 +741,7 @@ def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch, capsys):
     """DEFECTS 12: epoch, optimizer and effective batch are kept, the change is logged and in config.yaml, resolution is never touched."""
     flags = ["--steps", "5", "--accum", "2", "--train.val_every", "2"]
     assert run(*flags, out=tmp_path / "whole") == 0
-    original, raised = train.train_step, []
+    original, raised = training.step.train_step, []
 
     def short_of_memory(cfg, state, batches):
         if state.step == 2 and cfg.memory.mode != "tile":
@@ -742,7 +757,7 @@ def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch, capsys):
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(a, b))
     changes = rows(tmp_path / "short", "memory")
     assert [c["step"] for c in changes] == [2, 2] and "checkpoint -> tile" in changes[1]["change"]
-    saved = train.load_config(["--config", str(tmp_path / "short/config.yaml")])
+    saved = runs.load_config(["--config", str(tmp_path / "short/config.yaml")])
     assert saved.memory.mode == "tile" and saved.data.patch == (4, 8, 8) and (saved.train.batch, saved.train.accum) == (1, 2)
 
 
@@ -756,10 +771,10 @@ def test_the_choice_of_auto_is_kept_with_the_run(tmp_path):
 def test_other_errors_are_no_reason_to_turn_the_dial():
     cfg, state = tiny_state()
     with pytest.raises(RuntimeError, match="shape"):
-        train.with_recovery(cfg, state, (1, 1, 4, 8, 8), print, lambda: torch.zeros(2).view(3))
+        training.memory.with_recovery(cfg, state, (1, 1, 4, 8, 8), print, lambda: torch.zeros(2).view(3))
     cfg.memory.recover = False
     with pytest.raises(torch.OutOfMemoryError), RunsOut([1]):
-        train.with_recovery(cfg, state, (1, 1, 4, 8, 8), print, lambda: torch.zeros(2))
+        training.memory.with_recovery(cfg, state, (1, 1, 4, 8, 8), print, lambda: torch.zeros(2))
 
 
 # -------------------------------------------------------------------------------------- discriminator, codebook, further terms of the step
@@ -798,7 +813,7 @@ def test_discriminator_gradients_are_those_of_its_own_loss_alone(kind, sizes, am
         cfg, state = tiny_state(**GAN, loss__adv_loss=kind, loss__feature_matching_weight=0.5, optim__grad_clip=0, optim__optimizer="sgd")
         state.amp_dtype = torch.bfloat16 if amp else None
         disc, vae = copy.deepcopy(state.disc), copy.deepcopy(state.model)
-        train.train_step(cfg, state, micro_batches(sizes))
+        training.step.train_step(cfg, state, micro_batches(sizes))
         critic = own = 0
         for image, seeds, *_ in micro_batches(sizes):
             share = len(image) / sum(sizes)
@@ -827,7 +842,7 @@ def test_micro_batches_equal_one_batch_with_discriminator_and_codebook(split):
         cfg, state = tiny_state(**EVERYTHING, optim__optimizer="sgd", vae__codebook_restart=0.5)
         doubled(state)
         for seed in range(2):
-            train.train_step(cfg, state, micro_batches(sizes, torch.float64, seed))
+            training.step.train_step(cfg, state, micro_batches(sizes, torch.float64, seed))
             state.step += 1
         results.append([p.detach().clone() for m in (state.model, state.disc, state.lecam, *state.emas) for p in m.state_dict().values()])
         results[-1].append(state.usage)
@@ -841,9 +856,9 @@ def test_every_memory_mode_gives_the_same_step_with_all_terms(mode):
     for setting in (["none"], mode):
         cfg, state = tiny_state(**EVERYTHING, loss__adaptive_weight="true", optim__optimizer="sgd")
         doubled(state)
-        train.turn_dial(cfg, state, dataclasses.replace(cfg.memory, mode=setting[0], tile=train.convert(
+        training.memory.turn_dial(cfg, state, dataclasses.replace(cfg.memory, mode=setting[0], tile=training.config.convert(
             setting[1], tuple[int, int, int], "tile") if setting[1:] else None))
-        result = train.train_step(cfg, state, micro_batches([2, 1], torch.float64))
+        result = training.step.train_step(cfg, state, micro_batches([2, 1], torch.float64))
         results.append([*result.terms.values(), result.norm, *(p.detach() for p in state.model.parameters())])
     for a, b in zip(*results):
         assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max()), float((a - b).abs().max())
@@ -858,7 +873,7 @@ def test_terms_set_in_at_their_step_and_warm_up():
         state.step = step
         if step == 2:
             assert same(before, state.disc.state_dict())
-        terms = train.train_step(cfg, state, micro_batches([1])).terms
+        terms = training.step.train_step(cfg, state, micro_batches([1])).terms
         rest = terms["loss"] - terms["l1"] - 1e-6 * terms["kl"]
         rest -= 0.1 * min(1, step / 2) * terms.get("perceptual", 0) + 0.3 * min(1, (step - 1) / 4) * terms.get("adv", 0)
         seen.append(({"adv", "disc", "perceptual"} & terms.keys(), float(rest)))
@@ -869,14 +884,14 @@ def test_terms_set_in_at_their_step_and_warm_up():
 def test_a_nan_micro_batch_leaves_discriminator_codebook_and_averages(poison):
     """DEFECTS 10."""
     cfg, state = tiny_state(**EVERYTHING)
-    train.train_step(cfg, state, micro_batches([1, 1]))
+    training.step.train_step(cfg, state, micro_batches([1, 1]))
     parts = (state.model, state.disc, state.lecam, *state.emas)
     before, norms, usage = [{k: v.clone() for k, v in m.state_dict().items()} for m in parts], list(state.norms), state.usage.clone()
     window = micro_batches([1, 1, 1])
     window[1].image[0, 0, 0, 0, 0] = poison
-    assert not train.train_step(cfg, state, window).updated
+    assert not training.step.train_step(cfg, state, window).updated
     assert all(same(a, m.state_dict()) for a, m in zip(before, parts)) and state.norms == norms and torch.equal(usage, state.usage)
-    assert train.train_step(cfg, state, micro_batches([1])).updated
+    assert training.step.train_step(cfg, state, micro_batches([1])).updated
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -884,16 +899,16 @@ def test_out_of_memory_with_discriminator_and_codebook_changes_no_result(share):
     """DEFECTS 12, 13: the codebook and the discriminator count the repeated step once."""
     notes, results = [], []
     cfg, state = tiny_state(**EVERYTHING)
-    train.train_step(cfg, state, micro_batches([1, 1]))
+    training.step.train_step(cfg, state, micro_batches([1, 1]))
     with RunsOut([]) as mode:
-        train.train_step(cfg, state, micro_batches([1, 1]))
+        training.step.train_step(cfg, state, micro_batches([1, 1]))
     for at in ([], [round(share * mode.count)]):
         cfg, state = tiny_state(**EVERYTHING)
-        train.train_step(cfg, state, micro_batches([2, 1], seed=5))
+        training.step.train_step(cfg, state, micro_batches([2, 1], seed=5))
         window = micro_batches([1, 1])
         with RunsOut(at):
-            train.with_recovery(cfg, state, window[0].image.shape, notes.append,
-                                lambda c=cfg, s=state, w=window: train.train_step(c, s, w))
+            training.memory.with_recovery(cfg, state, window[0].image.shape, notes.append,
+                                lambda c=cfg, s=state, w=window: training.step.train_step(c, s, w))
         results.append([p.detach().clone() for m in (state.model, state.disc, state.lecam) for p in m.state_dict().values()])
     assert len(notes) == 1
     assert max(float((a - b).abs().max()) for a, b in zip(*results)) < 1e-5
@@ -907,12 +922,12 @@ def test_batch_norm_statistics_survive_nan_and_count_a_repeated_step_once():
     cfg, state, window = seg_state()
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     window[0].image[0, 0, 0, 0, 0] = math.nan
-    assert not train.train_step(cfg, state, window).updated and same(before, state.model.state_dict())
+    assert not training.step.train_step(cfg, state, window).updated and same(before, state.model.state_dict())
     results, notes = [], []
     for at in ([], [150]):
         cfg, state, window = seg_state()
         with RunsOut(at):
-            train.with_recovery(cfg, state, window[0].image.shape, notes.append, lambda c=cfg, s=state, w=window: train.train_step(c, s, w))
+            training.memory.with_recovery(cfg, state, window[0].image.shape, notes.append, lambda c=cfg, s=state, w=window: training.step.train_step(c, s, w))
         results.append(state.model.state_dict())
     assert len(notes) == 1 and {int(v) for k, v in results[1].items() if k.endswith("num_batches_tracked")} == {2}
     assert max(float((a.double() - b.double()).abs().max()) for a, b in zip(*(r.values() for r in results))) < 1e-5
@@ -923,16 +938,16 @@ def test_out_of_memory_inside_the_update_stops_or_changes_nothing(share):
     """DEFECTS 12: an update of which a part is written cannot be repeated."""
     cfg, state = tiny_state(**EVERYTHING)
     with RunsOut([]) as mode:
-        train.train_step(cfg, state, micro_batches([1, 1]))
+        training.step.train_step(cfg, state, micro_batches([1, 1]))
     results = []
     for at in ([], [round(share * mode.count)]):
         cfg, state = tiny_state(**EVERYTHING)
         window = micro_batches([1, 1])
         try:
             with RunsOut(at):
-                train.with_recovery(cfg, state, window[0].image.shape, lambda text: None,
-                                    lambda c=cfg, s=state, w=window: train.train_step(c, s, w))
-        except train.RunStopped as stop:
+                training.memory.with_recovery(cfg, state, window[0].image.shape, lambda text: None,
+                                    lambda c=cfg, s=state, w=window: training.step.train_step(c, s, w))
+        except training.signals.RunStopped as stop:
             assert "while the weights were being updated" in str(stop)
             return
         results.append([p.detach().clone() for m in (state.model, state.disc, state.lecam) for p in m.state_dict().values()])
@@ -943,20 +958,20 @@ def test_stage_1_with_a_gradient_scaler_and_nothing_to_scale():
     cfg, state = tiny_state(vae__bottleneck="vq", vae__num_codes=8, train__stage=1)
     state.scaler = torch.amp.GradScaler("cpu")
     codes = state.model.quantizer.codebook.clone()
-    assert train.train_step(cfg, state, micro_batches([1, 1])).updated and not torch.equal(codes, state.model.quantizer.codebook)
+    assert training.step.train_step(cfg, state, micro_batches([1, 1])).updated and not torch.equal(codes, state.model.quantizer.codebook)
 
 
 def test_two_optimizers_share_a_gradient_scaler():
     """An overflow in the discriminator alone skips both, and halves the scale."""
     cfg, state = tiny_state(**GAN)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    assert train.train_step(cfg, state, micro_batches([1])).updated
+    assert training.step.train_step(cfg, state, micro_batches([1])).updated
     parts = (state.model, state.disc)
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in parts]
     hook = state.disc.logits.weight.register_hook(lambda grad: grad * math.inf)
-    assert not train.train_step(cfg, state, micro_batches([1])).updated and state.scaler.get_scale() == 512
+    assert not training.step.train_step(cfg, state, micro_batches([1])).updated and state.scaler.get_scale() == 512
     hook.remove()
-    assert all(same(a, m.state_dict()) for a, m in zip(before, parts)) and train.train_step(cfg, state, micro_batches([1])).updated
+    assert all(same(a, m.state_dict()) for a, m in zip(before, parts)) and training.step.train_step(cfg, state, micro_batches([1])).updated
 
 
 def test_master16_keeps_a_learned_codebook():
@@ -964,8 +979,8 @@ def test_master16_keeps_a_learned_codebook():
                             vae__codebook_restart=0)
     state.model.quantizer.fit(torch.randn(64, 4) + 3, "kmeans", torch.Generator().manual_seed(0))
     fitted = state.model.quantizer.codebook.detach().clone()
-    assert torch.equal(train.full_weights(state)["quantizer.codebook"], fitted)
-    train.train_step(cfg, state, micro_batches([1]))
+    assert torch.equal(training.resume.full_weights(state)["quantizer.codebook"], fitted)
+    training.step.train_step(cfg, state, micro_batches([1]))
     assert 0 < (state.model.quantizer.codebook - fitted).detach().abs().max() < 0.1
 
 
@@ -987,7 +1002,7 @@ def test_a_codebook_from_data_is_kept_by_the_first_steps():
 
 def test_scales_that_fall_below_one_are_no_overflow(tmp_path, monkeypatch):
     """A gradient that is never finite stops a 16-bit run too."""
-    original = train.new_state
+    original = runs.new_state
 
     def poisoned(*args):
         state = original(*args)
@@ -1049,7 +1064,7 @@ def test_resume_is_exact_with_everything_on(tmp_path, monkeypatch):
     """Kill in the middle of an epoch: codes, usage, clipping norms, averages, discriminator and LeCam anchors go on to the bit."""
     flags = [*flags_of(EVERYTHING), "--steps", "11", "--accum", "2", "--train.save_every", "4", "--train.val_every", "3"]
     assert run(*flags, out=tmp_path / "whole") == 0
-    original = train.train_step
+    original = training.step.train_step
 
     def killed(cfg, state, batches):
         if state.step == 6:
@@ -1068,23 +1083,23 @@ def test_resume_is_exact_with_everything_on(tmp_path, monkeypatch):
 
 
 def test_codebook_use_is_counted_over_an_epoch():
-    use = train.codebook_use(torch.tensor([2, 2, 0, 4]))
+    use = training.log.codebook_use(torch.tensor([2, 2, 0, 4]))
     assert use["codebook_usage"] == 0.75
     assert use["perplexity"] == pytest.approx(2 ** (2 * 0.25 * 2 + 0.5 * 1))
-    assert train.codebook_use(torch.full((512,), 3))["perplexity"] == pytest.approx(512)
+    assert training.log.codebook_use(torch.full((512,), 3))["perplexity"] == pytest.approx(512)
 
 
 def test_adaptive_clipping_follows_the_percentile_of_the_last_norms():
     o = OptimConfig(grad_clip=2.0, clip_percentile=95, clip_window=5)
-    assert train.clip_threshold(o, [0.1] * 4) == 2.0
+    assert training.step.clip_threshold(o, [0.1] * 4) == 2.0
     norms = [0.5, 0.1, 0.2, 0.3, 0.4]
-    assert train.clip_threshold(o, norms) == pytest.approx(0.48)
-    assert train.clip_threshold(o, [9.0] * 5) == 2.0 and train.clip_threshold(OptimConfig(grad_clip=0), norms) == math.inf
+    assert training.step.clip_threshold(o, norms) == pytest.approx(0.48)
+    assert training.step.clip_threshold(o, [9.0] * 5) == 2.0 and training.step.clip_threshold(OptimConfig(grad_clip=0), norms) == math.inf
     cfg, state = tiny_state(optim__grad_clip=1e9, optim__clip_percentile=50, optim__clip_window=3, optim__optimizer="sgd", optim__lr=0)
     seen = []
     for seed in range(5):
-        threshold = train.clip_threshold(cfg.optim, state.norms)
-        result = train.train_step(cfg, state, micro_batches([1], seed=seed))
+        threshold = training.step.clip_threshold(cfg.optim, state.norms)
+        result = training.step.train_step(cfg, state, micro_batches([1], seed=seed))
         seen.append(float(result.norm))
         assert float(gradients(state.model).norm()) == pytest.approx(min(seen[-1], threshold), rel=1e-4)
     assert state.norms == seen[-3:]
@@ -1093,7 +1108,7 @@ def test_adaptive_clipping_follows_the_percentile_of_the_last_norms():
 def test_several_averages_follow_their_rates():
     cfg, state = tiny_state(train__ema="0.5,0.05")
     start = [p.detach().clone() for p in state.model.parameters()]
-    train.train_step(cfg, state, micro_batches([1]))
+    training.step.train_step(cfg, state, micro_batches([1]))
     for ema, decay in zip(state.emas, (0.1, 0.05)):              # the first is held to (1 + step) / (10 + step) at the start
         for old, new, live in zip(start, ema.parameters(), state.model.parameters()):
             torch.testing.assert_close(new, decay * old + (1 - decay) * live)
@@ -1102,14 +1117,14 @@ def test_several_averages_follow_their_rates():
 def test_master16_steps_like_float32_and_skips_overflows(tmp_path):
     plain, halved = tiny_state(), tiny_state(train__precision="master16")
     for seed in range(3):
-        results = [train.train_step(*pair, micro_batches([1, 1], seed=seed)) for pair in (plain, halved)]
+        results = [training.step.train_step(*pair, micro_batches([1, 1], seed=seed)) for pair in (plain, halved)]
     assert abs(float(results[0].terms["loss"] - results[1].terms["loss"])) < 5e-3
     assert abs(float(results[0].norm / results[1].norm) - 1) < 0.03
     state = halved[1]
     assert {p.dtype for p in state.model.parameters()} == {torch.float16} and state.log_scale == pytest.approx(16.003)
     before = [m.detach().clone() for m in state.masters]
     state.log_scale = 40.0
-    assert not train.train_step(*halved, micro_batches([1])).updated and state.log_scale == 39.0
+    assert not training.step.train_step(*halved, micro_batches([1])).updated and state.log_scale == 39.0
     assert all(torch.equal(a, b) for a, b in zip(before, state.masters))
     flags = ["--train.precision", "master16", "--train.save_every", "2"]
     assert run(*flags, "--steps", "4", out=tmp_path / "whole") == 0
@@ -1175,7 +1190,7 @@ def test_every_field_of_the_loss_changes_the_step(change):
         fields = {"disc_layers": 1, "disc_channels": 4, "disc_strides": "1,2,2", **fields}
         cfg, state = tiny_state(data__patch="6,8,8", **{f"loss__{k}": v for k, v in fields.items()})
         for seed in range(2):
-            train.train_step(cfg, state, micro_batches([1, 1], seed=seed, size=(6, 8, 8)))
+            training.step.train_step(cfg, state, micro_batches([1, 1], seed=seed, size=(6, 8, 8)))
             state.step += 1
         return [round(float(v.detach().double().sum()), 9) for m in (state.model, state.disc) if m is not None for v in m.parameters()]
     *needed, _ = change
@@ -1237,7 +1252,7 @@ def test_segmentation_learns_validates_and_resumes_to_the_bit(tmp_path):
 
 
 def test_segmentation_recovers_from_out_of_memory(tmp_path, monkeypatch):
-    original = train.train_step
+    original = training.step.train_step
 
     def short_of_memory(cfg, state, batches):
         if state.step == 1 and cfg.memory.mode == "none":
@@ -1269,7 +1284,7 @@ def test_validation_and_prediction_agree_on_volumes_below_and_above_the_crop(tmp
         out = tmp_path / size
         assert run(*SEG, "--data.synthetic_size", size, "--steps", "20", "--train.val_whole", "--train.val_every", "20", out=out) == 0
         checkpoint = predict.load_network(out / "last.pt", device="cpu")
-        cfg = train.load_config(["--config", str(out / "config.yaml")])
+        cfg = runs.load_config(["--config", str(out / "config.yaml")])
         dataset = data.open_data(dataclasses.replace(cfg.data, labels=True), 0, lambda text: None)
         counts = 0
         for crop in data.WholeVolumes(dataset):
@@ -1281,22 +1296,22 @@ def test_validation_and_prediction_agree_on_volumes_below_and_above_the_crop(tmp
 
 
 def test_dice_that_ties_or_is_undefined_is_decided_by_the_loss():
-    cfg = train.load_config([*TINY, "--task", "seg"])
+    cfg = runs.load_config([*TINY, "--task", "seg"])
     state = types.SimpleNamespace(step=1, best=None, best_loss=math.inf, bad_validations=0, plateau=(math.inf, 1.0, 0))
-    results = [train.update_best(cfg, state, {"dice": d, "loss": v}) for d, v in
+    results = [training.validation.update_best(cfg, state, {"dice": d, "loss": v}) for d, v in
                ((math.nan, 3.0), (math.nan, 2.0), (math.nan, 2.5), (0.0, 9.0), (0.0, 1.0), (math.nan, 0.5), (0.1, 5.0))]
     assert results == [True, True, False, True, True, False, True]
 
 
 def test_deep_supervision_below_the_stride_sees_the_label_that_the_network_saw(tmp_path):
-    cfg = train.load_config([*TINY, "--task", "seg", "--unet.channels", "4,8,8,8", "--unet.deep_supervision", "1", "--patch", "4,16,16"])
+    cfg = runs.load_config([*TINY, "--task", "seg", "--unet.channels", "4,8,8,8", "--unet.deep_supervision", "1", "--patch", "4,16,16"])
     seen = []
     label = torch.arange(4).view(1, 4, 1, 1).expand(1, 4, 16, 16)
     out = train.unet.UNetOutput(torch.zeros(1, 2, 4, 16, 16), (torch.zeros(1, 2, 4, 8, 8),))
     original = losses.segmentation_loss
     losses.segmentation_loss = lambda logits, y, *options: seen.append(y) or original(logits, y.clamp(0, 1), *options)
     try:
-        train.segmentation_terms(cfg, out, label)
+        tasks.seg.segmentation_terms(cfg, out, label)
     finally:
         losses.segmentation_loss = original
     assert seen[1][0, :, 0, 0].tolist() == [0, 2, 3, 3]          # 0 1 2 3 3 3 3 3, every other one
@@ -1318,23 +1333,23 @@ def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys,
     text = capsys.readouterr().out
     assert "predicted peak of a step on cuda" in text.splitlines()[-1] and not list(tmp_path.iterdir())
     (tmp_path / "c.yaml").write_text(text)
-    assert train.load_config(["--config", "c.yaml"]).vae.base_channels == 4
+    assert runs.load_config(["--config", "c.yaml"]).vae.base_channels == 4
 
 
 def test_fit_takes_the_cheapest_settings_that_fit(capsys):
-    cfg = train.load_config(["--patch", "32,64,64", "--batch", "1"])
+    cfg = runs.load_config(["--patch", "32,64,64", "--batch", "1"])
     device = torch.device("cpu")
     peaks = {}
     for mode in ("none", "checkpoint"):
         cfg.memory.mode = mode
-        peaks[mode] = train.peaks.predict(lambda d: train.make_step(cfg, d), device).bytes / 2 ** 30 / 0.9
-    assert train.fit(cfg, device, f"{peaks['none'] + 0.01}", print).mode == "none"
-    assert train.fit(cfg, device, f"{peaks['none'] - 0.01}", print).mode == "checkpoint"
-    assert train.fit(cfg, device, f"{peaks['checkpoint'] * 0.8}", print).mode == "tile"
+        peaks[mode] = train.peaks.predict(lambda d: runs.make_step(cfg, d), device).bytes / 2 ** 30 / 0.9
+    assert training.fit.fit(cfg, device, f"{peaks['none'] + 0.01}", print).mode == "none"
+    assert training.fit.fit(cfg, device, f"{peaks['none'] - 0.01}", print).mode == "checkpoint"
+    assert training.fit.fit(cfg, device, f"{peaks['checkpoint'] * 0.8}", print).mode == "tile"
     with pytest.raises(ValueError, match="nothing fits: the least is tile"):
-        train.fit(cfg, device, "0.001", print)
+        training.fit.fit(cfg, device, "0.001", print)
     with pytest.raises(ValueError, match="--fit 16"):
-        train.fit(cfg, device, "free", print)
+        training.fit.fit(cfg, device, "free", print)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- configuration
@@ -1342,12 +1357,12 @@ def test_fit_takes_the_cheapest_settings_that_fit(capsys):
 def test_later_beats_earlier(tmp_path):
     (tmp_path / "c.yaml").write_text("preset: base\nvae: {num_res_blocks: 3}\noptim: {lr: 1e-4, weight_decay: 2e-2}\n"
                                      "data: {patch: [8, 16, 24]}\n")
-    cfg = train.load_config(["--config", str(tmp_path / "c.yaml"), "--optim.lr", "5e-4", "--vae.strides", "1,1,2;2,2,1", "--amp",
+    cfg = runs.load_config(["--config", str(tmp_path / "c.yaml"), "--optim.lr", "5e-4", "--vae.strides", "1,1,2;2,2,1", "--amp",
                              "--accum=8"])
     assert cfg.vae.base_channels == 32 and cfg.vae.num_res_blocks == 3 and cfg.vae.strides == ((1, 1, 2), (2, 2, 1))
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.data.patch, cfg.train.amp, cfg.train.accum) == (5e-4, 2e-2, (8, 16, 24), True, 8)
-    (tmp_path / "again.yaml").write_text(train.to_yaml(cfg))
-    assert train.load_config(["--config", str(tmp_path / "again.yaml")]) == cfg
+    (tmp_path / "again.yaml").write_text(training.config.to_yaml(cfg))
+    assert runs.load_config(["--config", str(tmp_path / "again.yaml")]) == cfg
 
 
 @pytest.mark.parametrize("flags,says", [
@@ -1371,7 +1386,7 @@ def test_bad_usage_is_one_line_and_exit_2(flags, says, capsys, tmp_path, monkeyp
 def test_bad_yaml_is_one_line(text, says, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=None) as error:
-        train.load_config(["--config", str(tmp_path / "c.yaml")])
+        runs.load_config(["--config", str(tmp_path / "c.yaml")])
     assert says in str(error.value)
 
 
@@ -1381,8 +1396,8 @@ def test_every_config_and_preset_loads_builds_and_takes_a_step():
     assert files
     presets = [["--task", task, "--preset", name] for task, names in train.TASKS.items() for name in names]
     for argv in [["--config", str(f)] for f in files] + presets:
-        cfg = train.load_config([*argv, "--patch", "8,24,24", "--batch", "1", "--accum", "1", "--device", "cpu"])
-        result = train.make_step(cfg, "cpu")()
+        cfg = runs.load_config([*argv, "--patch", "8,24,24", "--batch", "1", "--accum", "1", "--device", "cpu"])
+        result = runs.make_step(cfg, "cpu")()
         assert result.updated, argv
 
 
@@ -1399,19 +1414,19 @@ def test_every_flag_has_a_comment_for_its_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     assert stop.value.code == 0 and "--optim.lr" in capsys.readouterr().out
-    for section in train.SECTIONS:
-        comments = train.field_comments(section.default_factory)
+    for section in training.config.SECTIONS:
+        comments = training.flags.field_comments(section.default_factory)
         missing = [f.name for f in dataclasses.fields(section.default_factory) if not comments.get(f.name)]
         assert not missing, f"{section.name}: {missing} have no comment beside them"
 
 
 def test_every_flag_value_round_trips_through_its_type():
     """convert() accepts what str() of a default gives, for every field of every section."""
-    for section in train.SECTIONS:
+    for section in training.config.SECTIONS:
         hints = typing.get_type_hints(section.default_factory)
         for f in dataclasses.fields(section.default_factory):
             default = getattr(section.default_factory(), f.name)
-            assert train.convert(json.loads(json.dumps(default)), hints[f.name], f.name) == default
+            assert training.config.convert(json.loads(json.dumps(default)), hints[f.name], f.name) == default
 
 
 # --------------------------------------------------------------------------------------------- backend settings, pictures, other services
@@ -1420,14 +1435,14 @@ def test_allocator_settings_come_before_cuda_or_are_said_to_be_late(monkeypatch)
     """DEFECTS 14."""
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cfg = train.load_config(["--memory.max_split_size_mb", "128"])
+    cfg = runs.load_config(["--memory.max_split_size_mb", "128"])
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "not applied" in train.set_backend(cfg)[0] and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert "not applied" in training.devices.set_backend(cfg)[0] and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    assert "is kept" in train.set_backend(cfg)[0]
+    assert "is kept" in training.devices.set_backend(cfg)[0]
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    train.set_backend(cfg)
+    training.devices.set_backend(cfg)
     assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True,max_split_size_mb:128"
 
 
@@ -1440,14 +1455,14 @@ def test_wait_policy_is_set_before_torch_loads():
 
 def test_amp_without_native_bf16_says_so(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert train.pick_precision(True, torch.device("cpu")) == (None, "float32: --amp is off, this CPU has no native bf16")
+    assert training.devices.pick_precision(True, torch.device("cpu")) == (None, "float32: --amp is off, this CPU has no native bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(train, "cpu_bf16_is_right", lambda: False)
-    assert train.pick_precision(True, torch.device("cpu")) == (
+    assert training.devices.pick_precision(True, torch.device("cpu")) == (
         None, "float32: --amp is off, bf16 convolutions give wrong gradients on this CPU")
     monkeypatch.setattr(train, "cpu_bf16_is_right", lambda: True)
-    assert train.pick_precision(True, torch.device("cpu"))[0] is torch.bfloat16
-    assert train.pick_precision(True, torch.device("cuda"))[0] is torch.bfloat16
+    assert training.devices.pick_precision(True, torch.device("cpu"))[0] is torch.bfloat16
+    assert training.devices.pick_precision(True, torch.device("cuda"))[0] is torch.bfloat16
 
 
 def test_tensorboard_and_wandb_receive_scalars_pictures_and_histograms(tmp_path, monkeypatch):
