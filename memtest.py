@@ -76,16 +76,16 @@ def gib_text(value: float | None) -> str:
     return f"{value:.3g}" if value < 0.1 else f"{value:.2f}"
 
 
-def fill(row: Row, cfg: TrainConfig, task: Task, device: str, measured: bool) -> Row:
+def fill(row: Row, make_step: MakeStep, device: str, measured: bool) -> Row:
     """Predict the row and, when asked, run it. A step that fails makes a row that says so: the others are
     worth having.
     """
     for quantity in ("prediction", "measurement")[:1 + measured]:
         try:
             if quantity == "prediction":
-                row.predicted_gib = fit.predicted(cfg, task, device).bytes / GIB
+                row.predicted_gib = peaks.predict(make_step, device).bytes / GIB
             else:
-                found = peaks.measure(lambda d: fit.make_step(cfg, task, d), torch.device(device))
+                found = peaks.measure(make_step, torch.device(device))
                 allocated, reserved, row.step_seconds = found
                 row.measured_gib, row.reserved_gib = allocated / GIB, reserved and reserved / GIB
         except Exception as error:  # whatever the step may raise; the row carries it
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_backend(cfg)
     task = of(TASKS, cfg)
     if own.one:
-        row = fill(new_row(cfg, task), cfg, task, device, measured)
+        row = fill(new_row(cfg, task), lambda d: fit.make_step(cfg, task, d), device, measured)
         print(json.dumps(dataclasses.asdict(row)))
         return 0 if row.predicted_gib is not None else 1
     rows = table(cfg, task, device, measured, budget)
@@ -291,7 +291,7 @@ def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: flo
                 words = ["--config", str(path), "--device", device, "--measure"]
                 row = dataclasses.replace(row, **in_process(words))
         else:
-            fill(row, chosen, task, device, False)
+            fill(row, lambda d, chosen=chosen: fit.make_step(chosen, task, d, rehearsal=True), device, False)
         if budget and row.predicted_gib is not None:
             row.fits = row.predicted_gib * GIB <= budget * (1 - SPARE)
         rows.append(row)

@@ -46,7 +46,6 @@ import torch
 import data
 import pictures
 from data import DataError
-from standin_origin import save, write_result, write_volume
 from tasks import TASKS
 from training import evaluation, jobs, latents, report
 from training.cases import Case, label_of, read_case
@@ -58,6 +57,7 @@ from training.jobs import Job
 from training.order import seed_of
 from training.ready import BUDGET, Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
+from training.source_grid import save, write_result, write_volume
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed

@@ -322,11 +322,13 @@ def count(network: torch.nn.Module) -> int:
 def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
     """Steps, and what is due between them. Returns the signal that stopped it, 0 for none."""
     cfg, state = run.cfg, run.state
+    # First what a run begins with; stopped here, it has nothing to save.
+    if not has_codebook:
+        state.task.start(run)
+    ranks.take_from_first(tensors_of(state))
+
     try:
-        # First what comes before a step: at step 0, and what a stopped run left undone.
-        if not has_codebook:
-            state.task.start(run)
-        ranks.take_from_first(tensors_of(state))
+        # Then what is due before a step: at step 0, and what a stopped run left undone.
         replaced = is_resumed and state.best is not None and check_best(run)
         if (settle(run) or replaced) and ranks.first():
             save_last(run)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 import training.flags
 import training.signals
+from tasks import TASKS  # noqa: E402
 
 FLAGS = ("--vae.base_channels 4 --vae.bottleneck vq --vae.num_codes 16 --data.synthetic_count 4 --data.synthetic_size 8,16,16 "
          "--patch 4,8,8 --data.crops_per_volume 3 --train.val_crops 2 --train.latent_crops 2 --device cpu --batch 1 --train.save_every 1 "
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--commands", type=int, default=10)      # every so many starts is a real command; 0: none
     options = parser.parse_args()
-    training.flags.build_parser()                                         # 0.4 s of reading sources, kept for the forks
+    training.flags.build_parser(TASKS)                                         # 0.4 s of reading sources, kept for the forks
     rng, began, starts, runs = random.Random(options.seed), time.monotonic(), 0, 0
     counts, codes = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as name:

@@ -17,6 +17,8 @@ import train
 import training.facts
 import training.foreign
 import weights
+from tasks import TASKS
+from training.task import of
 from vae3d import VAEConfig
 
 TINY = [
@@ -74,7 +76,7 @@ def test_training_starts_at_their_loss_and_goes_on_without_the_file(layout, low,
     assert train.main(argv) == 0
     assert f"init: a {layout} network; it is given {low} to 1" in capsys.readouterr().out
     cfg = runs.load_config(argv)
-    dataset = training.facts.open_data(cfg, lambda text: None)
+    dataset = training.facts.open_data(cfg, of(TASKS, cfg), lambda text: None)[1]
     rows = []
     for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
         x = turned((crop.image[None] + 1) * (high - low) / 2 + low)

@@ -19,6 +19,9 @@ import pictures
 import train
 import vae3d
 from peaks import GIB
+from tasks import TASKS
+from training import fit
+from training.task import of
 
 KEYS = [
     "preset",
@@ -38,7 +41,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens
 
 
 def test_what_depends_on_data_is_an_error_of_the_row_not_a_traceback():
-    row = memtest.new_row(runs.load_config([]))
+    cfg = runs.load_config([])
+    row = memtest.new_row(cfg, of(TASKS, cfg))
     row = memtest.fill(row, lambda device: lambda: torch.ones(3, device=device).nonzero(), "cuda", False)
     assert row.predicted_gib is None and "nonzero" in row.error
     row = memtest.fill(row, lambda device: lambda: torch.ones(1), "cpu", True)
@@ -55,9 +59,9 @@ def quick(monkeypatch):
         )
         return types.SimpleNamespace(bytes=10 ** 7 + per_voxel * math.prod(cfg.data.patch) * cfg.train.batch)
     monkeypatch.setattr(peaks, "predict", formula)
-    monkeypatch.setattr(train, "tile_plans", lambda vae, size, batch, dtype: [types.SimpleNamespace(
+    monkeypatch.setattr(fit, "tile_plans", lambda vae, size, batch, dtype: [types.SimpleNamespace(
         tile=(64, 64, 64), stretch="1", peak_bytes=15 * math.prod(size) * batch)])
-    monkeypatch.setattr(train, "make_step", lambda cfg, device: cfg)
+    monkeypatch.setattr(fit, "make_step", lambda cfg, task, device, rehearsal=False: cfg)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -10,9 +10,9 @@ from predictions import REAL, ct_file, needs_real, oriented, same_grid, use
 
 import data
 from data import DataConfig, Intensity, Item
-from standin_origin import Origin, in_stored_type, to_source_grid, write_result
 from training.cases import read_case
 from training.jobs import ending_of_result, make_jobs
+from training.source_grid import Origin, in_stored_type, to_source_grid, write_result
 
 
 def reader(channels):

@@ -12,9 +12,9 @@ import numpy as np
 
 import data
 from data import DataError, Intensity
-from standin_origin import Origin, origin_of
 from training.console import clear_line
 from training.ready import Ready
+from training.source_grid import Origin, origin_of
 
 
 class Case(NamedTuple):

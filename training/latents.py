@@ -25,10 +25,10 @@ import numpy as np
 
 import data
 from data import DataError, Intensity
-from standin_origin import Origin, save
 from training.cases import Case
 from training.console import line_of
 from training.ready import Ready
+from training.source_grid import Origin, save
 
 ENDING = "_latent.npz"                                           # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds

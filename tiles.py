@@ -1,1 +1,0 @@
-from vae3d import is_out_of_memory, together
