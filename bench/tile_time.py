@@ -19,17 +19,22 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import runs
 import torch  # noqa: E402
 
 import peaks  # noqa: E402
 import train  # noqa: E402
-import training.config
-import training.memory
+import training.config  # noqa: E402
+import training.memory  # noqa: E402
+import vae3d  # noqa: E402
+from tasks import TASKS  # noqa: E402
+from training.fit import make_step  # noqa: E402
+from training.flags import load_config  # noqa: E402
+from training.memory import begin  # noqa: E402
+from training.task import of  # noqa: E402
 
 
 def config(preset: str, size: str, memory: list[str]) -> training.config.TrainConfig:
-    return runs.load_config(["--preset", preset, "--patch", size, "--batch", "1", "--device", "cpu", *memory])
+    return load_config(["--preset", preset, "--patch", size, "--batch", "1", "--device", "cpu", *memory], TASKS)
 
 
 def seconds(step) -> float:
@@ -46,8 +51,8 @@ def main() -> int:
     parser.add_argument("--json", help="write the rows")
     options = parser.parse_args()
     base = config(options.preset, options.size, ["--memory.mode", "checkpoint"])
-    base_step, cpu = runs.make_step(base, "cpu"), torch.device("cpu")
-    peak = peaks.predict(lambda d: runs.make_step(base, d), cpu).bytes / peaks.GIB
+    base_step, cpu = make_step(base, of(TASKS, base), "cpu"), torch.device("cpu")
+    peak = peaks.predict(lambda d: make_step(base, of(TASKS, base), d), cpu).bytes / peaks.GIB
     base_step()                                                  # warm-up
     rows = [{"setting": "checkpoint", "predicted_gib": peak, "ratio": 1.0}]
     settings = [("auto for half of it", ["--memory.budget", str(peak / 2)])]
@@ -55,12 +60,12 @@ def main() -> int:
                  for levels in (1, 2) for n in (48, 64)]
     for name, memory in settings:
         cfg = config(options.preset, options.size, ["--memory.mode", "tile", *memory])
-        step = runs.make_step(cfg, "cpu")
+        step = make_step(cfg, of(TASKS, cfg), "cpu")
         step()
         pairs = [(seconds(base_step), seconds(step)) for _ in range(options.pairs)]
-        plan = training.memory.set_dial(train.VAE3D(cfg.vae), cfg.memory).tile_plan(cfg.data.patch, 1, torch.float32)
+        plan = training.memory.set_dial(vae3d.VAE3D(cfg.vae), cfg.memory).tile_plan(cfg.data.patch, 1, torch.float32)
         rows.append({"setting": name, "tile": plan.tile, "stretch": plan.stretch, "estimated_ratio": plan.work,
-                     "predicted_gib": peaks.predict(lambda d, cfg=cfg: runs.make_step(cfg, d), cpu).bytes / peaks.GIB,
+                     "predicted_gib": peaks.predict(lambda d, cfg=cfg: make_step(cfg, of(TASKS, cfg), d), cpu).bytes / peaks.GIB,
                      "ratio": statistics.median(b / a for a, b in pairs), "pairs": pairs})
     for row in rows:
         print(f"{row['setting']:22} {row['predicted_gib']:6.3f} GiB  ratio {row['ratio']:.2f}"

@@ -19,6 +19,7 @@ steps as MONAI's seconds pay for. Held-out crops are reconstructed from the mean
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -32,14 +33,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import runs
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import training.config
-import training.devices
-import training.order
-import training.step
+import training.config  # noqa: E402
+import training.devices  # noqa: E402
+import training.order  # noqa: E402
+import training.step  # noqa: E402
+from tasks import TASKS  # noqa: E402
+from training.fit import make_step  # noqa: E402
+from training.flags import load_config  # noqa: E402
+from training.memory import begin  # noqa: E402
+from training.task import of  # noqa: E402
 
 try:
     import monai  # noqa: E402
@@ -87,21 +92,21 @@ def config(
         "memory.mode": mode,
         **more,
     }
-    return runs.load_config([word for name, value in flags.items() for word in (f"--{name}", value)])
+    return load_config([word for name, value in flags.items() for word in (f"--{name}", value)], TASKS)
 
 
 def our_step(
     cfg: training.config.TrainConfig, dtype: torch.dtype | None, vae_config: vae3d.VAEConfig | None = None
 ) -> peaks.MakeStep:
-    """runs.make_step; dtype: of autocast, whatever `--amp` would choose on this machine.
+    """training.fit.make_step; dtype: of autocast, whatever `--amp` would choose on this machine.
 
     vae_config: in place of the preset.
     """
     if vae_config is not None:
-        cfg = train.dataclasses.replace(cfg, vae=vae_config)
+        cfg = dataclasses.replace(cfg, vae=vae_config)
 
     def make(device: torch.device) -> Step:
-        state = runs.new_state(cfg, device)
+        state = begin(cfg, of(TASKS, cfg), device)
         state.amp_dtype = dtype
         batch = training.order.MicroBatch(
             training.devices.to_device(torch.randn(cfg.train.batch, 1, *cfg.data.patch), device),
@@ -289,7 +294,7 @@ def race(
         training.devices.to_device(crop.image[None], device)[0]
         for crop in data.val_crops(dataset, cfg.train.seed, val_crops)
     ]
-    theirs, ours = Theirs(name, cfg, device, dtype), runs.new_state(cfg, device)
+    theirs, ours = Theirs(name, cfg, device, dtype), begin(cfg, of(TASKS, cfg), device)
     ours.amp_dtype = dtype
     spent, curve = {"theirs": [], "ours": []}, []
     for step, micro in batches(cfg, crops, steps, device):
@@ -313,7 +318,7 @@ def race(
                 flush=True,
             )
     time_ratio = ratio(spent["ours"][2:], spent["theirs"][2:])
-    longer, equal, spent["equal"] = round(steps / time_ratio), runs.new_state(cfg, device), []
+    longer, equal, spent["equal"] = round(steps / time_ratio), begin(cfg, of(TASKS, cfg), device), []
     equal.amp_dtype = dtype
     for step, micro in batches(cfg, crops, longer, device):
         set_rate(equal.optimizer, cfg, step, longer)

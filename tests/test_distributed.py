@@ -1,6 +1,7 @@
 """Many processes against one: training.ranks.py, what train.py makes of it, the shared cache, config/slurm.sh. Real gloo processes on the CPU."""
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import math
@@ -23,8 +24,11 @@ import data
 import tasks.vae
 import train
 import training.devices
+import training.memory
+import training.order
 import training.ranks
 import training.step
+import training.validation
 import vae3d
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +43,8 @@ def session(flags, out, double=False, spoil=None):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         if double:
             original = training.devices.to_device
-            patch.setattr(train, "to_device", lambda image, device: original(image.double(), device))
+            for room in (training.order, training.validation, tasks.vae):
+                patch.setattr(room, "to_device", lambda image, device: original(image.double(), device))
             torch.set_default_dtype(torch.float64)
         try:
             if spoil is not None:
@@ -127,7 +132,7 @@ def runs_out_once(patch, rank):
             raised.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         return original(cfg, state, *rest)
-    patch.setattr(train, "objective", objective)
+    patch.setattr(tasks.vae, "objective", objective)
 
 
 def test_adamw_in_float32_stays_within_rounding(pool, tmp_path):
@@ -164,15 +169,16 @@ def test_resuming_on_other_numbers_of_ranks_is_the_same_run(pool, tmp_path):
 
 def runs_out(patch, rank):
     """Rank 1 runs out of memory in step 2, rank 0 then in the second validation."""
-    original, raised = tasks.vae.objective, []
+    originals, raised = (tasks.vae.objective, tasks.vae.criterion), []
 
-    def objective(cfg, state, *rest):
-        at = (state.step, rest[-1] is None, cfg.memory.mode)
+    def tried(is_validation, cfg, state, *rest):
+        at = (state.step, is_validation, state.dial.mode)
         if at in ([(1, False, "none")] if rank == 1 else [(4, True, "checkpoint")]) and at not in raised:
             raised.append(at)
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
-        return original(cfg, state, *rest)
-    patch.setattr(train, "objective", objective)
+        return originals[is_validation](cfg, state, *rest)
+    patch.setattr(tasks.vae, "objective", functools.partial(tried, False))
+    patch.setattr(tasks.vae, "criterion", functools.partial(tried, True))
 
 
 def test_out_of_memory_on_one_rank_turns_the_dial_of_all_and_changes_no_result(pool, tmp_path):
@@ -186,10 +192,10 @@ def test_out_of_memory_on_one_rank_turns_the_dial_of_all_and_changes_no_result(p
 
 def poisoned(patch, rank):
     """Rank 1 begins with other weights, and one of its crops in step 2 has a NaN."""
-    new_state, original = runs.new_state, training.step.train_step
+    begin, original = training.memory.begin, training.step.train_step
 
     def unlike(*arguments):
-        state = new_state(*arguments)
+        state = begin(*arguments)
         with torch.no_grad():
             next(state.model.parameters()).add_(rank)
         return state
@@ -198,7 +204,7 @@ def poisoned(patch, rank):
         if rank == 1 and state.step == 1:
             batches[0].image[0, 0, 0, 0, 0] = math.nan
         return original(cfg, state, batches)
-    patch.setattr(train, "new_state", unlike)
+    patch.setattr(training.memory, "begin", unlike)
     patch.setattr(train, "train_step", train_step)
 
 
@@ -324,7 +330,7 @@ def test_sums_fill_in_for_ranks_without_micro_batches(pool):
 
 
 LEAVES = """
-import os, parallel
+import os, training.ranks
 with training.ranks.started(int(os.environ["RANK"]), 2):
     import torch._dynamo                                         # as the first optimizer does
     training.ranks.barrier()

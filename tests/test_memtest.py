@@ -16,7 +16,7 @@ from pieces import ROOT
 import memtest
 import peaks
 import pictures
-import train
+
 import vae3d
 from peaks import GIB
 from tasks import TASKS

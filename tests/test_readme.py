@@ -18,6 +18,7 @@ import predict
 import train
 import training.flags
 import weights
+from tasks import TASKS
 from vae3d import VAE3D, VAEConfig
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +116,8 @@ def test_our_names_for_options_of_elsewhere_are_flags(monkeypatch):
     spans = {span for row in rows for cell in row.split("|")[2:] for span in re.findall(r"`([^`]+)`", cell) if "--" in span}
     spans |= set(re.findall(r"^python train\.py (.*)$", GUIDE, re.M))
     assert len(spans) > 120
-    parser = training.flags.build_parser()
-    monkeypatch.setattr(train, "build_parser", lambda: parser)   # built once: 0.1 s each
+    parser = training.flags.build_parser(TASKS)
+    monkeypatch.setattr(training.flags, "build_parser", lambda tasks: parser)   # built once: 0.1 s each
     others = predict.build_parser()._subparsers._group_actions[0].choices | {"memtest.py": memtest.build_parser(training.flags.Parser)}
     for span in sorted(spans):
         first, *words = shlex.split(span.removeprefix("predict.py "))
