@@ -22,14 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
 import peaks  # noqa: E402
-import train  # noqa: E402
 import training.config  # noqa: E402
 import training.memory  # noqa: E402
 import vae3d  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from training.fit import make_step  # noqa: E402
 from training.flags import load_config  # noqa: E402
-from training.memory import begin  # noqa: E402
 from training.task import of  # noqa: E402
 
 

@@ -41,7 +41,6 @@ import training.devices  # noqa: E402
 import training.order  # noqa: E402
 import training.step  # noqa: E402
 from tasks import TASKS  # noqa: E402
-from training.fit import make_step  # noqa: E402
 from training.flags import load_config  # noqa: E402
 from training.memory import begin  # noqa: E402
 from training.task import of  # noqa: E402
@@ -57,7 +56,6 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import peaks  # noqa: E402
 import pictures  # noqa: E402
-import train  # noqa: E402
 import vae3d  # noqa: E402
 import weights  # noqa: E402
 

@@ -42,15 +42,15 @@ sys.path.insert(0, str(ROOT))
 
 import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
-import runs
+import runs  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-import training.config
-import training.console
-from training import checkpoints
+import training.config  # noqa: E402
+import training.console  # noqa: E402
+from training import checkpoints  # noqa: E402
 
 MAX_GIB = 1 / 32      # data.max_gib of every case
 MEMORY = 200          # MiB that a case may take on top: six times what max_gib lets a volume have as float32

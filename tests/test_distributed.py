@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 from processes import free_port
 

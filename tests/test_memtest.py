@@ -16,7 +16,6 @@ from pieces import ROOT
 import memtest
 import peaks
 import pictures
-
 import vae3d
 from peaks import GIB
 from tasks import TASKS

@@ -354,7 +354,7 @@ def load_resumed(path: Path, say: Callable[[str], None]) -> Resumed:
         return Resumed(previous, content, before)
 
 
-# ----------------------------------------------------------------------------------------------- one process a folder
+# ------------------------------------------------------------------ one process a folder
 
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:

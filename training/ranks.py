@@ -50,7 +50,7 @@ class OutOfMemoryElsewhere(torch.OutOfMemoryError):
         self.ranks = ranks
 
 
-# ----------------------------------------------------------------------------------------------- begin and end
+# ------------------------------------------------------------------ begin and end
 
 @contextlib.contextmanager
 def started(number: int, of: int, local: int = 0) -> Iterator[None]:

@@ -34,10 +34,10 @@ class Picture(NamedTuple):
 
 class Scored(NamedTuple):
     """What predict.py learns of one whole volume."""
-    figures: dict[str, Any]                                      # name -> number; channels: such a dict for each
-    found: Any                                                   # reconstruction (C, D, H, W) or classes (D, H, W)
-    seconds: float                                               # that the network took
-    sums: dict[str, Tensor]                                      # to be added up over all volumes, for `pooled`
+    figures: dict[str, Any]                   # name -> number; channels: such a dict for each
+    found: Any                                # reconstruction (C, D, H, W) or classes (D, H, W)
+    seconds: float                            # that the network took
+    sums: dict[str, Tensor]                   # to be added up over all volumes, for `pooled`
 
 
 def nothing(*_) -> None:
@@ -98,22 +98,22 @@ class Task:
                                               # config
     finish: Callable[..., None] = nothing     # (run): measurements at the end of a run
 
-    # predict.py, the use of a checkpoint. `ready` is training.ready.Ready, arrays are (C, D, H, W) normalised,
-    # `tick` is told of progress. None: the command is for other tasks.
+    # predict.py, the use of a checkpoint. `ready` is training.ready.Ready, arrays are (C, D, H, W)
+    # normalised, `tick` is told of progress. None: the command is for other tasks.
     describe: Callable[[TrainConfig], str] = lambda cfg: "network"  # kind of network, for the console
-    prepare: Callable[..., None] = nothing                       # (ready, options, data config): put flags on the
-                                                                 # network; ValueError for those that do not fit
-    reconstruct: Callable | None = None                          # (ready, array, tick) -> array
-    encode: Callable | None = None                               # (ready, array, generator, tick) -> latent
-    decode: Callable | None = None                               # (ready, latent, size, tick) -> array
-    latent_kind: Callable | None = None                          # (ready) -> latents.LatentKind, of `encode`
-    classes: Callable[[TrainConfig], int] | None = None          # how many `segment` tells apart; None: as many
-                                                                 # as the training labels have
-    segment: Callable | None = None                              # (ready, array, window, overlap, background,
-                                                                 # threshold, size, tick) -> classes (D, H, W)
-    evaluate: Callable | None = None                             # (ready, case, number, options, tick) -> Scored;
-                                                                 # None: `reconstruct` is compared with its input
-    pooled: Callable[[dict], dict] = no_helpers                  # (sums of Scored.sums) -> figures over all volumes
+    prepare: Callable[..., None] = nothing    # (ready, options, data config): put flags on the network;
+                                              # ValueError for those that do not fit
+    reconstruct: Callable | None = None       # (ready, array, tick) -> array
+    encode: Callable | None = None            # (ready, array, generator, tick) -> latent
+    decode: Callable | None = None            # (ready, latent, size, tick) -> array
+    latent_kind: Callable | None = None       # (ready) -> latents.LatentKind, of `encode`
+    classes: Callable[[TrainConfig], int] | None = None  # how many `segment` tells apart; None: as many as
+                                                         # the training labels have
+    segment: Callable | None = None           # (ready, array, window, overlap, background, threshold, size,
+                                              # tick) -> classes (D, H, W)
+    evaluate: Callable | None = None          # (ready, case, number, options, tick) -> Scored; None:
+                                              # `reconstruct` is compared with its input
+    pooled: Callable[[dict], dict] = no_helpers  # (sums of Scored.sums) -> figures over all volumes
 
 
 def named(tasks: Mapping[str, ModuleType], name: str, source: str = "") -> Task:
