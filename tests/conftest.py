@@ -8,6 +8,7 @@ from processes import Pool
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+pytest.register_assert_rewrite("runs", "pieces")                 # so that their asserts tell what they found
 
 
 @pytest.fixture(scope="module")

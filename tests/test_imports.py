@@ -1,77 +1,148 @@
-"""The rooms and the arrows between them, over the syntax trees: imports point downwards, and there is no circle."""
+#!/usr/bin/env python3
+"""The rooms of the house, over their syntax trees: who imports whom, how large they are, who knows a task.
+
+    python tests/test_imports.py            # a table of the rooms: lines, their length, share of comments
+
+An import inside a function is a door: the file works without what lies behind it until the function is
+called.
+"""
+from __future__ import annotations
+
 import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-TORCH_ONLY = {                                                   # what people copy alone -> the rooms that it may open besides torch
-    "adversarial": set(), "losses": set(), "peaks": set(), "perceptual": set(), "pictures": set(), "unet": set(), "vae3d": set(),
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = 110
+FOLDERS = ("volumes", "training", "tasks")
+
+# What people copy: each imports torch, and of ours what stands here, as it is loaded or through a door.
+TORCH_ONLY: dict[str, set[str]] = {
+    "vae3d": set(), "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
+    "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
+    "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
     "weights": {"vae3d", "unet"},
 }
-COMMANDS = {"train", "predict", "memtest"}
+DOORS: dict[str, set[str]] = {
+    "vae3d": {"quantize", "lean_conv", "local_layers", "tiles", "tile_plans"},
+    "sparse": {"quantize", "tiles"},
+}
 LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
+COMMANDS = {"train", "predict", "memtest"}
+MAIN_PATH = {"vae3d.py", "losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
 
 
-def rooms() -> dict[str, ast.Module]:
-    """Name of a module -> its syntax tree, of all but tests and benches."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "training").glob("*.py"), *(ROOT / "tasks").glob("*.py")]
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
-    return {name: ast.parse(path.read_text()) for path, name in names.items()}
+# --------------------------------------------------------------------------------------- reading the house
 
-
-def arrows(tree: ast.Module, known, doors: bool = True) -> set[str]:
-    """The modules that a room imports; doors: also inside functions."""
-    found = set()
-    for node in ast.walk(tree) if doors else tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {part if part in known else node.module for part in parts}
+def files() -> list[Path]:
+    """All rooms: neither tests nor benches."""
+    found = sorted(ROOT.glob("*.py"))
+    for folder in FOLDERS:
+        found += sorted((ROOT / folder).rglob("*.py"))
     return found
 
 
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def rooms() -> dict[str, ast.Module]:
+    """Name of a module -> its syntax tree."""
+    found = {}
+    for path in files():
+        name = place(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imported(nodes, known) -> set[str]:
+    """The modules that import statements among these nodes name."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written out, from the root on"
+            for alias in node.names:
+                part = f"{node.module}.{alias.name}"
+                found.add(part if part in known else node.module)
+    return found
+
+
+def inside_functions(tree: ast.Module) -> list[ast.AST]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node for function in functions for node in ast.walk(function)]
+
+
+def arrows(tree: ast.Module, known) -> tuple[set[str], set[str]]:
+    """The modules that a room imports as it is loaded, and those behind doors."""
+    behind = inside_functions(tree)
+    ids = {id(node) for node in behind}
+    at_top = [node for node in ast.walk(tree) if id(node) not in ids]
+    return imported(at_top, known), imported(behind, known)
+
+
+def is_library(name: str) -> bool:
+    top = name.split(".")[0]
+    return top in LIBRARIES or top in sys.stdlib_module_names
+
+
 def layer(name: str) -> int:
-    """Height of a room: what people copy, data, a run, what is trained, commands."""
+    """Height of a room: what people copy, files on disk, crops, a run, what is trained, commands."""
     if name in TORCH_ONLY:
         return 0
     if name in COMMANDS:
-        return 4
-    return {"data": 1, "training": 2, "tasks": 3}[name.split(".")[0]]
+        return 5
+    heights = {"volumes": 1, "data": 2, "training": 3, "tasks": 4}
+    top = name.split(".")[0]
+    assert top in heights, f"{name}.py: a file at the root that the table of rooms does not know"
+    return heights[top]
 
+
+# -------------------------------------------------------------------------------------------------- arrows
 
 def test_files_that_people_copy_import_torch_alone():
     known = rooms()
-    for name, allowed in TORCH_ONLY.items():
-        for module in arrows(known[name], known):
+    for name in TORCH_ONLY.keys() & known.keys():
+        at_top, behind = arrows(known[name], known)
+        for module in at_top | behind:
             top = module.split(".")[0]
-            assert top in {"torch", *allowed} or top in sys.stdlib_module_names, f"{name}.py imports {module}"
+            allowed = {"torch", *TORCH_ONLY[name]}
+            if module not in at_top:
+                allowed |= DOORS.get(name, set())
+            assert top in allowed or top in sys.stdlib_module_names, f"{name}.py imports {module}"
 
 
 def test_arrows_point_downwards():
+    """Doors included. No room imports a command, and volumes/ no file of the root."""
     known = rooms()
     for name, tree in known.items():
-        for module in arrows(tree, known):
-            top = module.split(".")[0]
-            if module in known or top in ("training", "tasks"):
-                assert layer(module) <= layer(name), f"{name} imports {module}, which lies above it"
-                assert layer(name) < 4 or module not in COMMANDS, f"{name} imports the command {module}"
-            else:
-                assert top in LIBRARIES or top in sys.stdlib_module_names, f"{name} imports {module}"
+        for module in set.union(*arrows(tree, known)):
+            if is_library(module):
+                continue
+            assert module in known, f"{name} imports {module}, which is no room and no library of ours"
+            assert module not in COMMANDS, f"{name} imports the command {module}"
+            assert layer(module) <= layer(name), f"{name} imports {module}, which lies above it"
+            if name.split(".")[0] == "volumes":
+                assert module.split(".")[0] == "volumes", f"{name} imports {module} of the root"
 
 
 def test_there_is_no_circle():
+    """As the rooms are loaded, and through doors too."""
     known = rooms()
-    below = {name: arrows(tree, known) & known.keys() for name, tree in known.items()}
+    below = {name: set.union(*arrows(tree, known)) & known.keys() - {name} for name, tree in known.items()}
     done: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"a circle: {' -> '.join([*path, name])}"
         if name not in done:
             for other in sorted(below[name]):
-                if other != name:
-                    visit(other, (*path, name))
+                visit(other, (*path, name))
             done.append(name)
     for name in below:
         visit(name, ())
@@ -80,5 +151,50 @@ def test_there_is_no_circle():
 def test_the_task_is_asked_for_in_one_place():
     """A task is a name in the config, a row of the table, and else an object."""
     asked = re.compile(r"cfg\.task\b|\.task ==")
-    files = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts and "venv" not in str(path)]
-    assert {str(path.relative_to(ROOT)) for path in files if asked.search(path.read_text())} == {"training/task.py"}
+    found = {place(path) for path in [*files(), *ROOT.glob("bench/*.py")] if asked.search(path.read_text())}
+    assert found == {"training/task.py"}
+
+
+# --------------------------------------------------------------------------------------------------- sizes
+
+def every_file() -> list[Path]:
+    return [*files(), *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("bench/*.py"))]
+
+
+def most_lines(path: Path) -> int:
+    if place(path).startswith("tests/"):
+        return 900
+    return 500 if place(path) in MAIN_PATH else 600
+
+
+@pytest.mark.parametrize("path", every_file(), ids=place)
+def test_a_room_is_not_too_large(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= most_lines(path), f"{place(path)}: {len(lines)} lines, at most {most_lines(path)}"
+    too_long = [number for number, line in enumerate(lines, 1) if len(line) > LINE]
+    assert not too_long, f"{place(path)}: {len(too_long)} lines above {LINE} columns: {too_long[:20]}"
+
+
+def comment_lines(source: str) -> set[int]:
+    """The numbers of lines with a `#`, or in a docstring."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return found
+
+
+def table() -> None:
+    print(f"{'room':30} lines  longest  mean  comments")
+    for path in files():
+        source = path.read_text()
+        lines = source.splitlines()
+        lengths = [len(line) for line in lines if line.strip()] or [0]
+        share = len(comment_lines(source)) / max(1, len(lines))
+        mean = sum(lengths) / len(lengths)
+        print(f"{place(path):30} {len(lines):5}  {max(lengths):7}  {mean:4.0f}  {share:7.0%}")
+
+
+if __name__ == "__main__":
+    table()

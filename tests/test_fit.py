@@ -1,0 +1,33 @@
+"""training/fit.py: the predicted peak of a dry run, and the settings that --fit chooses."""
+import pytest
+from runs import CPU, TINY, load_config
+
+import train
+from tasks import TASKS
+from training.config import changed
+from training.fit import fit, predicted
+from training.task import of
+
+
+def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*TINY, "--dry-run", "--device", "cuda"]) == 0     # a card that is not here
+    text = capsys.readouterr().out
+    assert "predicted peak of a step on cuda" in text.splitlines()[-1] and not list(tmp_path.iterdir())
+    (tmp_path / "c.yaml").write_text(text)
+    assert load_config(["--config", "c.yaml"]).vae.base_channels == 4
+
+
+def test_fit_takes_the_cheapest_settings_that_fit():
+    cfg = load_config(["--patch", "32,64,64", "--batch", "1"])
+    task, needs = of(TASKS, cfg), {}
+    for mode in ("none", "checkpoint"):
+        peak = predicted(changed(cfg, memory={"mode": mode}), task, CPU)
+        needs[mode] = peak.bytes / 2 ** 30 / 0.9
+    assert fit(cfg, task, CPU, f"{needs['none'] + 0.01}", print).mode == "none"
+    assert fit(cfg, task, CPU, f"{needs['none'] - 0.01}", print).mode == "checkpoint"
+    assert fit(cfg, task, CPU, f"{needs['checkpoint'] * 0.8}", print).mode == "tile"
+    with pytest.raises(ValueError, match="nothing fits: the least is tile"):
+        fit(cfg, task, CPU, "0.001", print)
+    with pytest.raises(ValueError, match="--fit 16"):
+        fit(cfg, task, CPU, "free", print)

@@ -1,0 +1,60 @@
+"""training/order.py: learning rate, crops and noise of a step are functions of its number alone."""
+import math
+
+import pytest
+import torch
+from runs import CPU, TINY, load_config, rows, run
+
+import data
+from training.config import OptimConfig
+from training.order import crops_of_step, learning_rate, step_batches, steps_per_epoch
+
+
+@pytest.mark.parametrize("schedule", [
+    "cosine", "cosine_restarts", "constant", "exponential", "step", "plateau"])
+@pytest.mark.parametrize("total", [1, 2, 5, 100])
+def test_learning_rate_follows_its_formula(schedule, total):
+    """For runs of one and two epochs too, in which it once did not fall; it is never 0 before the end and
+    never above lr.
+    """
+    o = OptimConfig(schedule=schedule, lr=2.0, warmup=0.1)
+    warm = int(0.1 * total)
+    for step in range(total):
+        t = (step - warm) / max(1, total - warm)
+        period = 4 * t - int(4 * t)
+        wanted = {"cosine": 1 + math.cos(math.pi * t), "cosine_restarts": 1 + math.cos(math.pi * period),
+                  "constant": 2.0, "exponential": 2 * 0.1 ** t, "step": 2 * 0.1 ** int(3 * t),
+                  "plateau": 2 * 0.5}[schedule]
+        if step < warm:
+            wanted = 2.0 * (step + 1) / warm
+        assert abs(learning_rate(o, step, total, plateau_factor=0.5) - wanted) < 1e-9
+        assert 0 < wanted <= 2.0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_logged_rates_are_the_formula(tmp_path, epochs):
+    assert run("--epochs", str(epochs), "--accum", "2", out=tmp_path / "r") == 0
+    logged, total = rows(tmp_path / "r", "train"), epochs * 5
+    assert len(logged) == total                                  # 3 volumes x 3 crops: 4 steps of 2, one of 1
+    assert [r["lr"] for r in logged] == [learning_rate(OptimConfig(), i, total) for i in range(total)]
+    assert [r["epoch"] for r in logged] == [i // 5 for i in range(total)]
+
+
+@pytest.mark.parametrize("length,batch", [(9, 2), (9, 4), (5, 8), (8, 8), (7, 1)])
+def test_the_crops_of_steps_cover_each_epoch_exactly(length, batch):
+    """Nothing is dropped, and nothing is carried over the end of an epoch."""
+    per_epoch = steps_per_epoch(length, batch)
+    taken = [list(crops_of_step(step, length, batch)) for step in range(3 * per_epoch)]
+    assert [i for numbers in taken for i in numbers] == list(range(3 * length))
+    assert all(len({i // length for i in numbers}) == 1 for numbers in taken)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_a_function_of_step_alone(workers):
+    cfg = load_config([*TINY, "--batch", "2", "--accum", "2", "--workers", str(workers)])
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
+    whole = dict(step_batches(cfg, crops, range(0, 6), CPU, 4))
+    late = dict(step_batches(cfg, crops, range(4, 6), CPU, 4))
+    for step in late:
+        for a, b in zip(whole[step], late[step], strict=True):
+            assert torch.equal(a.image, b.image) and a.volumes == b.volumes and a.seeds == b.seeds
