@@ -13,7 +13,6 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-import train
 import training.config
 import training.memory
 import vae3d
@@ -119,7 +118,7 @@ def failures(group) -> dict[str, list[str]]:
             told[f"{kind} {call} {norm}"] = "nothing"
         except (RuntimeError, ZeroDivisionError) as caught:
             told[f"{kind} {call} {norm}"] = f"{type(caught).__name__}: {caught}"
-            assert kind == "other" or train.is_out_of_memory(caught), caught                     # so all turn the dial
+            assert kind == "other" or vae3d.is_out_of_memory(caught), caught                     # so all turn the dial
         finally:
             vae3d.run_tile = original
         agreed = torch.ones(())
