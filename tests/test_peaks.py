@@ -2,13 +2,14 @@
 import math
 
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from pieces import run_alone
 from torch import nn
 
 import peaks
-import train
+import tasks.vae
 import vae3d
 from peaks import GIB, count, largest, plan, predict
 
@@ -89,10 +90,10 @@ MODES = [["--memory.mode", mode] for mode in vae3d.MEMORY_MODES]
     ids=" ".join,
 )
 def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
-    cfg = train.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags])
+    cfg = runs.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags])
 
     def make_step(device):
-        return train.make_step(cfg, device)
+        return runs.make_step(cfg, device)
     counted, predicted = count(make_step).bytes, predict(make_step, "cpu").bytes
     grouped = "group" in flags  # on fake tensors GroupNorm leaves channels_last, as CUDA's kernel does
     assert predicted == pytest.approx(counted, rel=0.09 if grouped else 0.05), (
@@ -105,12 +106,12 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
     later."""
     def peak(*flags):
         return predict(
-            lambda d: train.make_step(
-                train.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags]), d
+            lambda d: runs.make_step(
+                runs.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags]), d
             )
         )
 
-    plain, disc = peak(), train.build_discriminator(train.load_config(["--patch", "12,24,20", *GAN]))
+    plain, disc = peak(), tasks.vae.build_discriminator(runs.load_config(["--patch", "12,24,20", *GAN]))
     weights = 4 * sum(p.numel() for p in disc.parameters())
     for later in ([], ["--loss.disc_start", "1000"]):
         gan = peak(*GAN, *later)
@@ -122,8 +123,8 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
 def test_each_step_of_the_dial_lowers_the_prediction():
     peaks = [
         predict(
-            lambda d, m=mode: train.make_step(
-                train.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", m]), d
+            lambda d, m=mode: runs.make_step(
+                runs.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", m]), d
             )
         ).bytes
         for mode in vae3d.MEMORY_MODES

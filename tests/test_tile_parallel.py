@@ -13,10 +13,11 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-import train
 import training.config
 import training.memory
 import vae3d
+from tasks import TASKS
+from training.task import of
 
 OLD = dict(down_padding="end", upsample="transposed3", strides=((2, 2, 2), (1, 2, 2)), quant_conv="joint", post_quant_conv=True)
 SMALL = dict(num_res_blocks=0)
@@ -119,7 +120,7 @@ def failures(group) -> dict[str, list[str]]:
             told[f"{kind} {call} {norm}"] = "nothing"
         except (RuntimeError, ZeroDivisionError) as caught:
             told[f"{kind} {call} {norm}"] = f"{type(caught).__name__}: {caught}"
-            assert kind == "other" or train.is_out_of_memory(caught), caught                     # so all turn the dial
+            assert kind == "other" or vae3d.is_out_of_memory(caught), caught                     # so all turn the dial
         finally:
             vae3d.run_tile = original
         agreed = torch.ones(())
@@ -255,8 +256,9 @@ def test_configuration_of_train():
     memory = training.config.MemoryConfig(mode="tile", tile=(16, 16, 16), stretch="1", tile_parallel=True)
     vae = training.memory.set_dial(vae3d.VAE3D.from_preset("ultra_lightweight", base_channels=4), memory)
     assert vae.group is None                                     # one process: nothing to share
-    state = SimpleNamespace(model=vae, masters=None, amp_dtype=None)
-    softer = training.memory.next_dial(memory, state, (1, 1, 32, 32, 32))
+    cfg = training.config.changed(training.config.TrainConfig(), vae={"base_channels": 4})
+    state = SimpleNamespace(task=of(TASKS, cfg), model=vae, dial=memory, activations=torch.float32, device=torch.device("cpu"))
+    softer = training.memory.next_dial(cfg, state, (1, 1, 32, 32, 32))
     assert softer.tile_parallel and softer.mode == "tile" and softer.tile != memory.tile, softer  # recovery goes on sharing
 
 
