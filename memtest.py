@@ -319,7 +319,7 @@ def print_plan(cfg: TrainConfig, task: Task, argv: Sequence[str], budget: float,
     def peak_of(size: Size) -> int:
         return peaks.predict(make_step_for(size, leanest(size)), device).bytes
 
-    size, unit = cfg.data.patch, math.lcm(16, *network.cfg.total_stride)
+    size, unit = cfg.data.patch, math.lcm(16, *stride_of(network))
     print(f"\nBudget {budget / GIB:.2f} GiB, {100 * SPARE:.0f} % of it kept free, "
           f"{'bf16 AMP' if cfg.train.amp else 'fp32'}, batch {batch}; at most {fit.MOST_WORK:.0f} times the "
           f"time of a checkpointed step; the largest to 3 % of their edges:")
@@ -352,6 +352,11 @@ def print_plan(cfg: TrainConfig, task: Task, argv: Sequence[str], budget: float,
     if yaml:
         Path(yaml).write_text(text)
     return True
+
+
+def stride_of(network: torch.nn.Module) -> tuple[int, int, int]:
+    """To whose multiples a network pads; 1 for one that has no levels."""
+    return getattr(getattr(network, "cfg", None), "total_stride", (1, 1, 1))
 
 
 def settings_yaml(cfg: TrainConfig, task: Task) -> str:

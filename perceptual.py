@@ -162,7 +162,9 @@ def seeded_conv(in_channels: int, out_channels: int, stride: int, generator: tor
     Rows of length 1 keep the variance, of which LeakyReLU 0.2 takes 0.52: the gain is He's, sqrt(2 / 1.04).
     """
     conv = nn.utils.skip_init(nn.Conv3d, in_channels, out_channels, 3, stride, 1)
-    rows = torch.randn(out_channels, in_channels * 27, generator=generator, dtype=torch.float64)
+    # Where the generator is, as conv is: not where a network is built without weights (torch.device("meta"))
+    rows = torch.randn(out_channels, in_channels * 27, generator=generator, dtype=torch.float64,
+                       device=generator.device)
     # QR makes the columns of a tall matrix orthogonal: a wide one is transposed before and after
     is_wide = rows.shape[0] < rows.shape[1]
     q, r = torch.linalg.qr(rows.T if is_wide else rows)

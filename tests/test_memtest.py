@@ -185,3 +185,12 @@ def test_the_gpu_bench_says_that_it_cannot_run():
             [sys.executable, str(ROOT / "bench" / "gpu_memory.py")], capture_output=True, text=True
         )
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "vae"])
+def test_every_task_has_a_table_and_a_plan(task, tmp_path):
+    """Those without levels or a memory dial once ended in a traceback."""
+    found = tmp_path / "m.json"
+    flags = ["--task", task, "--patch", "16,16,16", "--device", "cpu", "--budget", "0.5"]
+    assert memtest.main([*flags, "--json", str(found)]) == 0
+    assert all(row["predicted_gib"] > 0 for row in json.loads(found.read_text()))
