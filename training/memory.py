@@ -57,8 +57,7 @@ def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = Fal
     terms over the ranks."""
     modes = modes_of(network)
     if len(modes) == 1 and dial.mode != "none":
-        raise ValueError(f"memory.mode={dial.mode}: the feature network is small and has no memory dial; "
-                         "leave it at none")
+        raise ValueError(f"memory.mode={dial.mode}: this network has no memory dial; leave it at none")
     if len(modes) == 1:
         return network
     if "tile" not in modes:
