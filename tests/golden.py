@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Golden runs: does the code at hand compute what other code computed on this machine, to the bit?
 
-    python tests/golden.py write FOLDER              # before a change: run everything, keep what came out in FOLDER/golden.json
-    python tests/golden.py compare FOLDER            # after it: run everything again and name what differs; exit 1 where something does
+    python tests/golden.py write FOLDER       # before a change: run everything, keep what came out in FOLDER
+    python tests/golden.py compare FOLDER     # after it: run everything again, name what differs
 
-Five trainings of 8 steps (a KL autoencoder in tiles, a codebook, a GAN with perceptual term, a U-Net, a feature network), each by one and
-by two processes; then predict.py and memtest.py. Kept are log.jsonl without times and memory, every tensor and plain value of last.pt and
-best.pt, and what predict.py and memtest.py write. Floating-point results depend on processor and torch, so the folder is of use on the
-machine that wrote it, and is not part of the repository.
+`write` makes FOLDER/golden.json; `compare` exits with 1 where something differs.
+
+Five trainings of 8 steps (a KL autoencoder in tiles, a codebook, a GAN with perceptual term, a U-Net, a
+feature network), each by one and by two processes; then predict.py and memtest.py. Kept are log.jsonl without
+times and memory, every tensor and plain value of last.pt and best.pt, and what predict.py and memtest.py
+write. Floating-point results depend on processor and torch, so the folder is of use on the machine that wrote
+it, and is not part of the repository.
 """
 from __future__ import annotations
 
@@ -28,19 +31,22 @@ import torch
 from processes import free_port
 
 ROOT = Path(__file__).parents[1]
-COMMON = ["--steps", "8", "--batch", "1", "--accum", "2", "--seed", "3", "--device", "cpu", "--data.synthetic_count", "4",
-          "--data.synthetic_size", "12,32,32", "--data.crops_per_volume", "5", "--patch", "8,16,16", "--train.val_every", "4",
-          "--train.val_crops", "2", "--train.latent_crops", "2", "--train.save_every", "4", "--log.sample_every", "0"]
+COMMON = ["--steps", "8", "--batch", "1", "--accum", "2", "--seed", "3", "--device", "cpu",
+          "--data.synthetic_count", "4", "--data.synthetic_size", "12,32,32", "--data.crops_per_volume", "5",
+          "--patch", "8,16,16", "--train.val_every", "4", "--train.val_crops", "2",
+          "--train.latent_crops", "2", "--train.save_every", "4", "--log.sample_every", "0"]
 SMALL = ["--vae.base_channels", "4"]
 RUNS = {
-    "vae": [*SMALL, "--memory.mode", "tile", "--memory.tile", "8,8,8", "--train.ema", "0.9", "--vae.norm", "group",
-            "--loss.structure_weight", "0.1"],
-    "vq": [*SMALL, "--vae.bottleneck", "vq", "--vae.num_codes", "16", "--memory.mode", "checkpoint", "--train.precision", "master16",
-           "--optim.clip_percentile", "50", "--optim.clip_window", "3"],
-    "gan": [*SMALL, "--loss.adv_weight", "0.1", "--loss.disc_channels", "4", "--loss.disc_layers", "1", "--loss.disc_start", "2",
-            "--loss.lecam_weight", "0.1", "--loss.feature_matching_weight", "0.1", "--loss.perceptual_weight", "0.1",
-            "--loss.adaptive_weight", "true", "--loss.r1_weight", "0.1", "--loss.r1_every", "2", "--loss.crop", "8,16,16"],
-    "seg": ["--task", "seg", "--unet.channels", "4,8,8", "--unet.norm", "batch", "--unet.deep_supervision", "1"],
+    "vae": [*SMALL, "--memory.mode", "tile", "--memory.tile", "8,8,8", "--train.ema", "0.9",
+            "--vae.norm", "group", "--loss.structure_weight", "0.1"],
+    "vq": [*SMALL, "--vae.bottleneck", "vq", "--vae.num_codes", "16", "--memory.mode", "checkpoint",
+           "--train.precision", "master16", "--optim.clip_percentile", "50", "--optim.clip_window", "3"],
+    "gan": [*SMALL, "--loss.adv_weight", "0.1", "--loss.disc_channels", "4", "--loss.disc_layers", "1",
+            "--loss.disc_start", "2", "--loss.lecam_weight", "0.1", "--loss.feature_matching_weight", "0.1",
+            "--loss.perceptual_weight", "0.1", "--loss.adaptive_weight", "true", "--loss.r1_weight", "0.1",
+            "--loss.r1_every", "2", "--loss.crop", "8,16,16"],
+    "seg": ["--task", "seg", "--unet.channels", "4,8,8", "--unet.norm", "batch",
+            "--unet.deep_supervision", "1"],
     "features": ["--task", "features"],
 }
 NOT_COMPARED = {"seconds", "voxels_per_second", "peak_gib", "peak_bytes", "step_seconds"}
@@ -50,10 +56,11 @@ def start(words: list[str], folder: Path, rank: int = 0, world: int = 1, port: i
     """One process of ours in `folder`, as torchrun would start it."""
     variables = {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     if world > 1:
-        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                      "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def finish(name: str, processes: list[subprocess.Popen]) -> None:
@@ -66,8 +73,10 @@ def finish(name: str, processes: list[subprocess.Popen]) -> None:
 def plain(value: Any) -> Any:
     """A value of a checkpoint as JSON: a tensor by its type, shape and a digest of its bits."""
     if isinstance(value, torch.Tensor):
-        value = value.contiguous()
-        bits = hashlib.sha256(value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] if value.numel() else ""
+        bits = ""
+        if value.numel():
+            content = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            bits = hashlib.sha256(content).hexdigest()[:16]
         return f"{value.dtype} {tuple(value.shape)} {bits}"
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -96,13 +105,18 @@ def train(name: str, flags: list[str], folder: Path, world: int) -> dict:
 def volumes(folder: Path) -> None:
     """Three CT-like files with oblique affines in folder/data/images, with labels in folder/data/labels."""
     rng = np.random.default_rng(5)
-    affine = np.array([[0.0, 2.0, 0.1, 3.0], [-1.0, 0.0, 0.0, 5.0], [0.0, 0.1, 3.0, 7.0], [0.0, 0.0, 0.0, 1.0]])
+    affine = np.array([
+        [0.0, 2.0, 0.1, 3.0],
+        [-1.0, 0.0, 0.0, 5.0],
+        [0.0, 0.1, 3.0, 7.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ])
     for kind in ("images", "labels"):
         (folder / "data" / kind).mkdir(parents=True)
     for n in range(3):
         values = (rng.random((21, 18, 13 + n)) * 2000 - 1000).astype(np.int16)
-        nib.save(nib.Nifti1Image(values, affine), folder / "data/images" / f"scan{n}.nii.gz")
-        nib.save(nib.Nifti1Image((values > 300).astype(np.uint8), affine), folder / "data/labels" / f"scan{n}.nii.gz")
+        for kind, stored in (("images", values), ("labels", (values > 300).astype(np.uint8))):
+            nib.save(nib.Nifti1Image(stored, affine), folder / "data" / kind / f"scan{n}.nii.gz")
 
 
 def content(path: Path) -> Any:
@@ -110,8 +124,12 @@ def content(path: Path) -> Any:
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
     if path.suffix == ".npz":
+        found = {}
         with np.load(path) as arrays:
-            return {key: plain(torch.from_numpy(arrays[key])) if arrays[key].dtype.kind in "iuf" else str(arrays[key]) for key in arrays}
+            for key in arrays:
+                is_number = arrays[key].dtype.kind in "iuf"
+                found[key] = plain(torch.from_numpy(arrays[key])) if is_number else str(arrays[key])
+        return found
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return hashlib.sha256(raw).hexdigest()[:16]
 
@@ -119,17 +137,20 @@ def content(path: Path) -> Any:
 def use(folder: Path) -> dict:
     """What predict.py makes of the runs, and what memtest.py predicts."""
     volumes(folder)
+    images = ["--input", "data/images"]
     commands = {
-        "reconstruct": ["predict.py", "reconstruct", "--checkpoint", "vae1", "--input", "data/images", "--output", "recon"],
-        "encode": ["predict.py", "encode", "--checkpoint", "vq1", "--input", "data/images", "--output", "latents"],
-        "decode": ["predict.py", "decode", "--checkpoint", "vq1", "--input", "latents", "--output", "decoded"],
-        "segment": ["predict.py", "segment", "--checkpoint", "seg1", "--input", "data/images", "--output", "found", "--window", "8,16,16"],
-        "evaluate": ["predict.py", "evaluate", "--checkpoint", "vae1", "--data", "data/images", "--json", "vae.json"],
-        "evaluate codes": ["predict.py", "evaluate", "--checkpoint", "vq1", "--data", "data/images", "--json", "vq.json"],
-        "memtest": ["memtest.py", *SMALL, "--resolution", "16,48,48", "--json", "memtest.json", "--budget", "0.1"],
+        "reconstruct": ["--checkpoint", "vae1", *images, "--output", "recon"],
+        "encode": ["--checkpoint", "vq1", *images, "--output", "latents"],
+        "decode": ["--checkpoint", "vq1", "--input", "latents", "--output", "decoded"],
+        "segment": ["--checkpoint", "seg1", *images, "--output", "found", "--window", "8,16,16"],
+        "evaluate": ["--checkpoint", "vae1", "--data", "data/images", "--json", "vae.json"],
+        "evaluate codes": ["--checkpoint", "vq1", "--data", "data/images", "--json", "vq.json"],
     }
     for name, words in commands.items():
-        finish(name, [start([*words, *(["--device", "cpu"] if words[0] == "predict.py" else [])], folder)])
+        words = ["predict.py", name.split()[0], *words, "--device", "cpu"]
+        finish(name, [start(words, folder)])
+    words = ["memtest.py", *SMALL, "--resolution", "16,48,48", "--json", "memtest.json", "--budget", "0.1"]
+    finish("memtest", [start(words, folder)])
     kept = [folder / name for name in ("vae.json", "vq.json", "memtest.json")]
     for name in ("recon", "latents", "decoded", "found"):
         kept += sorted((folder / name).rglob("*.*"))
@@ -168,7 +189,7 @@ def main(argv: list[str]) -> int:
                 found[f"{run} on {world}"] = train(run, flags, folder, world)
                 print(f"golden: {run} on {world}", flush=True)
         found["predict.py and memtest.py"] = use(folder)
-    found = json.loads(json.dumps(found))                        # NaN and infinities as text, as they are kept
+    found = json.loads(json.dumps(found))                        # NaN and infinities as they are kept
     if command == "write":
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found, indent=1))

@@ -17,9 +17,12 @@ from typing import Any
 
 
 def serve(pipe) -> None:
-    """A process that does what it is sent: (variables of its rank, function, arguments). SIGUSR2: where it stands, on stderr."""
+    """A process that does what it is sent: (variables of its rank, function, arguments). SIGUSR2: where it
+    stands, on stderr.
+    """
     faulthandler.register(signal.SIGUSR2, sys.__stderr__)
-    importlib.import_module("torch.distributed.nn")              # as parallel.started does, for ranks that begin without it
+    # As ranks.started does, for ranks that begin without it.
+    importlib.import_module("torch.distributed.nn")
     while (job := pipe.recv()) is not None:
         variables, function, arguments = job
         os.environ |= variables
@@ -44,18 +47,22 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
             self.processes[-1].start()
-            atexit.register(self.processes[-1].kill)             # multiprocessing's own way is SIGTERM, which ranks come to ignore
+            # multiprocessing's own way is SIGTERM, which ranks come to ignore.
+            atexit.register(self.processes[-1].kill)
 
     def begin(self, world: int, function: Callable, *arguments: Any) -> None:
         assert not self.hangs, "a rank hung in an earlier test"
         port = free_port()
         for rank in range(world):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": port}
-            self.pipes[rank].send(({name: str(value) for name, value in variables.items()}, function, arguments))
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            variables = {name: str(value) for name, value in variables.items()}
+            self.pipes[rank].send((variables, function, arguments))
 
     def end(self, ranks: Sequence[int], seconds: float = 120) -> list:
-        """What the function returned on each of these ranks. If one takes longer, the test fails and all tell where they stand."""
+        """What the function returned on each of these ranks. If one takes longer, the test fails and all tell
+        where they stand.
+        """
         answers = []
         for rank in ranks:
             if not self.pipes[rank].poll(seconds):

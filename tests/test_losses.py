@@ -402,7 +402,8 @@ def test_dice_scores_add_up_over_volumes(monkeypatch):
 
 def test_every_loss_field_changes_the_loss():
     """A field that changes nothing is a bug; those that only train.py reads are seen in
-    test_train.py."""
+    test_step.py.
+    """
     x, y = pair((1, 2, 4, 4, 4))
     y[:, :, 0] = 0                                               # background of a sparse grid
     plain = reconstruction_loss(x, y)

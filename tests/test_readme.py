@@ -1,4 +1,6 @@
-"""Every command in the README runs, with steps and sizes cut; every file that it links exists; the Python example works."""
+"""Every command in the README runs, with steps and sizes cut; every file that it links exists; the Python
+example works.
+"""
 import contextlib
 import json
 import re
@@ -24,7 +26,8 @@ from vae3d import VAE3D, VAEConfig
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs/COMING_FROM.md").read_text()              # options of other projects beside ours
-COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 SMALL = ["--vae.base_channels", "4", "--patch", "8,24,24", "--accum", "1", "--steps", "1", "--device", "cpu",
          "--data.synthetic_size", "8,24,24", "--data.synthetic_count", "3", "--train.val_crops", "1"]
 
@@ -43,8 +46,10 @@ def folder(tmp_path_factory):
             values = (rng.random((24, 24, 8)) * high).astype(np.int16)
             nib.save(nib.Nifti1Image(values, np.eye(4)), path / "PAIRS" / kind / f"scan{n}.nii.gz")
     (path / "config").symlink_to(ROOT / "config")
-    maisi = VAEConfig(base_channels=32, channel_mult=(1, 2), strides=((2, 2, 2),), norm="group", decoder_extra_blocks=0, head_act=False,
-                      encoder_middle="none", decoder_middle="none", down_padding="end", upsample="trilinear", quant_conv="split")
+    maisi = VAEConfig(
+        base_channels=32, channel_mult=(1, 2), strides=((2, 2, 2),), norm="group", decoder_extra_blocks=0,
+        head_act=False, encoder_middle="none", decoder_middle="none", down_padding="end",
+        upsample="trilinear", quant_conv="split")
     state, arguments = weights.export(VAE3D(maisi), layout="maisi")
     torch.save(state, path / "autoencoder.pt")
     (path / "config_maisi.json").write_text(json.dumps({"autoencoder_def": arguments}))
@@ -59,8 +64,10 @@ def folder(tmp_path_factory):
 
 
 def test_the_two_commands_come_first_and_ci_runs_them():
-    assert COMMANDS[0] == "python -m pip install -r requirements.txt && python train.py --preset ultra_lightweight --amp --accum 8"
-    assert COMMANDS[1] == "python -m pip install -r requirements-dev.txt && python -m pytest"
+    install = "python -m pip install -r"
+    assert COMMANDS[0] == (
+        f"{install} requirements.txt && python train.py --preset ultra_lightweight --amp --accum 8")
+    assert COMMANDS[1] == f"{install} requirements-dev.txt && python -m pytest"
     assert TEXT.index(COMMANDS[1]) < 1500                        # the first screen
     assert "grep '^python -m pip install -r requirements' README.md" in (ROOT / ".ci/run").read_text()
 
@@ -85,8 +92,10 @@ def test_command_runs(command, folder, monkeypatch):
         cut = ["--budget", "0.01"] if "--budget" in flags else []
         assert memtest.main([*flags, *cut, "--vae.base_channels", "4", "--resolution", "16,32,32"]) == 0
     else:
-        done = subprocess.run([sys.executable, str(ROOT / script), *flags, *(["--help"] if script.startswith("bench") else [])],
-                              capture_output=True, text=True)
+        words = [sys.executable, str(ROOT / script), *flags]
+        if script.startswith("bench"):
+            words.append("--help")
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -100,9 +109,10 @@ def test_python_examples_run(folder, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
         exec(block, names)                                       # noqa: S102
     assert names["recon"].shape == (1, 1, 30, 64, 50) and names["index"].shape == (1, 15, 16, 13)
+    assert names["arguments"]["num_channels"] == (32, 64)
     theirs = torch.load("autoencoder.pt", weights_only=True)
-    assert names["arguments"]["num_channels"] == (32, 64) and {k: v.shape for k, v in names["state"].items()} == {
-        k: v.shape for k, v in theirs.items()}
+    shapes = [{name: value.shape for name, value in state.items()} for state in (names["state"], theirs)]
+    assert shapes[0] == shapes[1]
 
 
 def test_links_lead_somewhere():
@@ -111,18 +121,24 @@ def test_links_lead_somewhere():
 
 
 def test_our_names_for_options_of_elsewhere_are_flags(monkeypatch):
-    """In our columns train.py takes `--flag value`; the flags of `predict.py COMMAND --flag` and `memtest.py --flag` exist."""
-    rows = re.findall(r"^\| .*\|.*\|$", TEXT.partition("## Coming from elsewhere")[2].partition("## ")[0] + GUIDE, re.M)
-    spans = {span for row in rows for cell in row.split("|")[2:] for span in re.findall(r"`([^`]+)`", cell) if "--" in span}
-    spans |= set(re.findall(r"^python train\.py (.*)$", GUIDE, re.M))
+    """In our columns train.py takes `--flag value`; the flags of `predict.py COMMAND --flag` and of
+    `memtest.py --flag` exist.
+    """
+    section = TEXT.partition("## Coming from elsewhere")[2].partition("## ")[0]
+    spans = set(re.findall(r"^python train\.py (.*)$", GUIDE, re.M))
+    for row in re.findall(r"^\| .*\|.*\|$", section + GUIDE, re.M):
+        for cell in row.split("|")[2:]:
+            spans |= {span for span in re.findall(r"`([^`]+)`", cell) if "--" in span}
     assert len(spans) > 120
     parser = training.flags.build_parser(TASKS)
     monkeypatch.setattr(training.flags, "build_parser", lambda tasks: parser)   # built once: 0.1 s each
-    others = predict.build_parser()._subparsers._group_actions[0].choices | {"memtest.py": memtest.build_parser(training.flags.Parser)}
+    others = {"memtest.py": memtest.build_parser(training.flags.Parser),
+              **predict.build_parser()._subparsers._group_actions[0].choices}
     for span in sorted(spans):
         first, *words = shlex.split(span.removeprefix("predict.py "))
         known = others.get(first, parser)._option_string_actions
-        unknown = [word for word in (first, *words) if word.startswith("--") and word.partition("=")[0] not in known]
+        named = [word for word in (first, *words) if word.startswith("--")]
+        unknown = [word for word in named if word.partition("=")[0] not in known]
         assert not unknown, f"`{span}`: {unknown}"
         if first.startswith("--") and "FILE" not in words:
             runs.load_config([first, *words])                   # ValueError for a value that cannot be meant
