@@ -4,6 +4,7 @@ make the suite slower.
 import os
 
 import pytest
+
 from processes import Pool
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,9 +23,8 @@ def pool():
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A function: name in predictions.RUNS -> its trained run folder, made when it is first asked for."""
-    from predictions import RUNS, TINY
-
     import train
+    from predictions import RUNS, TINY
 
     folder, made = tmp_path_factory.mktemp("runs"), {}
 

@@ -42,11 +42,11 @@ sys.path.insert(0, str(ROOT))
 
 import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
-import runs  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
 import data  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 import training.config  # noqa: E402
 import training.console  # noqa: E402

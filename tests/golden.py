@@ -28,6 +28,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+
 from processes import free_port
 
 ROOT = Path(__file__).parents[1]

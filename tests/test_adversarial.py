@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pieces import assert_copies, pair, run_alone
 from torch.autograd import gradcheck
 
 import adversarial
@@ -19,6 +18,7 @@ from adversarial import (
     generator_loss,
     r1_penalty,
 )
+from pieces import assert_copies, pair, run_alone
 
 # ---------------------------------------------------------------------------------------------- discriminator
 

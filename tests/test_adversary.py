@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from runs import GAN, gradients, micro_batches, run, same, snapshot, tiny_state
 
 import adversarial
 import losses
+from runs import GAN, gradients, micro_batches, run, same, snapshot, tiny_state
 from training.step import train_step
 
 

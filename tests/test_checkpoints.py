@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 import pytest
 import torch
-from test_imports import files
 
+from test_imports import files
 from training import checkpoints
 
 

@@ -6,11 +6,11 @@ import sys
 import typing
 
 import pytest
-from runs import CPU, ROOT, TINY, load_config, make_step
-from test_imports import files
 
 import train
+from runs import CPU, ROOT, TINY, load_config, make_step
 from tasks import TASKS
+from test_imports import files
 from training.config import SECTIONS, TrainConfig, convert, to_yaml
 from training.flags import field_comments
 from training.task import named

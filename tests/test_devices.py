@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import torch
-from runs import CPU, ROOT, load_config
 
+from runs import CPU, ROOT, load_config
 from training import devices
 from training.devices import pick_precision, set_backend
 

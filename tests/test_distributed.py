@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import free_port
-from runs import CODES, CPU, ROOT, TIMES, load, rows
-from runs import TINY as TINY_OF_ONE
 
 import data
 import tasks.vae
 import train
 import vae3d
+from processes import free_port
+from runs import CODES, CPU, ROOT, TIMES, load, rows
+from runs import TINY as TINY_OF_ONE
 from training import memory, ranks
 from training.devices import to_device
 from training.step import train_step

@@ -7,11 +7,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from predictions import TINY, ct_file, use
 
 import predict
 import train
 from data import Item
+from predictions import TINY, ct_file, use
 from tasks import TASKS, vae
 from training import evaluation
 from training.cases import read_case

@@ -1,8 +1,8 @@
 """training/fit.py: the predicted peak of a dry run, and the settings that --fit chooses."""
 import pytest
-from runs import CPU, TINY, load_config
 
 import train
+from runs import CPU, TINY, load_config
 from tasks import TASKS
 from training.config import changed
 from training.fit import fit, predicted

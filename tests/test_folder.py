@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import TINY, assert_equal_runs, load, resume, rows, run
 
 import predict
 import train
+from runs import TINY, assert_equal_runs, load, resume, rows, run
 from training import checkpoints
 from training.run import save_config
 

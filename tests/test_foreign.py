@@ -6,17 +6,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import runs
 import torch
-from foreign_networks import Reference, close, monai_model
 from torch import nn
 
 import data
 import predict
+import runs
 import train
 import training.facts
 import training.foreign
 import weights
+from foreign_networks import Reference, close, monai_model
 from tasks import TASKS
 from training.task import of
 from vae3d import VAEConfig

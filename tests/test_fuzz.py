@@ -8,15 +8,15 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import fuzz_data
 import nibabel as nib
 import numpy as np
 import pytest
-import runs
 import torch
 import yaml
 
 import data
+import fuzz_data
+import runs
 import train
 import training.config
 from data import DataConfig, DataError, read_volume

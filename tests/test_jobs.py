@@ -4,9 +4,9 @@ import signal
 
 import numpy as np
 import torch
-from predictions import ct_file, use
 
 import predict
+from predictions import ct_file, use
 from tasks import vae
 from training import checkpoints
 

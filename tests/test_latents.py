@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import torch
-from predictions import ct_file, use
 
 import data
 from data import Item
+from predictions import ct_file, use
 from tasks import TASKS
 from training.cases import read_case
 from training.ready import data_config, load

@@ -5,8 +5,8 @@ import types
 
 import pytest
 import torch
-from runs import command, rows, run
 
+from runs import command, rows, run
 from training.log import codebook_use
 
 

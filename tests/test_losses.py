@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from pieces import Largest, pair, run_alone, saved_bytes
 from torch.autograd import gradcheck
 
 import losses
@@ -23,6 +22,7 @@ from losses import (
     ssim,
     structure_loss,
 )
+from pieces import Largest, pair, run_alone, saved_bytes
 
 # -------------------------------------------------------------------------------- reconstruction, KL, metrics
 

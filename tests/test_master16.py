@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from runs import micro_batches, resume, rows, run, same, tiny_state, weights
 
+from runs import micro_batches, resume, rows, run, same, tiny_state, weights
 from training import memory
 from training.resume import full_weights
 from training.step import train_step

@@ -3,6 +3,8 @@ import dataclasses
 
 import pytest
 import torch
+
+import train
 from runs import (
     EVERYTHING,
     SEG,
@@ -14,8 +16,6 @@ from runs import (
     snapshot,
     tiny_state,
 )
-
-import train
 from training.memory import with_recovery
 from training.signals import RunStopped
 from training.step import train_step

@@ -8,16 +8,16 @@ import types
 from xml.etree import ElementTree
 
 import pytest
-import runs
 import torch
 import yaml
-from pieces import ROOT
 
 import memtest
 import peaks
 import pictures
+import runs
 import vae3d
 from peaks import GIB
+from pieces import ROOT
 from tasks import TASKS
 from training import fit
 from training.task import of

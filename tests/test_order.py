@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from runs import CPU, TINY, load_config, rows, run
 
 import data
+from runs import CPU, TINY, load_config, rows, run
 from training.config import OptimConfig
 from training.order import crops_of_step, learning_rate, step_batches, steps_per_epoch
 

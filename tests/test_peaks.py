@@ -2,16 +2,16 @@
 import math
 
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
-from pieces import run_alone
 from torch import nn
 
 import peaks
+import runs
 import tasks.vae
 import vae3d
 from peaks import GIB, count, largest, plan, predict
+from pieces import run_alone
 
 
 def peak_of(body, device="cpu"):

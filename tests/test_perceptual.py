@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from pieces import ROOT, assert_copies, generators, pair, run_alone, saved_bytes
 from torch.autograd import gradcheck
 
 import perceptual
 from adversarial import adaptive_weight
 from losses import sharpness
 from perceptual import FeatureNet3d, FeatureTrainer, PerceptualLoss3d, crop_starts, degrade, sub_crop
+from pieces import ROOT, assert_copies, generators, pair, run_alone, saved_bytes
 
 # -------------------------------------------------------------------------------------------------- sub-crops
 

@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from pieces import run_alone
 
 import pictures
+from pieces import run_alone
 
 
 def test_png_is_what_was_drawn():

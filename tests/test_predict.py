@@ -9,14 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import toy_task
-from predictions import ROOT, TINY, ct_file, failed_line, oriented, same_grid, use
 
 import peaks
 import predict
+import toy_task
 import train
 import vae3d
 from data import Item
+from predictions import ROOT, TINY, ct_file, failed_line, oriented, same_grid, use
 from tasks import TASKS, vae
 from training import latents
 from training.cases import read_case

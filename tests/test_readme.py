@@ -12,11 +12,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import runs
 import torch
 
 import memtest
 import predict
+import runs
 import train
 import training.flags
 import weights

@@ -1,8 +1,8 @@
 """A checkpoint ready to use: which file, which weights, how its volumes are prepared."""
 import torch
-from predictions import TINY
 
 import train
+from predictions import TINY
 from tasks import TASKS
 from training.config import changed
 from training.ready import data_config, load

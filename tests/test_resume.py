@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import perceptual
+import train
 from runs import (
     CODES,
     CPU,
@@ -25,9 +28,6 @@ from runs import (
     same,
     weights,
 )
-
-import perceptual
-import train
 from training.config import TrainConfig, config_from
 from training.resume import restore
 from training.step import train_step

@@ -6,12 +6,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from predictions import ct_file, failed_line, use
 
 import data
 import predict
 import unet
 from data import DataConfig, Item
+from predictions import ct_file, failed_line, use
 from tasks import TASKS, seg
 from training.devices import to_device
 from training.ready import Ready, load

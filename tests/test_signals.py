@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, assert_equal_runs, command, load, resume, run
 
 import data
 import train
+from runs import TINY, assert_equal_runs, command, load, resume, run
 from training.run import stop_if_signalled
 from training.signals import SECOND_SIGNAL
 from training.step import train_step

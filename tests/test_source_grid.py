@@ -6,10 +6,10 @@ import types
 import nibabel as nib
 import numpy as np
 import pytest
-from predictions import REAL, ct_file, needs_real, oriented, same_grid, use
 
 import data
 from data import DataConfig, Intensity, Item
+from predictions import REAL, ct_file, needs_real, oriented, same_grid, use
 from training.cases import read_case
 from training.jobs import ending_of_result, make_jobs
 from training.source_grid import Origin, in_stored_type, to_source_grid, write_result

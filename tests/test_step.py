@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+import losses
+import vae3d
 from runs import (
     EVERYTHING,
     GAN,
@@ -15,9 +18,6 @@ from runs import (
     snapshot,
     tiny_state,
 )
-
-import losses
-import vae3d
 from training.config import OptimConfig, convert
 from training.memory import turn_dial
 from training.step import clip_threshold, train_step

@@ -4,12 +4,12 @@ import subprocess
 
 import pytest
 import torch
-from runs import SEG, TINY, command, load_config, resume, rows, run
 
 import data
 import losses
 import unet
 import vae3d
+from runs import SEG, TINY, command, load_config, resume, rows, run
 from tasks import seg
 
 # -------------------------------------------------------------------------------------------- tasks/vae.py

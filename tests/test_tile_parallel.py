@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vae3d import build, objective, peak, relative
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ import training.config
 import training.memory
 import vae3d
 from tasks import TASKS
+from test_vae3d import build, objective, peak, relative
 from training.task import of
 
 OLD = dict(down_padding="end", upsample="transposed3", strides=((2, 2, 2), (1, 2, 2)), quant_conv="joint", post_quant_conv=True)

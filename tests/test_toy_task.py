@@ -11,7 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
+import memtest
+import peaks
+import predict
 import toy_task
+import train
 from runs import (
     CPU,
     ROOT,
@@ -26,11 +31,6 @@ from runs import (
     rows,
     run,
 )
-
-import memtest
-import peaks
-import predict
-import train
 from tasks import TASKS
 from training import fit
 from training.step import train_step

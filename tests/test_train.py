@@ -3,9 +3,9 @@ import math
 import time
 
 import torch
-from runs import rows, run, weights
 
 import data
+from runs import rows, run, weights
 
 
 def test_non_finite_steps_are_logged_with_their_files_and_stop_the_run(tmp_path, monkeypatch, capsys):

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from pieces import ROOT, run_alone, source
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import unet
+from pieces import ROOT, run_alone, source
 from unet import (
     PRESETS,
     Attention3d,

@@ -5,10 +5,10 @@ import types
 
 import pytest
 import torch
-from runs import GAN, SEG, TINY, flags_of, load_config, resume, rows, run
 
 import data
 import losses
+from runs import GAN, SEG, TINY, flags_of, load_config, resume, rows, run
 from tasks import TASKS, seg
 from training import ready
 from training.task import of

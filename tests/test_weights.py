@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_networks import Reference, close, monai_model, shaken
 
 import weights
+from foreign_networks import Reference, close, monai_model, shaken
 from vae3d import PRESETS, VAE3D, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
