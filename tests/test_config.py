@@ -105,6 +105,33 @@ def test_every_flag_has_a_comment_for_its_help(capsys):
         assert not missing, f"{section.name}: {missing} have no comment beside them"
 
 
+@dataclasses.dataclass
+class Commented:
+    """Its help text is what stands beside the fields.
+
+    short: not this # nor this
+    """
+    # of the first two
+    short: int = 1                            # in one line
+    long: int = 2                             # begins here,
+                                              # goes on: here
+                                              # and ends here
+    # of the others
+    below: str = "a value that leaves little place beside it"
+                                              # stands below
+    bare: int = 3
+
+    def __post_init__(self):
+        short: int = self.short               # no field
+        self.bare = short                     # nor is this
+
+
+def test_a_comment_goes_on_in_the_lines_below_its_field():
+    assert field_comments(Commented) == {
+        "short": "in one line", "long": "begins here, goes on: here and ends here", "below": "stands below",
+        "bare": ""}
+
+
 def test_every_flag_value_round_trips_through_its_type():
     """convert() accepts what str() of a default gives, for every field of every section."""
     for section in SECTIONS:
