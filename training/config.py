@@ -1,9 +1,11 @@
 """The configuration of a run: one dataclass per section, from defaults, YAML and text to values and back.
 
-A field is a key of the YAML and a flag of the command line: `kl_weight` of section `loss` is `loss:
-{kl_weight: ...}` and `--loss.kl_weight`. Sections `vae`, `unet`, `loss` and `data` are declared by the rooms
-that read them. A config is what the user asked for, and is never changed: what the data says is put into a
-new one (a task's `resolve`), and the memory dial of the moment is the state's. Version 0.3 (2026-11).
+A field is a key of the YAML and a flag of the command line: `kl_weight` of section `loss` is
+`loss: {kl_weight: ...}` and `--loss.kl_weight`. The comment beside a field is the help of its flag.
+Sections `vae`, `unet`, `loss` and `data` are declared by the rooms that read them.
+
+A config is what the user asked for, and is never changed: what the data says is put into a new one
+(a task's `resolve`), and the memory dial of the moment belongs to the state. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -27,9 +29,11 @@ from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
 
-MAX_CONFIG = 2**17                                               # bytes; PyYAML reads some 10^5 a second
+MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
 SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
 
+
+# ------------------------------------------------------------------------------------------------ sections
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -37,22 +41,22 @@ class OptimConfig:
     optimizer: str = "adamw"                  # adamw | adam | sgd (momentum 0.9)
     lr: float = 5e-4                          # the highest rate, after warm-up (docs/LOG.md)
     weight_decay: float = 0.01                # decoupled for adamw, L2 for the others
-    schedule: str = "cosine"                  # cosine | cosine_restarts | constant | exponential | step |
-                                              # plateau
+    schedule: str = "cosine"                  # cosine | cosine_restarts | constant |
+                                              # exponential | step | plateau
     warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0
     lr_min: float = 0.0                       # the cosine schedules end here
     restarts: int = 4                         # cosine_restarts: number of equal periods
-    gamma: float = 0.1                        # exponential: factor over the whole run; step, plateau: factor
-                                              # a drop
-    drops: int = 3                            # step: number of equal stretches of the run, a drop between
-                                              # them
+    gamma: float = 0.1                        # exponential: factor over the whole run;
+                                              # step, plateau: factor of one drop
+    drops: int = 3                            # step: number of equal parts of the run, with a drop
+                                              # between them
     plateau_patience: int = 5                 # plateau: validations without improvement before a drop
-    grad_clip: float = 1.0                    # largest norm of the whole gradient, after unscaling; 0: no
-                                              # clipping
-    clip_percentile: float = 0.0              # adaptive: this percentile of the last norms, at most
-                                              # grad_clip; 0: off
-    clip_window: int = 1000                   # finite norms that it looks back on; grad_clip until it has
-                                              # them
+    grad_clip: float = 1.0                    # largest norm of the whole gradient, after unscaling;
+                                              # 0: no clipping
+    clip_percentile: float = 0.0              # adaptive clipping: at this percentile of the last norms,
+                                              # but never above grad_clip; 0: off
+    clip_window: int = 1000                   # how many finite norms that percentile is taken of;
+                                              # until there are so many, grad_clip holds
 
     def __post_init__(self):
         one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
@@ -70,44 +74,45 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
-    init: str | None = None                   # run folder, checkpoint or foreign autoencoder (weights.py) to
-                                              # start from
-    init_hints: str | None = None             # what a foreign file cannot say, weights.py's hints:
-                                              # norm_num_groups=8,... and / or the JSON or YAML file of its
-                                              # constructor's arguments
-    stage: int = 0                            # 1: the codebook alone (needs init); 2: all, on from stage 1;
-                                              # 0: all
-    seed: int = 0                             # weights, split, crops, noise
-    device: str = "auto"                      # auto (cuda, mps, cpu in that order) | cuda | cuda:1 | mps |
-                                              # cpu
+    out: str | None = None                    # run folder; none: runs/PRESET, or the next free
+                                              # runs/PRESET-N
+    init: str | None = None                   # what to start from: a run folder, a checkpoint, or an
+                                              # autoencoder made elsewhere (weights.py)
+    init_hints: str | None = None             # what a file made elsewhere cannot say (weights.py's hints):
+                                              # norm_num_groups=8,... and / or the JSON or YAML file of
+                                              # its constructor's arguments
+    stage: int = 0                            # 1: train the codebook alone (needs init); 2: train all,
+                                              # going on from stage 1; 0: train all
+    seed: int = 0                             # of weights, split, crops and noise
+    device: str = "auto"                      # auto (cuda, mps, cpu in that order) | cuda | cuda:1 |
+                                              # mps | cpu
     amp: bool = False                         # bf16 where the device has it, else fp16 with a GradScaler
-    precision: str = "float32"                # of the weights: float32 | master16 (fp16, float32 masters,
-                                              # loss scale)
-    batch: int = 2                            # crops a micro-batch; small crops on a CPU: 1 is 7 times slower
-                                              # a voxel
+    precision: str = "float32"                # of the weights: float32 | master16 (fp16 weights with
+                                              # float32 masters and a loss scale)
+    batch: int = 2                            # crops a micro-batch; of small crops on a CPU, a batch of 1
+                                              # takes 7 times longer a voxel
     accum: int = 1                            # micro-batches an optimizer step of a rank
     steps: int | None = None                  # optimizer steps; with epochs too, whichever ends first
     epochs: int | None = None                 # passes of data.crops_per_volume crops of every volume
-    val_every: int = 50                       # steps between validations; there is one at step 0 and at the
-                                              # end too
+    val_every: int = 50                       # steps between validations; there is one at step 0 and one
+                                              # at the end too
     val_crops: int = 8                        # fixed seeded crops over all held-out volumes
     val_whole: bool = False                   # validate on whole held-out volumes instead
     save_every: int = 50                      # steps between writes of last.pt; there is one at the end too
-    keep: int = 0                             # older last.pt kept, as step_XXXXXX.pt
-    ema: tuple[float, ...] = ()               # decays of averages of the weights; the first is validated and
-                                              # shipped
+    keep: int = 0                             # how many older last.pt are kept, as step_XXXXXX.pt
+    ema: tuple[float, ...] = ()               # decays of averages of the weights; the first average is
+                                              # validated and shipped
     patience: int = 0                         # early stopping: validations without improvement; 0: off
-    min_delta: float = 0.0                    # improvement that counts
+    min_delta: float = 0.0                    # early stopping: improvement that counts
     metric: str = "auto"                      # what best.pt and early stopping look at: psnr | ssim | l1 |
-                                              # loss | dice | explained ...; auto: the first of the task's
+                                              # loss | dice | explained ...; auto: the task's first
                                               # (psnr, dice, explained)
     nan_limit: int = 5                        # non-finite steps in a row that stop the run
     latent_crops: int = 32                    # training crops over which the latent's mean and std are
                                               # measured
     compile: bool = False                     # torch.compile the network
-    deterministic: bool = True                # cuDNN's deterministic kernels, so that a resumed run on CUDA
-                                              # is exact too
+    deterministic: bool = True                # cuDNN's deterministic kernels, so that a resumed run on
+                                              # CUDA is exact too
 
     def __post_init__(self):
         one_of("train.precision", self.precision, ("float32", "master16"))
@@ -115,8 +120,11 @@ class RunConfig:
         at_least("train", self, batch=1, accum=1, val_every=1, val_crops=1, save_every=1, keep=0)
         at_least("train", self, patience=0, min_delta=0, nan_limit=1, latent_crops=1)
         for name in ("steps", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
+
+        # A decay of 0 says "no average", as in `--train.ema 0`.
         object.__setattr__(self, "ema", tuple(rate for rate in self.ema if rate != 0))
         if not all(0 < rate < 1 for rate in self.ema):
             raise ValueError(f"train.ema holds decays below 1, 0 for none, got {self.ema}")
@@ -126,21 +134,21 @@ class RunConfig:
 class MemoryConfig:
     """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
     mode: str = "none"                        # none | checkpoint | tile
-    tile: tuple[int, int, int] | None = None  # tile: D,H,W in voxels of the input; auto: chosen by a cost
-                                              # model
-    tile_parallel: bool = False               # tile: the ranks share the tiles of the same volumes, instead
-                                              # of the batch
-    stretch: str = "auto"                     # tile: levels a stretch from the finest down, such as 2+1;
-                                              # auto: chosen
+    tile: tuple[int, int, int] | None = None  # tile: D,H,W in voxels of the input; auto: chosen by a
+                                              # cost model
+    tile_parallel: bool = False               # tile: the ranks share the tiles of the same volumes,
+                                              # instead of the batch
+    stretch: str = "auto"                     # tile: how many levels each tiled stretch has, from the
+                                              # finest down, such as 2+1; auto: chosen
     budget: float | None = None               # tile: GiB that a step may take; none: what the card has free
-    recover: bool = True                      # out of memory: turn the dial one step and repeat the optimizer
-                                              # step
+    recover: bool = True                      # after out of memory, turn the dial further and repeat the
+                                              # optimizer step
     expandable_segments: bool = True          # CUDA allocator: less fragmentation
     max_split_size_mb: int = 0                # CUDA allocator: largest block that is split; 0: no limit
 
     def __post_init__(self):
         one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
-        # Recovery leads to tile and never away from it.
+        # Recovery needs no such check: it leads to tile and never away from it.
         if self.tile_parallel and self.mode != "tile":
             raise ValueError("memory.tile_parallel shares tiles among ranks, but memory.mode is "
                              f"{self.mode}, which has none; add --memory.mode tile")
@@ -153,15 +161,18 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What is told while a run goes on, and how often."""
     every: int = 10                           # steps between console lines; log.jsonl has every step
-    sample_every: int = 100                   # steps between pictures; 0: never; there is one at the end too
+    sample_every: int = 100                   # steps between pictures; 0: never; some are made at the end
+                                              # in any case
     samples: int = 2                          # held-out volumes of which pictures are made
-    histogram_every: int = 100                # steps between histograms for tensorboard and wandb; 0: never
+    histogram_every: int = 100                # steps between histograms for tensorboard and wandb;
+                                              # 0: never
     tensorboard: bool = False                 # write OUT/tensorboard (pip install tensorboard)
     wandb: bool = False                       # log to Weights & Biases (pip install wandb)
-    wandb_project: str = "vae3d"              # its project
-    ddp_check: int = 100                      # steps between comparisons of all weights across the ranks; 0:
-                                              # never
+    wandb_project: str = "vae3d"              # project at Weights & Biases
+    ddp_check: int = 100                      # steps between comparisons of all weights across the ranks;
+                                              # 0: never
 
     def __post_init__(self):
         at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
@@ -170,10 +181,10 @@ class LogConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
-    task: str = "vae"                         # vae | seg (U-Net, image/label pairs) | features (for the
-                                              # perceptual loss)
-    preset: str = "ultra_lightweight"         # start of section `vae` (vae3d.PRESETS) or `unet`
-                                              # (unet.PRESETS)
+    task: str = "vae"                         # vae | seg (U-Net, image/label pairs) |
+                                              # features (a network for the perceptual loss)
+    preset: str = "ultra_lightweight"         # where section `vae` (vae3d.PRESETS) or `unet`
+                                              # (unet.PRESETS) starts from
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -186,129 +197,173 @@ SECTIONS = [f for f in dataclasses.fields(TrainConfig) if f.default_factory is n
 
 
 def one_of(name: str, value, choices: Sequence) -> None:
+    """Raises ValueError where the value is none of the choices."""
     if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(str, choices))}, got {data.brief(value, 200)}"
-        )
+        known = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {known}, got {data.brief(value, 200)}")
 
 
 def at_least(section: str, config, **bounds: float) -> None:
+    """Raises ValueError where a field lies below its bound."""
     for name, bound in bounds.items():
-        if not getattr(config, name) >= bound:
-            raise ValueError(f"{section}.{name} must be at least {bound}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        # `not value >= bound` rather than `value < bound`: NaN fails it too.
+        if not value >= bound:
+            raise ValueError(f"{section}.{name} must be at least {bound}, got {value}")
 
+
+# ------------------------------------------------------------------------------------------------ from text
 
 def convert(value: Any, hint: Any, name: str) -> Any:
-    """A value from YAML or a flag -> the field's type: "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64),
-    "1,2,2;2,2,2" -> two triples.
+    """A value from YAML or a flag -> the field's type, which `hint` is.
+
+    "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples.
+    Raises ValueError that names the field and what it must be.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
     if isinstance(value, str) and "\0" in value:
         raise ValueError(f"{name} must be free of NUL, got {data.brief(value, 200)}")
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto", "")):
-            return None
-        errors = []
-        for choice in (a for a in args if a is not type(None)):
-            try:
-                return convert(value, choice, name)
-            except ValueError as error:
-                errors.append(error)
-        raise errors[0]
+        return convert_to_one_of(value, typing.get_args(hint), name)
     if origin is tuple:
-        nested = typing.get_origin(args[0]) is tuple
-        if isinstance(value, str):
-            value = [part for part in value.strip("()[] ").split(";" if nested else ",") if part.strip()]
-        if not isinstance(value, (list, tuple)):
-            value = [value]
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ValueError(f"{name} needs {len(args)} values{' (D,H,W)' if len(args) == 3 else ''}, got "
-                             f"{data.brief(value, 200)}")
-        return tuple(convert(part, args[0], name) for part in value)
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
-    if hint is bool:
+        return convert_to_tuple(value, typing.get_args(hint), name)
+    return convert_to_single(value, hint, name)
+
+
+def convert_to_one_of(value: Any, choices: Sequence, name: str) -> Any:
+    """For a field that may have several types, X | Y | None: the first that takes the value."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lower() in ("none", "null", "auto", ""):
+        return None
+
+    errors = []
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return convert(value, choice, name)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
+    """parts: the types of a tuple's values; (X, ...) for any number of X. Tuples of tuples take `;`."""
+    if isinstance(value, str):
+        separator = ";" if typing.get_origin(parts[0]) is tuple else ","
+        value = [part for part in value.strip("()[] ").split(separator) if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if parts[-1] is not Ellipsis and len(value) != len(parts):
+        order = " (D,H,W)" if len(parts) == 3 else ""
+        raise ValueError(f"{name} needs {len(parts)} values{order}, got {data.brief(value, 200)}")
+    return tuple(convert(part, parts[0], name) for part in value)
+
+
+def convert_to_single(value: Any, kind: type, name: str) -> Any:
+    """kind: bool, int, float or str."""
+    if kind is bool:
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() in known:
             return known[str(value).lower()]
     elif not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        # A value that changes on its way is refused, such as 1.5 for a whole number.
         try:
-            if hint is str or hint(value) == float(value):
-                return hint(value)
+            if kind is str or kind(value) == float(value):
+                return kind(value)
         except (ValueError, OverflowError):
             pass
-        if hint is float and str(value).lower() == "nan":
+        # NaN comes here because it does not equal itself.
+        if kind is float and str(value).lower() == "nan":
             raise ValueError(f"{name} must be a number, got nan")
-    raise ValueError(f"{name} must be {kind}, got {data.brief(value, 200)}")
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    raise ValueError(f"{name} must be {wanted}, got {data.brief(value, 200)}")
 
 
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
-    """`base` with {section: {field: value}} put over it. Raises ValueError for an unknown key, naming the
+    """`base` with {section: {field: value}} put over it.
+
+    source: where the values were found, for errors. Raises ValueError for an unknown key, naming the
     closest one.
     """
     result = {}
     for key, value in values.items():
-        current = getattr(base, key) if key in [f.name for f in SECTIONS] else None
         if key in ("task", "preset"):
             result[key] = convert(value, str, f"{source}: {key}")
             continue
-        if not dataclasses.is_dataclass(current):
+
+        # All other keys are sections, which hold fields.
+        if key not in [f.name for f in SECTIONS]:
             known = [f.name for f in dataclasses.fields(base)]
             raise ValueError(f"{source}: unknown key {data.one_line(key)}{closest(str(key), known, '')}")
-        if value is None:
+        if value is None:                                        # a section without any line
             continue
         if not isinstance(value, dict):
             raise ValueError(f"{source}: section {key} must hold `field: value` lines, got "
                              f"{data.brief(value, 200)}")
+
+        current = getattr(base, key)
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
-                raise ValueError(f"{source}: unknown key "
-                                 f"{key}.{data.one_line(name)}{closest(str(name), hints, key + '.')}")
-        result[key] = dataclasses.replace(
-            current, **{name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()}
-        )
+                near = closest(str(name), hints, f"{key}.")
+                raise ValueError(f"{source}: unknown key {key}.{data.one_line(name)}{near}")
+        fields = {name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()}
+        result[key] = dataclasses.replace(current, **fields)
     return dataclasses.replace(base, **result)
 
 
 def closest(word: str, words, prefix: str) -> str:
+    """The end of an error about an unknown word: the known one that is most like it, else all of them."""
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(map(str, words))}"
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; known: {', '.join(map(str, words))}"
 
+
+# ------------------------------------------------------------------------------------------------ YAML
 
 class ConfigLoader(yaml.SafeLoader):
-    """SafeLoader that refuses what it would take in silence: a key twice, and aliases that multiply (a
-    billion values in 500 bytes).
+    """SafeLoader that refuses two things which it would take in silence.
+
+    A key that stands twice: the second would win. And an alias of more than a single value: aliases of
+    aliases multiply, to a billion values in 500 bytes.
     """
     def compose_node(self, parent, index):
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
-        if alias is not None and not isinstance(self.anchors.get(alias.anchor, parent), yaml.ScalarNode):
-            raise yaml.YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is no single value; "
-                                 "write it out")
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            # An anchor that is not there is no single value either: `parent` takes its place.
+            if not isinstance(self.anchors.get(alias.anchor, parent), yaml.ScalarNode):
+                raise yaml.YAMLError(f"*{alias.anchor} in line {alias.start_mark.line + 1} is no single "
+                                     "value; write it out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
-            raise yaml.YAMLError(f"the key {data.brief(max(names, key=names.count), 200)} stands twice in "
-                                 "one section")
+            twice = max(names, key=names.count)
+            raise yaml.YAMLError(f"the key {data.brief(twice, 200)} stands twice in one section")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str) -> dict:
-    """Raises ValueError in one line."""
+    """The sections of a config file; {} of an empty one. Raises ValueError in one line."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("not a regular file")
-        if (size := os.path.getsize(path)) > MAX_CONFIG:
+        size = os.path.getsize(path)
+        if size > MAX_CONFIG:
             raise ValueError(f"{size} bytes, a config has {MAX_CONFIG} at most")
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), ConfigLoader)
-    # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, by the tag.
+    # PyYAML raises IndexError, KeyError, AttributeError and RecursionError too, depending on the tag.
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as YAML: {line_of(error)}") from None
-    if not isinstance(values or {}, dict):
+    values = values or {}
+    if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold sections such as `data:` and `train:`, got "
                          f"{type(values).__name__}")
-    return values or {}
+    return values
 
 
 def config_dict(cfg: TrainConfig) -> dict:
@@ -316,7 +371,9 @@ def config_dict(cfg: TrainConfig) -> dict:
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
     return plain(dataclasses.asdict(cfg))
 
 
@@ -326,5 +383,7 @@ def to_yaml(cfg: TrainConfig) -> str:
 
 def changed(cfg: TrainConfig, **sections: dict[str, Any]) -> TrainConfig:
     """A config with some fields of its sections replaced: changed(cfg, data={"patch": (32, 64, 64)})."""
-    new = {name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in sections.items()}
+    new = {}
+    for name, fields in sections.items():
+        new[name] = dataclasses.replace(getattr(cfg, name), **fields)
     return dataclasses.replace(cfg, **new)

@@ -1,6 +1,6 @@
-"""The command line of train.py: flags from the dataclasses of the config, their help from the comments beside
-the fields.
+"""The command line of train.py, as flags and as the config that they make.
 
+The flags are made from the dataclasses of the config, their help from the comments beside the fields.
 Later beats earlier: defaults, preset, YAML file, flags. Version 0.3 (2026-11).
 """
 from __future__ import annotations
@@ -18,21 +18,27 @@ from training.foreign import foreign_init
 from training.task import named, of
 
 DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
-SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"} | {
-    f"--{name}": f"train.{name}"
-    for name in ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")
-}
+# Short flag -> section.field. All other fields have their long flag alone.
+IN_TRAIN = ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")
+SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"}
+SHORT_FLAGS |= {f"--{name}": f"train.{name}" for name in IN_TRAIN}
+# Flags that are about the command and no part of the config.
 COMMANDS = ("config", "resume", "dry_run", "fit")
 
+
+# ------------------------------------------------------------------------------------------------ the config
 
 def load_config(
     argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None
 ) -> TrainConfig:
     """Defaults, preset, YAML file, flags: later beats earlier.
 
-    tasks: the table of tasks/. base: a checkpoint's config, which takes the place of defaults and preset.
-    Where train.init is a file that another library made, what it says of the network takes the place of the
-    preset. Raises ValueError with one line: which flag or key, what was found, what to do."""
+    tasks: the table of tasks/.
+    base: a checkpoint's config, which takes the place of defaults and preset.
+    Where train.init is a file that another library made, what it says of the network takes the place of
+    the preset. Raises ValueError with one line: which flag or key, what was found, what to do.
+    """
+    # First what is asked for, as {section: {field: value}}: by the flags, and by the file.
     options = vars(build_parser(tasks).parse_args(list(argv)))
     flags: dict = {}
     for name, value in options.items():
@@ -44,43 +50,51 @@ def load_config(
         else:
             flags[key] = value
     from_file = read_yaml(options["config"]) if options.get("config") else {}
+
+    # Then what these are put over.
     if base is None:
         base = starting_point(flags, from_file, tasks)
     elif "train.init" in options or "train.init_hints" in options:
-        raise ValueError(
-            "--init and --resume exclude one another: a resumed run goes on with its own weights"
-        )
+        raise ValueError("--init and --resume exclude one another: a resumed run goes on with its own "
+                         "weights")
     for name in ("task", "preset"):
-        wanted = flags.get(name, from_file.get(name, getattr(base, name)))
-        if wanted != getattr(base, name):
-            raise ValueError(f"{name} {wanted}: the run to resume was built with {getattr(base, name)}; "
-                             "leave it out")
-    cfg = config_from(flags, config_from(from_file, base, str(options.get("config"))), "command line")
+        built_with = getattr(base, name)
+        wanted = flags.get(name, from_file.get(name, built_with))
+        if wanted != built_with:
+            raise ValueError(f"{name} {wanted}: the run to resume was built with {built_with}; leave it out")
+    cfg = config_from(from_file, base, str(options.get("config")))
+    cfg = config_from(flags, cfg, "command line")
+
+    # Then what the tasks know: their metrics, and which fields go together.
     task = of(tasks, cfg, "command line")
-    one_of(
-        "train.metric",
-        cfg.train.metric,
-        ("auto", *dict.fromkeys(name for each in tasks.values() for name in each.METRICS)),
-    )
+    metrics = dict.fromkeys(name for each in tasks.values() for name in each.METRICS)
+    one_of("train.metric", cfg.train.metric, ("auto", *metrics))
     task.check(cfg)
     return cfg
 
 
 def starting_point(flags: dict, from_file: dict, tasks: Mapping[str, ModuleType]) -> TrainConfig:
-    """Defaults and preset. A preset that the file names is taken out of it where a foreign network stands in
-    its place.
+    """Defaults and preset, or defaults and the network of a file that another library made.
+
+    With such a file a preset is taken out of `from_file`, since the network stands in its place.
     """
     task = named(tasks, flags.get("task", from_file.get("task", TrainConfig.task)))
     presets = task.PRESETS or {TrainConfig.preset: None}
-    preset = flags.get("preset", from_file.get("preset", next(iter(presets))))
-    if foreign := foreign_init(flags, from_file, task):
+    first = next(iter(presets))
+    preset = flags.get("preset", from_file.get("preset", first))
+
+    foreign = foreign_init(flags, from_file, task)
+    if foreign is not None:
         preset, presets = foreign.layout, {foreign.layout: foreign.vae}
         from_file.pop("preset", None)
+    # A run from such a file has its layout as preset, which its config.yaml may name but no flag.
     elif "preset" not in flags and preset in task.FILE_PRESETS:
         presets = task.FILE_PRESETS
     one_of("preset", preset, tuple(presets))
     return TrainConfig(task.name, preset, **task.sections(presets[preset]))
 
+
+# ------------------------------------------------------------------------------------------------ the flags
 
 class Parser(argparse.ArgumentParser):
     """argparse with house errors: one line that names the closest flag."""
@@ -92,43 +106,52 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(tasks: Mapping[str, ModuleType]) -> Parser:
-    """The flags of DESIGN.md; those of the sections come from the dataclasses, their help from the comments
-    beside the fields.
-    """
+    """The short flags, and for each field of each section `--section.field`."""
     parser = Parser(
         prog="train.py",
         description=DESCRIPTION,
         allow_abbrev=False,
+        # A flag that is not given is absent, so that it beats nothing.
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=140),
     )
-    parser.add_argument("--config", metavar="YAML", help="experiment file, see config/")
-    parser.add_argument("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out "
-                                                                "come from it")
-    parser.add_argument("--dry-run", action="store_true", dest="dry_run",
-                        help="print the resolved config and the predicted peak, then stop")
-    parser.add_argument("--fit", metavar="GIB", nargs="?", const="free",
-                        help="choose the cheapest memory settings that fit; without a number: into the "
-                             "card's free memory")
-    short = {path: flag for flag, path in SHORT_FLAGS.items()}
-    parser.add_argument("--task", metavar="NAME", help=" | ".join(tasks) + " [vae]")
+    add = parser.add_argument
+    add("--config", metavar="YAML", help="experiment file, see config/")
+    add("--resume", metavar="RUN_OR_FILE", help="go on with a run; config, data and out come from it")
+    add("--dry-run", action="store_true", dest="dry_run",
+        help="print the resolved config and the predicted peak, then stop")
+    add("--fit", metavar="GIB", nargs="?", const="free",
+        help="choose the cheapest memory settings that fit; without a number: into the card's free memory")
+
+    add("--task", metavar="NAME", help=" | ".join(tasks) + " [vae]")
     presets = {name: named(tasks, name).PRESETS for name in tasks}
-    presets = "; ".join(f"{name}: {' | '.join(names)}" for name, names in presets.items() if names)
-    parser.add_argument("--preset", metavar="NAME", help=presets)
+    known = [f"{name}: {' | '.join(names)}" for name, names in presets.items() if names]
+    add("--preset", metavar="NAME", help="; ".join(known))
     for section in SECTIONS:
-        group = parser.add_argument_group(f"section {section.name}")
-        cls = section.default_factory
-        comments, hints = field_comments(cls), typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            path = f"{section.name}.{f.name}"
-            names = [short[path]] if path in short else []
-            names += [f"--{path}"]
-            options = {"nargs": "?", "const": "true"} if hints[f.name] is bool else {}
-            text = comments.get(f.name, "") + ("" if f.default is dataclasses.MISSING else f" [{f.default}]")
-            group.add_argument(
-                *names, dest=path, metavar=f.name.upper(), help=text.replace("%", "%%"), **options
-            )
+        add_section(parser.add_argument_group(f"section {section.name}"), section)
     return parser
+
+
+def add_section(flags, section: dataclasses.Field) -> None:
+    """A flag for each field of a section; flags: the part of the parser that they belong to."""
+    cls = section.default_factory
+    comments, hints = field_comments(cls), typing.get_type_hints(cls)
+    short = {path: flag for flag, path in SHORT_FLAGS.items()}
+    for f in dataclasses.fields(cls):
+        path = f"{section.name}.{f.name}"
+        names = [f"--{path}"]
+        if path in short:
+            names.insert(0, short[path])
+        # `--train.amp` alone is `--train.amp true`.
+        options = {}
+        if hints[f.name] is bool:
+            options = {"nargs": "?", "const": "true"}
+        text = comments.get(f.name, "")
+        if f.default is not dataclasses.MISSING:
+            text += f" [{f.default}]"
+        # argparse takes % for a format.
+        text = text.replace("%", "%%")
+        flags.add_argument(*names, dest=path, metavar=f.name.upper(), help=text, **options)
 
 
 # Kept: reading the source of all sections takes 0.4 s, since inspect parses a module for each.
