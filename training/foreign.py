@@ -1,5 +1,8 @@
-"""Autoencoders that another library made, as files: their weights, and what the file itself cannot say
-(hints). Version 0.3 (2026-11).
+"""Autoencoders that another library made, as files: their weights, and hints.
+
+A hint is what the file itself cannot say, such as the number of groups of its GroupNorms. The user gives
+hints as NAME=VALUE, or names the JSON or YAML file with the arguments that the autoencoder was built with.
+weights.py converts; this room reads files and hints, and words the errors. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ from vae3d import VAEConfig
 from weights import BLOCKS, LAYOUTS, HintError, is_foreign, turn_axes
 from weights import convert as convert_foreign
 
+# One of each names an autoencoder's arguments, whatever else stands beside them.
+LATENT_NAMES = {"latent_channels", "latent_dim"}
+WIDTH_NAMES = {"channels", "num_channels", "block_out_channels", "base_channels"}
+
 
 class Foreign(NamedTuple):
     """An autoencoder of another library, converted."""
@@ -30,57 +37,74 @@ class Foreign(NamedTuple):
 
 
 def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | None:
-    """What weights.py makes of a file; None for a folder, an absent file and what is not foreign. flag: with
-    which the hints were given.
+    """What weights.py makes of a file; None for a folder, an absent file and what is not foreign.
 
-    intensity_range is what the layout's own scripts use unless a hint says otherwise: [0, 1] for MONAI's,
-    else [-1, 1]; and so are the axes: MONAI reads volumes as x,y,z, so that its kernels are turned round.
-    ValueError in one line."""
+    flag: the one that the hints were given with, for errors. ValueError in one line.
+
+    Two things are as in the layout's own scripts unless a hint says otherwise. intensity_range is [0, 1]
+    for MONAI's, else [-1, 1]. And MONAI reads volumes as x,y,z, so that its kernels are turned round.
+    """
     content = checkpoints.read(path) if Path(path).is_file() else None
     layout = is_foreign(content)
     if layout is None:
         return None
+
+    # First what holds for the layout, under what the hints say.
     named, several = read_hints(hints, flag)
-    named.setdefault("intensity_range", (0.0, 1.0) if layout in BLOCKS else VAEConfig.intensity_range)
-    axes = named.pop("axes", "xyz" if layout in BLOCKS else "zyx")
+    is_monai = layout in BLOCKS
+    named.setdefault("intensity_range", (0.0, 1.0) if is_monai else VAEConfig.intensity_range)
+    axes = named.pop("axes", "xyz" if is_monai else "zyx")
     one_of(f"{flag}: axes", axes, ("xyz", "zyx"))
+
+    # Then the first autoencoder of the arguments' file that fits: a MAISI config describes two.
     errors = []
-    # A MAISI config describes two autoencoders: the one that fits.
     for arguments in several:
         try:
             vae, state = convert_foreign(content, **{**arguments, **named})
-            return Foreign(layout, vae, turn_axes(state) if axes == "xyz" else state)
+            if axes == "xyz":
+                state = turn_axes(state)
+            return Foreign(layout, vae, state)
         except HintError as error:
             errors.append(f"{path}: {error} ({flag} NAME=VALUE,NAME=VALUE,... or the original's CONFIG.json)")
-        # TypeError: of strides that are no lists, and the like.
-        except (ValueError, TypeError) as error:
-            errors.append(
-                f"{path}: {line_of(error)}" + f" (given {flag} {hints})" * isinstance(error, TypeError)
-            )
+        except ValueError as error:
+            errors.append(f"{path}: {line_of(error)}")
+        # Of hints that have the wrong type, such as strides that are no lists.
+        except TypeError as error:
+            errors.append(f"{path}: {line_of(error)} (given {flag} {hints})")
     raise ValueError(errors[0])
 
 
+# ------------------------------------------------------------------------------------------------ hints
+
 def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """"FILE,NAME=VALUE,NAME=VALUE" -> the named values, read as YAML; and the arguments of each autoencoder
-    in FILE, [{}] without one.
+    """"FILE,NAME=VALUE,NAME=VALUE" -> the named values, and the arguments of each autoencoder in FILE.
+
+    Values are read as YAML. Without a file there is one autoencoder, of which nothing is known: [{}].
     """
     named, several = {}, [{}]
-    for part in re.split(r",(?=\s*\w+\s*=)", text) if text else ():
+    # A comma separates where a NAME= follows: other commas belong to a value.
+    parts = re.split(r",(?=\s*\w+\s*=)", text) if text else []
+    for part in parts:
         name, is_named, value = part.partition("=")
+        name = name.strip()
         if Path(part).is_file():
             several = autoencoder_arguments(part)
         elif not is_named:
             raise ValueError(f"{flag}: {part} is neither NAME=VALUE nor a file")
-        elif name.strip() in named or not value.strip():
-            raise ValueError(f"{flag}: {name.strip()} is given "
-                             f"{'twice' if value.strip() else 'without a value'}")
+        elif not value.strip():
+            raise ValueError(f"{flag}: {name} is given without a value")
+        elif name in named:
+            raise ValueError(f"{flag}: {name} is given twice")
         else:
+            # 1,2,4 and (1,2,4) are lists too.
+            if "," in value and "[" not in value:
+                value = f"[{value.strip('() ')}]"
             try:
-                named[name.strip()] = with_numbers(
-                    yaml.safe_load(value if "[" in value or "," not in value else f"[{value.strip('() ')}]")
-                )
+                named[name] = with_numbers(yaml.safe_load(value))
             except yaml.YAMLError as error:
                 raise ValueError(f"{flag}: {part} cannot be read: {line_of(error)}") from None
+
+    # A MONAI bundle may hold references and code, which are never run; a named value takes their place.
     for arguments in several:
         for name, value in arguments.items():
             if isinstance(value, str) and value[:1] in ("@", "$") and name not in named:
@@ -90,68 +114,89 @@ def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[s
 
 
 def with_numbers(value: Any) -> Any:
-    """YAML reads 1e-6 as a text."""
+    """Texts that are numbers become numbers: YAML reads 1e-6 as a text."""
     if isinstance(value, list):
         return [with_numbers(part) for part in value]
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 
 def autoencoder_arguments(path: str) -> list[dict[str, Any]]:
-    """Constructor arguments of each autoencoder in a JSON or YAML file such as a MONAI bundle's, "@name" put
-    in. ValueError without any.
+    """Constructor arguments of each autoencoder in a JSON or YAML file such as a MONAI bundle's.
+
+    "@name" is replaced by what stands under that name. ValueError where the file describes none.
     """
-    try:  # JSON may be indented by tabs, YAML not
-        content = (
-            json.loads(Path(path).read_text(encoding="utf-8")) if path.endswith(".json") else read_yaml(path)
-        )
+    try:
+        # JSON may be indented by tabs, which YAML may not.
+        if path.endswith(".json"):
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        else:
+            content = read_yaml(path)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {line_of(error)}") from None
 
-    def entries(value: Any) -> Iterator[dict]:
-        if isinstance(value, dict) and value.keys() & {"latent_channels", "latent_dim"} and value.keys() & {
-                "channels", "num_channels", "block_out_channels", "base_channels"}:
-            yield value
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            yield from entries(part)
-
-    def resolved(value: Any) -> Any:
-        found = content
-        for name in re.split("[#:]+", value[1:]) if isinstance(value, str) and value.startswith("@") else ():
-            found = found.get(name) if isinstance(found, dict) else None
-        return with_numbers(value if found is content or found is None else found)
-
-    found = [
-        {name: resolved(value) for name, value in entry.items() if not name.startswith("_")}
-        for entry in entries(content)
-    ]
+    found = []
+    for entry in autoencoders_in(content):
+        arguments = {name: value for name, value in entry.items() if not name.startswith("_")}
+        found.append({name: looked_up(value, content) for name, value in arguments.items()})
     if not found:
         raise ValueError(f"{path}: describes no autoencoder; looked for latent_channels beside channels or "
                          "num_channels")
     return found
 
 
+def autoencoders_in(value: Any) -> Iterator[dict]:
+    """The dicts, at any depth, that hold an autoencoder's arguments."""
+    inner = []
+    if isinstance(value, dict):
+        if value.keys() & LATENT_NAMES and value.keys() & WIDTH_NAMES:
+            yield value
+        inner = value.values()
+    elif isinstance(value, list):
+        inner = value
+    for part in inner:
+        yield from autoencoders_in(part)
+
+
+def looked_up(value: Any, content: Any) -> Any:
+    """A value of the file; "@network#channels" is content["network"]["channels"] where there is such."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return with_numbers(value)
+    found = content
+    for name in re.split("[#:]+", value[1:]):
+        found = found.get(name) if isinstance(found, dict) else None
+    return with_numbers(value if found is None else found)
+
+
+# ------------------------------------------------------------------------------------------------ in a run
+
 def foreign_init(flags: dict, from_file: dict, task: Task) -> Foreign | None:
-    """The network of train.init where another library made it. ValueError where flags deny it."""
+    """The network of train.init where another library made it.
+
+    flags, from_file: {section: {field: value}} of the command line and of the config file. ValueError
+    where the flags do not go together with such a file, or with its absence.
+    """
     section = from_file.get("train") if isinstance(from_file.get("train"), dict) else {}
-    given = {name: {**section, **flags.get("train", {})}.get(name) for name in ("init", "init_hints")}
-    init, hints = (convert(value, str | None, f"train.{name}") for name, value in given.items())
-    foreign = load_foreign(init, hints, "--train.init_hints") if init is not None else None
+    given = section | flags.get("train", {})
+    init = convert(given.get("init"), str | None, "train.init")
+    hints = convert(given.get("init_hints"), str | None, "train.init_hints")
+    foreign = None
+    if init is not None:
+        foreign = load_foreign(init, hints, "--train.init_hints")
+
     if foreign is None:
         if "init_hints" in flags.get("train", {}):
-            raise ValueError(
-                "--train.init_hints are about a foreign file, and "
-                + (
-                    f"--init {init} is none: its checkpoint says it all; leave them out"
-                    if init
-                    else "there is no --init"
-                )
-            )
-    elif not task.FILE_PRESETS:
+            why = "there is no --init"
+            if init:
+                why = f"--init {init} is none: its checkpoint says it all; leave them out"
+            raise ValueError(f"--train.init_hints are about a foreign file, and {why}")
+        return None
+    if not task.FILE_PRESETS:
         raise ValueError(f"--init {init}: is an autoencoder (layout {foreign.layout}), for --task vae, not "
                          f"{task.name}")
-    elif "preset" in flags:
+    if "preset" in flags:
         raise ValueError(f"--init {init}: says itself what the network is; leave --preset out (single "
                          "fields: --vae.FIELD)")
     return foreign
@@ -159,11 +204,14 @@ def foreign_init(flags: dict, from_file: dict, task: Task) -> Foreign | None:
 
 def explained(error: Exception) -> str:
     """An error as a line; of a checkpoint that was none of ours, who made it and what takes it."""
-    layout = is_foreign(error.content) if isinstance(error, checkpoints.OtherKind) else None
+    text = line_of(error)
+    if not isinstance(error, checkpoints.OtherKind):
+        return text
+    layout = is_foreign(error.content)
     if layout is not None:
         return (f"{error.path}: is an autoencoder made elsewhere (layout {layout}); train.py --init takes "
                 f"it, and so does predict.py reconstruct, encode, decode and evaluate --checkpoint")
-    text = line_of(error)
-    if isinstance(error, checkpoints.OtherKind) and text.endswith("best.pt or last.pt"):
+    # Where weights would do, so would those of another library.
+    if text.endswith("best.pt or last.pt"):
         text += f", or an autoencoder's weights named as by {', '.join(LAYOUTS)}"
     return text
