@@ -1,4 +1,9 @@
-"""log.jsonl, the console, and on request TensorBoard and Weights & Biases. Version 0.3 (2026-11)."""
+"""What a run tells: log.jsonl, the console, and on request TensorBoard and Weights & Biases.
+
+A row is a dict of plain values, one for each optimizer step and each validation. log.jsonl gets every row;
+the console a line of some of them. A sink is what TensorBoard and W&B have in common: scalars, pictures,
+histograms, and an end. Only the first rank writes. Version 0.3 (2026-11).
+"""
 from __future__ import annotations
 
 import json
@@ -16,6 +21,7 @@ from training.config import TrainConfig, config_dict
 from training.console import shown, tell
 from training.state import State
 
+# What the console shows of a row, in this order, where the row has it.
 VAL_SHOWN = ("psnr", "ssim", "l1", "iou", "sharpness", "dice", "explained", "loss")
 TERMS_SHOWN = (
     "loss",
@@ -32,28 +38,30 @@ TERMS_SHOWN = (
     "codebook_usage",
     "perplexity",
 )
+# Codes of a terminal: back to the line's start, and clear what is behind.
+START, CLEAR = "\r", "\x1b[K"
 
 
 class Log:
-    """log.jsonl, the console and, on request, TensorBoard and Weights & Biases; on other ranks than the
-    first, nothing.
+    """log.jsonl, the console and the sinks; on other ranks than the first, nothing.
+
+    total: steps of the run. start: the step that this process begins at. validated: the last step whose
+    validation counts. On a terminal the line of a step is written over the one before it.
     """
     def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1):
-        self.cfg, self.path, self.total, self.start, self.started = (
-            cfg,
-            out / "log.jsonl",
-            total,
-            start,
-            time.monotonic(),
-        )
-        self.live, self.sinks = sys.stdout.isatty(), sinks
-        # Rows after the checkpoint belong to steps that are taken again.
+        self.cfg, self.path, self.sinks = cfg, out / "log.jsonl", sinks
+        self.total, self.start = total, start
+        self.started = time.monotonic()
+        self.live = sys.stdout.isatty()
+
+        # Rows after the checkpoint belong to steps that are taken again, so they go.
         if self.path.exists() and ranks.first():
-            rows = [line for line in self.path.read_text().splitlines() if is_before(line, start, validated)]
-            checkpoints.write_atomic(
-                self.path, lambda file: file.write("".join(row + "\n" for row in rows).encode())
-            )
-        self.file = open(self.path if ranks.first() else os.devnull, "a", encoding="utf-8")
+            lines = self.path.read_text().splitlines()
+            rows = [line for line in lines if is_before(line, start, validated)]
+            content = "".join(row + "\n" for row in rows).encode()
+            checkpoints.write_atomic(self.path, lambda file: file.write(content))
+        path = self.path if ranks.first() else os.devnull
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
@@ -63,34 +71,52 @@ class Log:
 
     def row(self, row: dict) -> None:
         """Append to log.jsonl (non-finite numbers as null) and to the sinks, and print."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {name: None if is_nan_or_infinite(value) else value for name, value in row.items()}
         self.write(row)
+
+        # The sinks get the numbers, under the name of the split: train/loss.
+        split, step = row["split"], row["step"]
+        numbers = {}
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                numbers[f"{split}/{name}"] = value
         for sink in self.sinks:
-            sink.scalars(
-                {
-                    f"{row['split']}/{k}": v
-                    for k, v in row.items()
-                    if isinstance(v, (int, float)) and k != "step"
-                },
-                row["step"],
-            )
-        step = row["step"]
-        if row["split"] == "val":
-            self.say(f"step {step}/{self.total}  validation  " + "  ".join(
-                f"{name} {shown(row[name])}{' dB' * (name == 'psnr')}" for name in VAL_SHOWN if name in row))
+            sink.scalars(numbers, step)
+
+        # The console gets every validation, and the steps that are due, the last, or failed.
+        if split == "val":
+            self.say(self.val_text(row))
         elif self.live or step % self.cfg.log.every == 0 or step == self.total or "skipped" in row:
-            left = (time.monotonic() - self.started) / max(1, step - self.start) * (self.total - step)
-            terms = "  ".join(f"{k} {shown(row[k])}" for k in TERMS_SHOWN if k in row)
-            line = (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} "
-                    f"voxels/s  {row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
-            tell(f"\r{line}\x1b[K" if self.live else line, end="" if self.live else "\n")
+            line = self.step_text(row)
+            if self.live:
+                tell(f"{START}{line}{CLEAR}", end="")
+            else:
+                tell(line)
+
+    def val_text(self, row: dict) -> str:
+        figures = []
+        for name in VAL_SHOWN:
+            if name in row:
+                unit = " dB" if name == "psnr" else ""
+                figures.append(f"{name} {shown(row[name])}{unit}")
+        return f"step {row['step']}/{self.total}  validation  {'  '.join(figures)}"
+
+    def step_text(self, row: dict) -> str:
+        """The time that is left is that of the steps so far, times the steps to come."""
+        step = row["step"]
+        per_step = (time.monotonic() - self.started) / max(1, step - self.start)
+        left = per_step * (self.total - step)
+        terms = "  ".join(f"{name} {shown(row[name])}" for name in TERMS_SHOWN if name in row)
+        return (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} "
+                f"voxels/s  {row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
 
     def say(self, text: str) -> None:
-        tell(f"\r\x1b[K{text}" if self.live else text)
+        """A line that stays."""
+        tell(f"{START}{CLEAR}{text}" if self.live else text)
 
     def close(self) -> None:
         try:
-            # What a full disk did not take is tried once more.
+            # Closing writes once more what a full disk did not take.
             with checkpoints.naming(self.path):
                 self.file.close()
         finally:
@@ -98,18 +124,27 @@ class Log:
                 sink.close()
 
 
+def is_nan_or_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def is_before(line: str, step: int, validated: int) -> bool:
+    """Whether a line of log.jsonl is of a step up to `step`, or of a validation up to `validated`."""
     try:
         row = json.loads(line)
-        return row["step"] <= (validated if row.get("split") == "val" else step)
+        last = validated if row.get("split") == "val" else step
+        return row["step"] <= last
     # The last line of a killed run may be cut short.
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
+# ------------------------------------------------------------------------------------------------ the sinks
+
 def open_sinks(cfg: TrainConfig, out: Path) -> list:
-    """TensorBoard and W&B when asked for, on the first rank. Raises ValueError with the pip command when one
-    is not installed.
+    """TensorBoard and W&B when asked for, on the first rank.
+
+    Raises ValueError with the pip command when one is not installed.
     """
     sinks = []
     if not ranks.first():
@@ -125,21 +160,15 @@ def open_sinks(cfg: TrainConfig, out: Path) -> list:
         try:
             import wandb
         except ImportError:
-            raise ValueError(
-                "log.wandb: Weights & Biases is not installed; python -m pip install wandb"
-            ) from None
-        sinks.append(
-            WandbSink(
-                wandb,
-                wandb.init(
-                    project=cfg.log.wandb_project, dir=str(out), config=config_dict(cfg), name=out.name
-                ),
-            )
-        )
+            raise ValueError("log.wandb: Weights & Biases is not installed; python -m pip install "
+                             "wandb") from None
+        run = wandb.init(project=cfg.log.wandb_project, dir=str(out), config=config_dict(cfg), name=out.name)
+        sinks.append(WandbSink(wandb, run))
     return sinks
 
 
 class TensorBoardSink:
+    """Pictures are (height, width, 3) uint8."""
     def __init__(self, writer):
         self.writer = writer
 
@@ -158,6 +187,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
+    """The module is passed in, since it is imported only when it is asked for."""
     def __init__(self, wandb, run):
         self.wandb, self.run = wandb, run
 
@@ -174,8 +204,10 @@ class WandbSink:
         self.run.finish()
 
 
+# ------------------------------------------------------------------------------------------------ figures
+
 def log_histograms(log: Log, state: State) -> None:
-    """Weights and their last gradients, to the sinks that take them."""
+    """Weights and their last gradients, to every sink."""
     for sink in log.sinks:
         for name, parameter in state.model.named_parameters():
             sink.histogram(f"weights/{name}", parameter.detach().float().cpu(), state.step)
@@ -184,7 +216,11 @@ def log_histograms(log: Log, state: State) -> None:
 
 
 def codebook_use(usage: Tensor) -> dict[str, float]:
-    """Share of the codes chosen at least once, and perplexity exp(entropy) of the choices: 1 to K."""
+    """Share of the codes chosen at least once, and perplexity of the choices: 1 to K.
+
+    usage: (K,), how often each code was chosen.
+    """
+    # perplexity = exp(-sum p log p), with p the share of the choices that a code has.
     share = usage.double() / usage.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-300).log()).sum()
     return {"codebook_usage": float((usage > 0).double().mean()), "perplexity": float(entropy.exp())}
