@@ -33,7 +33,7 @@ MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a 
 SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
 
 
-# ------------------------------------------------------------------------------------------------ sections
+# -------------------------------------------------------------------------------- sections
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -212,7 +212,7 @@ def at_least(section: str, config, **bounds: float) -> None:
             raise ValueError(f"{section}.{name} must be at least {bound}, got {value}")
 
 
-# ------------------------------------------------------------------------------------------------ from text
+# -------------------------------------------------------------------------------- from text
 
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML or a flag -> the field's type, which `hint` is.
@@ -322,7 +322,7 @@ def closest(word: str, words, prefix: str) -> str:
     return f"; known: {', '.join(map(str, words))}"
 
 
-# ------------------------------------------------------------------------------------------------ YAML
+# -------------------------------------------------------------------------------- YAML
 
 class ConfigLoader(yaml.SafeLoader):
     """SafeLoader that refuses two things which it would take in silence.

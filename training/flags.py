@@ -26,7 +26,7 @@ SHORT_FLAGS |= {f"--{name}": f"train.{name}" for name in IN_TRAIN}
 COMMANDS = ("config", "resume", "dry_run", "fit")
 
 
-# ------------------------------------------------------------------------------------------------ the config
+# -------------------------------------------------------------------------------- the config
 
 def load_config(
     argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None
@@ -94,7 +94,7 @@ def starting_point(flags: dict, from_file: dict, tasks: Mapping[str, ModuleType]
     return TrainConfig(task.name, preset, **task.sections(presets[preset]))
 
 
-# ------------------------------------------------------------------------------------------------ the flags
+# -------------------------------------------------------------------------------- the flags
 
 class Parser(argparse.ArgumentParser):
     """argparse with house errors: one line that names the closest flag."""

@@ -74,7 +74,7 @@ def load_foreign(path: str | Path, hints: str | None, flag: str) -> Foreign | No
     raise ValueError(errors[0])
 
 
-# ------------------------------------------------------------------------------------------------ hints
+# -------------------------------------------------------------------------------- hints
 
 def read_hints(text: str | None, flag: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """"FILE,NAME=VALUE,NAME=VALUE" -> the named values, and the arguments of each autoencoder in FILE.
@@ -170,7 +170,7 @@ def looked_up(value: Any, content: Any) -> Any:
     return with_numbers(value if found is None else found)
 
 
-# ------------------------------------------------------------------------------------------------ in a run
+# -------------------------------------------------------------------------------- in a run
 
 def foreign_init(flags: dict, from_file: dict, task: Task) -> Foreign | None:
     """The network of train.init where another library made it.

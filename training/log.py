@@ -139,7 +139,7 @@ def is_before(line: str, step: int, validated: int) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------ the sinks
+# -------------------------------------------------------------------------------- the sinks
 
 def open_sinks(cfg: TrainConfig, out: Path) -> list:
     """TensorBoard and W&B when asked for, on the first rank.
@@ -204,7 +204,7 @@ class WandbSink:
         self.run.finish()
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# -------------------------------------------------------------------------------- figures
 
 def log_histograms(log: Log, state: State) -> None:
     """Weights and their last gradients, to every sink."""

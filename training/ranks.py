@@ -1,14 +1,14 @@
 """The processes of one run, as torchrun starts them: how they begin, agree, add up, and end together.
 
-No DistributedDataParallel: it reduces in the backward pass of one module, and here a step has two networks,
-several backward passes, recomputed and tiled ones, and micro-batches that only count together. So gradients
-are added up once an optimizer step, after the last backward: accumulation costs no communication, and any way
-of computing a gradient works. Each micro-batch is weighted by its share of the whole window, so that the sum
-over the ranks is the gradient that one process would have. The price: one more copy of the gradients for a
-moment, and no communication during the backward pass.
+There is no DistributedDataParallel here. It reduces in the backward pass of one module, but a step has two
+networks, several backward passes, recomputed and tiled ones, and micro-batches that only count together.
+So gradients are added up once an optimizer step, after the last backward: accumulation costs no
+communication, and any way of computing a gradient works. Each micro-batch is weighted by its share of all
+crops of the step, so that the sum over the ranks is the gradient that one process would have. The price is
+one more copy of the gradients for a moment, and no communication during the backward pass.
 
-Small words go over gloo between the CPUs, on which a rank that is gone is noticed at once; tensors on a GPU
-go over NCCL. With one process nothing here does anything. Needs torch alone. Version 0.1 (2026-11).
+Small messages go over gloo between the CPUs, which notice at once when a rank is gone; tensors on a GPU go
+over NCCL. With one process nothing here does anything. Needs torch alone. Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# That a rank waits for another, such as for its part of the cache.
+# The longest that a rank waits for another, such as for that one's part of the cache.
 TIMEOUT = datetime.timedelta(minutes=30)
 # Seconds that the first rank waits for the others at the end.
 LEAVING = 5.0
 Value = TypeVar("Value")
-_here: dict = {}                                                 # of this process: local rank, store
+# What this process knows of itself, while there are several: `local`, its number on its machine; `store`,
+# where the processes leave words; `alike`, see below; `store_lost`, that the store's process is gone.
+_here: dict = {}
 
 
 class CannotStart(RuntimeError):
@@ -50,64 +52,77 @@ class OutOfMemoryElsewhere(torch.OutOfMemoryError):
         self.ranks = ranks
 
 
-# ------------------------------------------------------------------ begin and end
+# -------------------------------------------------------------------------------- begin and end
 
 @contextlib.contextmanager
 def started(number: int, of: int, local: int = 0) -> Iterator[None]:
-    """Process `number` of `of`, the `local`-th of its machine; MASTER_ADDR and MASTER_PORT say where they
-    meet. Only the first prints.
+    """Process `number` of `of`, the `local`-th of its machine. Only the first prints.
+
+    MASTER_ADDR and MASTER_PORT of the environment say where the processes meet. Raises CannotStart.
 
     At the end SIGTERM is ignored: torchrun sends it to the others as soon as one process has left, and they
-    are leaving already. Without torchrun the first process is host to the store, in which the others look who
-    speaks: it leaves last, unless one of them is gone."""
+    are leaving already. Without torchrun the first process is host to the store, in which the others look
+    who speaks, so it leaves last, unless one of them is gone.
+    """
     if of == 1:
         yield
         return
-    # Later, by the first optimizer, its defaults would keep the group alive.
+
+    # First the processes meet. The module is imported before: the first optimizer would import it later,
+    # and what its functions take as defaults then would keep the process group alive.
     importlib.import_module("torch.distributed.nn")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "cpu:gloo"
+    backend = "cpu:gloo"
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend = "cpu:gloo,cuda:nccl"
     try:
         store, *_ = next(iter(dist.rendezvous("env://", number, of, timeout=TIMEOUT)))
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=number, world_size=of, timeout=TIMEOUT
-        )
+        meeting = dist.PrefixStore("ranks", store)
+        dist.init_process_group(backend, store=meeting, rank=number, world_size=of, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        raise CannotStart(
-            f"the {of} processes do not meet: {(str(error).splitlines() or [''])[0]}; start "
-            f"them with torchrun, or unset WORLD_SIZE for one process"
-        ) from None
+        lines = str(error).splitlines() or [""]
+        raise CannotStart(f"the {of} processes do not meet: {lines[0]}; start them with torchrun, or unset "
+                          "WORLD_SIZE for one process") from None
     _here.update(local=local, store=dist.PrefixStore("words", store))
+
+    # Then the work, with the standard output of the first process alone.
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if first() else nowhere):
-            yield
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if first() else nowhere):
+                yield
+
+    # Then they part. Whoever still waits for this process notices that the process group is gone.
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        dist.destroy_process_group()                             # who still waits for this one notices
-        # Else torchrun's agent is its host.
+        dist.destroy_process_group()
+        # Under torchrun its agent is host to the store, and nobody has to wait.
         if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and not _here.get("store_lost"):
             leave_last(number, of)
         _here.clear()
 
 
 def leave_last(number: int, of: int) -> None:
-    """The first process waits for the others, whom it may not know to be gone, at most LEAVING seconds."""
+    """The first process waits for the others, at most LEAVING seconds: it may not know that one is gone."""
     store, until = _here["store"], time.monotonic() + LEAVING
     with contextlib.suppress(RuntimeError):
         if store.add("left", 1) == of:
             store.set("all left", "")
+        # Asked again and again, since store.wait() prints when its time is up.
         while number == 0 and not store.check(["all left"]) and time.monotonic() < until:
-            time.sleep(0.02)                                     # store.wait() prints when its time is up
+            time.sleep(0.02)
 
+
+# -------------------------------------------------------------------------------- who is who
 
 def world() -> int:
+    """Number of processes."""
     return dist.get_world_size() if _here else 1
 
 
 def alike(yes: bool) -> None:
-    """From here on all ranks do the same work, on the same crops: nothing is shared out, gathered or added
-    up, but they end together.
+    """From here on all ranks do the same work, on the same crops.
 
-    For memory.tile_parallel, which shares what is inside that work (vae3d.py), with its own agreements.
+    Nothing is shared out, gathered or added up then, but the ranks still end together. This is for
+    memory.tile_parallel, which shares what is inside that work (vae3d.py), with its own agreements.
     """
     if _here:
         _here["alike"] = yes
@@ -119,6 +134,7 @@ def workers() -> int:
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if _here else 0
 
 
@@ -132,14 +148,17 @@ def first() -> bool:
     return rank() == 0
 
 
+# -------------------------------------------------------------------------------- one error, one line
+
 def place() -> str:
-    """Who is speaking, for an error's line."""
+    """Who is speaking, for the start of an error's line; nothing where there is one process."""
     return f"rank {rank()} on {socket.gethostname()}: " if world() > 1 else ""
 
 
 def speaks(code: int) -> bool:
-    """True in the first process that has an error to tell, which all will end with: one line, however many
-    notice.
+    """True in the first process that has an error to tell. All ranks then end with its code.
+
+    However many notice that something is wrong, the user reads one line.
     """
     if world() == 1:
         return True
@@ -147,13 +166,14 @@ def speaks(code: int) -> bool:
         if _here["store"].add("speakers", 1) > 1:
             return False
         _here["store"].set("code", str(code))
-    except RuntimeError:                                         # it is gone with its process
+    # The store is gone with the process that was host to it, so this one cannot know of others.
+    except RuntimeError:
         _here["store_lost"] = True
     return True
 
 
 def exit_code(default: int) -> int:
-    """That of the rank which told its error, once it has."""
+    """The code of the rank that told its error, once it has; default: where none does within 30 s."""
     try:
         _here["store"].wait(["code"], datetime.timedelta(seconds=30))
         return int(_here["store"].get("code"))
@@ -162,24 +182,29 @@ def exit_code(default: int) -> int:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a collective failed since another rank has gone, or does not answer."""
+    """Whether a collective failed because another rank has gone, or does not answer."""
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-# ----------------------------------------------------------------------------------------------- agree
+# -------------------------------------------------------------------------------- agree
 
 def shared(count: int) -> range:
-    """Which of `count` pieces are this rank's: a stretch of them, so that what is gathered in the order of
-    the ranks is in theirs.
+    """Which of `count` pieces are this rank's.
+
+    They lie side by side, so that what is gathered in the order of the ranks is in the order of the pieces.
     """
     if workers() == 1:
         return range(count)
-    return range(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
+    # Of R ranks, rank r takes the pieces from ceil(count r / R) up to ceil(count (r + 1) / R).
+    begin = -(-count * rank() // world())
+    end = -(-count * (rank() + 1) // world())
+    return range(begin, end)
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """work() on every rank. Where it fails on any of them, the lowest of these raises its error and all
-    others Elsewhere.
+    """work() on every rank.
+
+    Where it fails on some of them, the lowest of these raises its error and all others raise Elsewhere.
     """
     value, error = None, None
     try:
@@ -189,14 +214,17 @@ def together(work: Callable[[], Value]) -> Value:
             raise
         error = caught
     failed = _ranks_with(error is not None)
+    if failed and failed[0] == rank():
+        raise error
     if failed:
-        raise error if failed[0] == rank() else Elsewhere()
+        raise Elsewhere()
     return value
 
 
 def from_rank(source: int, work: Callable[[], Value]) -> Value:
-    """work() of one rank, on all of them. Where it fails, that rank raises its error and all others
-    Elsewhere.
+    """work() of one rank, on all of them.
+
+    Where it fails, that rank raises its error and all others raise Elsewhere.
     """
     if world() == 1:
         return work()
@@ -206,15 +234,14 @@ def from_rank(source: int, work: Callable[[], Value]) -> Value:
 
 
 def chosen(source: int, work: Callable[[], Value]) -> Value:
-    """from_rank(), but of every rank for itself where all do the same work and `work` itself has the ranks
-    agree.
-    """
+    """from_rank(); but where all ranks do the same work, and agree inside it, every rank's own work()."""
     return together(work) if _here.get("alike") else from_rank(source, work)
 
 
 def agreed(value: Value = None) -> Value:
-    """`value`, once every rank has got so far. Raises OutOfMemoryElsewhere where one of them calls ran_out()
-    instead.
+    """`value`, once every rank has got so far.
+
+    Raises OutOfMemoryElsewhere where one of the ranks calls ran_out() instead.
     """
     short = _ranks_with(False) if workers() > 1 else []
     if short:
@@ -223,12 +250,16 @@ def agreed(value: Value = None) -> Value:
 
 
 def ran_out(error: RuntimeError) -> int:
-    """Tell the others of an out-of-memory, unless they told this rank; returns the lowest rank that had it.
+    """Tell the others of an out-of-memory, unless they told this rank. Returns the lowest rank that had it.
     """
-    return (error.ranks if isinstance(error, OutOfMemoryElsewhere) else _ranks_with(True) or [0])[0]
+    if isinstance(error, OutOfMemoryElsewhere):
+        return error.ranks[0]
+    short = _ranks_with(True)
+    return short[0] if short else 0
 
 
 def _ranks_with(something: bool) -> list[int]:
+    """The ranks that call this with True, once all have called it; [] of one process."""
     if world() == 1:
         return []
     marks = torch.zeros(world(), dtype=torch.uint8)
@@ -238,12 +269,14 @@ def _ranks_with(something: bool) -> list[int]:
 
 
 def barrier() -> None:
+    """Returns once every rank has come here."""
     _ranks_with(False)
 
 
-# ----------------------------------------------------------------------------------------------- add up
+# -------------------------------------------------------------------------------- add up
 
 def largest(value: float) -> float:
+    """The largest value of any rank."""
     if world() == 1:
         return value
     box = torch.tensor(value, dtype=torch.float64)
@@ -252,11 +285,12 @@ def largest(value: float) -> float:
 
 
 def gathered(rows: list) -> list:
-    """The plain values of all ranks that had a share of the work, in their order."""
+    """The plain values of all ranks that had a share of the work, in the order of the ranks."""
     return rows if workers() == 1 else of_every_rank(rows)
 
 
 def of_every_rank(rows: list) -> list:
+    """The same, also where all ranks do the same work."""
     if world() == 1:
         return rows
     every: list = [None] * world()
@@ -265,74 +299,100 @@ def of_every_rank(rows: list) -> list:
 
 
 def summed(terms: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Scalars by name, added up in the order of the ranks; a rank without micro-batches has none and receives
-    them.
+    """Scalars by name, added up in the order of the ranks.
+
+    A rank without micro-batches has no terms and receives those of the others.
     """
     if workers() == 1:
         return terms
-    every = gathered([(list(terms), torch.stack(list(terms.values())).cpu())] if terms else [])
-    return dict(zip(every[0][0], sum(values for _, values in every).to(device)))
+    mine = []
+    if terms:
+        mine.append((list(terms), torch.stack(list(terms.values())).cpu()))
+    every = gathered(mine)
+    names, total = every[0][0], sum(values for _, values in every)
+    return dict(zip(names, total.to(device)))
 
 
 def add_up(counts: Tensor) -> Tensor:
-    """In place."""
+    """The sum over the ranks, in place."""
     if workers() > 1:
         dist.all_reduce(counts)
     return counts
 
 
 def average(buffers: Sequence[Tensor]) -> None:
-    """Floating ones become their mean; counters their largest."""
-    for buffer in buffers if workers() > 1 else ():
+    """In place: floating-point buffers become their mean over the ranks, counters their largest."""
+    if workers() == 1:
+        return
+    for buffer in buffers:
         box = buffer.contiguous()
-        dist.all_reduce(box, dist.ReduceOp.SUM if box.is_floating_point() else dist.ReduceOp.MAX)
-        buffer.copy_(box / world() if box.is_floating_point() else box)
+        if box.is_floating_point():
+            dist.all_reduce(box, dist.ReduceOp.SUM)
+            box = box / world()
+        else:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        buffer.copy_(box)
 
 
 class Gradients:
-    """The gradients of some parameters in one row a dtype, to be added up by one all-reduce each.
+    """The gradients of some parameters, to be added up over the ranks by one all-reduce for each dtype.
 
-    Made before the ranks agree, since it takes memory. Behind the gradients the row counts the ranks that
-    have each of them: one without micro-batches contributes zeros, and a parameter without gradient on all
-    ranks has none afterwards."""
+    All gradients of a dtype stand in one row, and behind them one number for each parameter: 1 where this
+    rank has a gradient of it, so after the sum how many ranks have one. A rank without micro-batches
+    contributes zeros, and a parameter without gradient on all ranks has none afterwards.
+
+    Made before the ranks agree, since it takes memory, of which a rank may run out.
+    """
     def __init__(self, parameters: Sequence[Tensor]):
         self.rows: list[tuple[list[Tensor], Tensor]] = []
-        trained = [p for p in parameters if p.requires_grad] if workers() > 1 else []
+        trained = []
+        if workers() > 1:
+            trained = [p for p in parameters if p.requires_grad]
         for dtype in dict.fromkeys(p.dtype for p in trained):
-            group = [p for p in trained if p.dtype is dtype]
-            row = torch.zeros(sum(p.numel() for p in group) + len(group), dtype=dtype, device=group[0].device)
-            *pieces, there = self.pieces(group, row)
-            have = [k for k, p in enumerate(group) if p.grad is not None]
+            same_type = [p for p in trained if p.dtype is dtype]
+            length = sum(p.numel() for p in same_type) + len(same_type)
+            row = torch.zeros(length, dtype=dtype, device=same_type[0].device)
+            pieces, counts = self.split(same_type, row)
+            have = [k for k, p in enumerate(same_type) if p.grad is not None]
             if have:
-                torch._foreach_copy_([pieces[k] for k in have], [group[k].grad for k in have])
-                there[have] = 1
-            self.rows.append((group, row))
+                copy_all([pieces[k] for k in have], [same_type[k].grad for k in have])
+                counts[have] = 1
+            self.rows.append((same_type, row))
 
     @staticmethod
-    def pieces(group: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-        *pieces, there = row.split([*(p.numel() for p in group), len(group)])
-        return [*(piece.view(p.shape) for piece, p in zip(pieces, group)), there]
+    def split(parameters: Sequence[Tensor], row: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Views of a row: a piece in the shape of each parameter, and the counts (parameters,)."""
+        lengths = [p.numel() for p in parameters]
+        *pieces, counts = row.split([*lengths, len(parameters)])
+        return [piece.view(p.shape) for piece, p in zip(pieces, parameters)], counts
 
     def add_up(self) -> None:
-        for group, row in self.rows:
+        """The sum over the ranks, into the gradients of the parameters."""
+        for parameters, row in self.rows:
             dist.all_reduce(row)
-            *pieces, there = self.pieces(group, row)
-            have = [k for k, p in enumerate(group) if p.grad is not None]
+            pieces, counts = self.split(parameters, row)
+            have = [k for k, p in enumerate(parameters) if p.grad is not None]
             if have:
-                torch._foreach_copy_([group[k].grad for k in have], [pieces[k] for k in have])
-            if len(have) < len(group):                           # only then look, which waits for the device
-                for p, piece, count in zip(group, pieces, there.tolist()):
-                    if p.grad is None and count:
-                        # In the layout of p, as fused optimizers take for granted.
-                        p.grad = torch.empty_like(p).copy_(piece)
+                copy_all([parameters[k].grad for k in have], [pieces[k] for k in have])
+
+            # A gradient that only other ranks have. Reading the counts waits for the device, so they are
+            # read only where one may be missing.
+            if len(have) == len(parameters):
+                continue
+            for p, piece, count in zip(parameters, pieces, counts.tolist()):
+                if p.grad is None and count:
+                    # In the layout of p, as fused optimizers take for granted.
+                    p.grad = torch.empty_like(p).copy_(piece)
 
 
-# ----------------------------------------------------------------------------------------------- be the same
+# -------------------------------------------------------------------------------- be the same
 
 @torch.no_grad()
 def take_from_first(tensors: dict[str, Tensor]) -> None:
-    """Every rank's become those of rank 0."""
-    for tensor in tensors.values() if world() > 1 else ():
+    """Every rank's tensors become those of rank 0."""
+    if world() == 1:
+        return
+    for tensor in tensors.values():
         box = tensor.detach().contiguous()
         dist.broadcast(box, 0)
         tensor.copy_(box)
@@ -340,13 +400,14 @@ def take_from_first(tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def difference(tensors: dict[str, Tensor]) -> str | None:
-    """The first of the tensors that is not the same to the bit on all ranks, and where it differs from rank
-    0's.
+    """The first of the tensors that is not the same to the bit on all ranks, and where it differs.
+
+    Every rank is compared with rank 0, by a sum over each tensor. None: all are the same.
     """
     if world() == 1 or not tensors:
         return None
     sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).cpu()
-    every = torch.stack(of_every_rank([sums]))                        # (ranks, tensors)
+    every = torch.stack(of_every_rank([sums]))                   # (ranks, tensors)
     for name, column in zip(tensors, every.T):
         others = (column != column[0]).nonzero()[:, 0].tolist()
         if others:
@@ -355,9 +416,22 @@ def difference(tensors: dict[str, Tensor]) -> str | None:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """() int64 of the bits and their places: NaN equals itself, -0 is not 0, and rows that changed places are
-    seen.
+    """() int64 of the bits of a tensor and of their places.
+
+    Of the bits: NaN equals itself, and -0 is not 0. Of their places: rows that changed places are seen.
     """
     whole: dict[int, Any] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     row = tensor.detach().view(whole[tensor.element_size()]).flatten().long()
+    # sum over i of i times the i-th number, modulo 2^64
     return (row * torch.arange(1, len(row) + 1, device=row.device)).sum()
+
+
+# -------------------------------------------------------------------------------- private calls of torch
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """One kernel for many small copies. A torch without this call raises AttributeError here; then write
+
+        for target, source in zip(targets, sources):
+            target.copy_(source)
+    """
+    torch._foreach_copy_(targets, sources)
