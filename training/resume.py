@@ -1,5 +1,7 @@
 """What last.pt holds, how a run goes on from it, and how a new one starts from weights that are there.
-Version 0.3 (2026-11).
+
+Two ways in: `restore` puts all of a checkpoint back, so that the run goes on to the bit, and refuses what
+does not fit; `start_from` takes the weights that fit, and says which did not. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from training.facts import facts_of
 from training.foreign import load_foreign
 from training.state import State
 
+# Fields of State that last.pt holds under their own name.
 COUNTERS = (
     "step",
     "best",
@@ -30,32 +33,36 @@ COUNTERS = (
     "global_batch",
     "validated",
     "sampled",
-)              # for last.pt
+)
 
+
+# -------------------------------------------------------------------------------- what last.pt holds
 
 def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
-    """The content of last.pt: tensors and plain values only, and nothing that differs between two runs of the
-    same command.
+    """The content of last.pt: tensors and plain values only.
+
+    It holds nothing that differs between two runs of the same command.
     """
-    parts = {
-        name: getattr(state, name) and getattr(state, name).state_dict()
-        for name in ("disc", "disc_optimizer", "lecam")
-    }
-    if state.perceptual is not None:
-        parts["features"] = state.perceptual.features.to_checkpoint()
-    return {
+    content = {
         "kind": "vae3d.train",
         "version": checkpoints.VERSIONS["vae3d.train"],
         "config": shared_config(cfg),
         "data": facts_of(dataset),
         "model": full_weights(state),
         "ema": [ema.state_dict() for ema in state.emas],
-        **parts,
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "plateau": list(state.plateau),
-        **{name: getattr(state, name) for name in COUNTERS},
     }
+    # None where the run has no such part.
+    for name in ("disc", "disc_optimizer", "lecam"):
+        part = getattr(state, name)
+        content[name] = part and part.state_dict()
+    if state.perceptual is not None:
+        content["features"] = state.perceptual.features.to_checkpoint()
+    content["optimizer"] = state.optimizer.state_dict()
+    content["scaler"] = state.scaler.state_dict()
+    content["plateau"] = list(state.plateau)
+    for name in COUNTERS:
+        content[name] = getattr(state, name)
+    return content
 
 
 def shared_config(cfg: TrainConfig) -> dict:
@@ -73,140 +80,211 @@ def full_weights(state: State) -> dict[str, Tensor]:
     return weights
 
 
+# -------------------------------------------------------------------------------- going on to the bit
+
 def restore(state: State, checkpoint: dict, path: Path) -> None:
-    """Put a checkpoint into a new state of the same config. Raises ValueError naming the keys that do not
-    fit.
+    """Put a checkpoint into a new state of the same config.
+
+    path: of the checkpoint, for errors. Raises ValueError that names what does not fit.
     """
+    # First the weights of all networks.
     if len(checkpoint["ema"]) != len(state.emas):
         raise ValueError(f"{path}: holds {len(checkpoint['ema'])} averages, train.ema asks for "
                          f"{len(state.emas)}; leave --train.ema out")
-    modules = [(state.model, "model", checkpoint["model"]), (state.disc, "disc", checkpoint["disc"]),
-               (state.lecam, "lecam", checkpoint["lecam"])]
-    modules += [(ema, "ema", weights) for ema, weights in zip(state.emas, checkpoint["ema"])]
+    modules = [
+        (state.model, "model", checkpoint["model"]),
+        (state.disc, "disc", checkpoint["disc"]),
+        (state.lecam, "lecam", checkpoint["lecam"]),
+    ]
+    for ema, weights in zip(state.emas, checkpoint["ema"]):
+        modules.append((ema, "ema", weights))
     for module, name, weights in modules:
         if module is not None:
             check_keys(module.state_dict(), weights, f"{path} ({name})")
             module.load_state_dict(weights)
     if state.masters is not None:
         state.masters.load(checkpoint["model"])
-    for optimizer, name in ((state.optimizer, "optimizer"), (state.disc_optimizer, "disc_optimizer")):
+
+    # Then the moments of the optimizers.
+    for name in ("optimizer", "disc_optimizer"):
+        optimizer = getattr(state, name)
         if optimizer is not None:
-            ours, theirs = optimizer.state_dict(), checkpoint[name] or {"state": None}
-            if not checkpoints.is_like(theirs["state"], ours["state"]):
-                raise ValueError(f"{path} ({name}): its moments are not those of {type(optimizer).__name__} "
-                                 f"for this network; use the config that made it")
-            groups = [
-                group | {"lr": their["lr"]}
-                for group, their in zip(ours["param_groups"], theirs["param_groups"])
-            ]
-            optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
-    possible = {
-        "usage": checkpoints.is_like(checkpoint["usage"], state.usage),
-        "step": checkpoint["step"] >= 0,
-        "plateau": checkpoints.is_like(checkpoint["plateau"], state.plateau)
-        and 0 < checkpoint["plateau"][1] <= 1,
-        "global_batch": checkpoint["global_batch"] > 0,
-        "log_scale": abs(checkpoint["log_scale"]) <= 127,
-    }
-    if wrong := [name for name, fits in possible.items() if not fits]:
-        raise ValueError(f"{path} ({wrong[0]}): does not fit this run, found "
-                         f"{data.brief(checkpoint[wrong[0]])}; use the config that made it")
-    # Else it was of use then and is not now, or the reverse.
+            restore_optimizer(optimizer, checkpoint[name], f"{path} ({name})")
+
+    # Then all that counts steps and validations.
+    check_counters(state, checkpoint, path)
+    # The scaler's state has another form where one of the two runs has no use for a scaler: then none.
     if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):
         state.scaler.load_state_dict(checkpoint["scaler"])
     for name in COUNTERS:
         value = checkpoint[name]
-        setattr(state, name, value.to(state.device) if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):
+            value = value.to(state.device)
+        setattr(state, name, value)
     state.plateau = tuple(checkpoint["plateau"])
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, theirs: dict | None, source: str) -> None:
+    """Moments and rates of the checkpoint; all other settings are the config's."""
+    ours = optimizer.state_dict()
+    theirs = theirs or {"state": None}
+    if not checkpoints.is_like(theirs["state"], ours["state"]):
+        raise ValueError(f"{source}: its moments are not those of {type(optimizer).__name__} for this "
+                         "network; use the config that made it")
+    settings = []
+    for our, their in zip(ours["param_groups"], theirs["param_groups"]):
+        settings.append(our | {"lr": their["lr"]})
+    optimizer.load_state_dict({"state": theirs["state"], "param_groups": settings})
+
+
+def check_counters(state: State, checkpoint: dict, path: Path) -> None:
+    """Raises ValueError that names the first of those that cannot be of this run."""
+    plateau = checkpoint["plateau"]
+    possible = {
+        "usage": checkpoints.is_like(checkpoint["usage"], state.usage),
+        "step": checkpoint["step"] >= 0,
+        "plateau": checkpoints.is_like(plateau, state.plateau) and 0 < plateau[1] <= 1,
+        "global_batch": checkpoint["global_batch"] > 0,
+        "log_scale": abs(checkpoint["log_scale"]) <= 127,
+    }
+    for name, fits in possible.items():
+        if not fits:
+            raise ValueError(f"{path} ({name}): does not fit this run, found "
+                             f"{data.brief(checkpoint[name])}; use the config that made it")
+
+
 def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source: str) -> None:
+    """Raises ValueError that names the weights which are missing, unexpected or of another shape."""
     theirs = theirs or {}
-    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    reshaped = sorted(k for k in ours.keys() & theirs.keys() if not checkpoints.is_like(theirs[k], ours[k]))
+    missing = sorted(ours.keys() - theirs.keys())
+    unexpected = sorted(theirs.keys() - ours.keys())
+    both = ours.keys() & theirs.keys()
+    reshaped = sorted(name for name in both if not checkpoints.is_like(theirs[name], ours[name]))
     if missing or unexpected or reshaped:
         raise ValueError(f"{source}: does not fit this network: missing {missing[:5]}, unexpected "
                          f"{unexpected[:5]}, of another shape {reshaped[:5]} ({len(missing)}, "
                          f"{len(unexpected)}, {len(reshaped)} in all); use the config that made it")
 
 
-def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list[str], bool]:
-    """Put the weights of a run folder, a checkpoint of ours or a foreign file into a new state, as far as
-    they fit.
+def keep_global_batch(
+    cfg: TrainConfig, base: TrainConfig, checkpoint: dict, say: Callable[[str], None]
+) -> None:
+    """Decide how many crops an optimizer step of a resumed run has, in the checkpoint.
 
-    Returns what to say about it, a line each, and whether a codebook was among them. The averages start from
-    the same weights. Between a Gaussian head (mean and log-variance) and one for codes the mean is what they
-    share. Raises ValueError when no weight fits (biases fit by chance), or, frozen where they are not
-    trained, when some of them do not."""
-    path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path)
+    A run goes on with as many as it began with, and so with the same order of the data, on any number of
+    ranks. Only where it is told another batch or accum, it is batch x accum x ranks from here on.
+    base: the config that the run began with.
+    """
+    # A checkpoint of an older version does not say; such a run had one process.
+    before = checkpoint.setdefault("global_batch", base.train.batch * base.train.accum)
+    if (cfg.train.batch, cfg.train.accum) == (base.train.batch, base.train.accum):
+        return
+    now = cfg.train.batch * cfg.train.accum * ranks.workers()
+    checkpoint["global_batch"] = now
+    if now != before:
+        say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks "
+            f"{ranks.workers()}): from here on the order of the data is another")
+
+
+# -------------------------------------------------------------------------------- starting from weights
+
+def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list[str], bool]:
+    """Put the weights of a run folder, a checkpoint of ours or a foreign file into a new state.
+
+    Weights that do not fit stay new; the averages start from the same weights. hints: see foreign.py.
+    Returns what to say about it, a line each, and whether a codebook was among them. Raises ValueError
+    when no weight fits (biases fit by chance), or when a weight that is not trained does not.
+    """
+    # First their weights: of a run in progress the average, where it has one.
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            path = path / name
+            break
     foreign = load_foreign(path, hints, "--train.init_hints")
-    content = (
-        {"model": foreign.weights}
-        if foreign
-        else checkpoints.load(path, "vae3d.weights", "vae3d.train", "vae3d.features")
-    )
-    theirs = (
-        content["ema"][0] if content.get("kind") == "vae3d.train" and content["ema"] else content["model"]
-    )
+    if foreign is not None:
+        content = {"model": foreign.weights}
+    else:
+        content = checkpoints.load(path, "vae3d.weights", "vae3d.train", "vae3d.features")
+    theirs = content["model"]
+    if content.get("kind") == "vae3d.train" and content["ema"]:
+        theirs = content["ema"][0]
+
+    # Then those that fit, by their names and shapes.
     ours = full_weights(state)
+    missing = sorted(ours.keys() - theirs.keys())
+    unexpected = sorted(theirs.keys() - ours.keys())
+    other_head = is_gaussian(state.model) != was_gaussian(content)
     fits, reshaped = {}, []
-    section = content.get("config", {}).get("vae")
-    gaussian = [getattr(getattr(state.model, "cfg", None), "bottleneck", None) == "kl",
-                not isinstance(section, dict) or section.get("bottleneck", "kl") == "kl"]
     for name in sorted(ours.keys() & theirs.keys()):
         new, old = ours[name], theirs[name]
         if checkpoints.is_like(old, new):
             fits[name] = old
             continue
         change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
-        shared = min(len(new), len(old)) if new.dim() and old.dim() else 0
-        heads = name.startswith(("encoder.head.conv.", "encoder.quant_conv.")) and gaussian[0] != gaussian[1]
-        if heads and new.shape[1:] == old.shape[1:] and max(len(new), len(old)) == 2 * shared:
-            fits[name] = torch.cat([old[:shared].to(new), new[shared:]])
-            change += " (the mean's part taken)"
+        mean = None
+        if other_head and name.startswith(("encoder.head.conv.", "encoder.quant_conv.")):
+            mean = with_their_mean(new, old)
+        if mean is not None:
+            fits[name] = mean
+            reshaped.append(f"{change} (the mean's part taken)")
         else:
-            change += " (left as new)"
-        reshaped.append(change)
-    missing, unexpected = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    frozen = [name for name, p in state.model.named_parameters() if not p.requires_grad and name not in fits]
+            reshaped.append(f"{change} (left as new)")
+
+    # Then whether that is enough.
+    trained = {name: p.requires_grad for name, p in state.model.named_parameters()}
+    frozen = [name for name, is_trained in trained.items() if not is_trained and name not in fits]
     if frozen:
         raise ValueError(f"--init {path}: {len(frozen)} weights that stay as they are do not fit, such as "
                          f"{frozen[0]}; use the preset and the section `vae` that made it")
-    if not any(weight.dim() > 1 and not name.startswith("quantizer.") for name, weight in fits.items()):
+    kernels = [name for name, weight in fits.items() if weight.dim() > 1]
+    if all(name.startswith("quantizer.") for name in kernels):
         raise ValueError(f"--init {path}: none of its {len(theirs)} weights fits this network, such as "
                          f"{', '.join((unexpected + reshaped)[:2])}; use the preset and the section `vae` "
                          "that made it")
+
+    # Then they are put in.
     for model in (state.model, *state.emas):
         model.load_state_dict(ours | fits)
     if state.masters is not None:
         state.masters.load(ours | fits)
+
+    # And last, what to say.
     lines = [f"init: {len(fits)} of {len(ours)} weights from {path}"]
-    if foreign:
+    if foreign is not None:
         low, high = state.model.cfg.intensity_range
         lines.append(f"init: a {foreign.layout} network; it is given {low:g} to {high:g} for the data's -1 "
                      "to 1 (vae.intensity_range)")
-    lines += [
-        f"init: {len(names)} {what}: {'; '.join(names)}"
-        for what, names in (
-            ("missing there, left as new", missing),
-            ("unexpected, not used", unexpected),
-            ("of another shape", reshaped),
-        )
-        if names
-    ]
+    left_out = {
+        "missing there, left as new": missing,
+        "unexpected, not used": unexpected,
+        "of another shape": reshaped,
+    }
+    for what, names in left_out.items():
+        if names:
+            lines.append(f"init: {len(names)} {what}: {'; '.join(names)}")
     return lines, "quantizer.codebook" in fits
 
 
-def keep_global_batch(
-    cfg: TrainConfig, base: TrainConfig, checkpoint: dict, say: Callable[[str], None]
-) -> None:
-    """A run goes on with the crops an optimizer step that it began with, and so their order, on any number of
-    ranks, unless it is told another batch or accum: then with batch x accum x ranks.
+def is_gaussian(network: torch.nn.Module) -> bool:
+    """Whether an autoencoder's encoder gives mean and log-variance; with a codebook it gives codes."""
+    return getattr(getattr(network, "cfg", None), "bottleneck", None) == "kl"
+
+
+def was_gaussian(content: dict) -> bool:
+    """The same of what a checkpoint holds. A foreign file has no section `vae`, and is."""
+    section = content.get("config", {}).get("vae")
+    return not isinstance(section, dict) or section.get("bottleneck", "kl") == "kl"
+
+
+def with_their_mean(new: Tensor, old: Tensor) -> Tensor | None:
+    """A weight of the encoder's head, of which one is Gaussian and the other one for codes.
+
+    A Gaussian head has twice the channels: mean, then log-variance. The mean is what the two heads share,
+    so it is taken from `old`; the rest, if any, stays as in `new`. None where the shapes are others.
     """
-    # Absent: of one process, by an older version.
-    before = checkpoint.setdefault("global_batch", base.train.batch * base.train.accum)
-    if (cfg.train.batch, cfg.train.accum) != (base.train.batch, base.train.accum):
-        checkpoint["global_batch"] = now = cfg.train.batch * cfg.train.accum * ranks.workers()
-        if now != before:
-            say(f"{before} crops a step -> {now} (batch {cfg.train.batch} x accum {cfg.train.accum} x ranks "
-                f"{ranks.workers()}): from here on the order of the data is another")
+    if not (new.dim() and old.dim()) or new.shape[1:] != old.shape[1:]:
+        return None
+    shared = min(len(new), len(old))
+    if max(len(new), len(old)) != 2 * shared:
+        return None
+    return torch.cat([old[:shared].to(new), new[shared:]])
