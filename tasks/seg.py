@@ -1,7 +1,11 @@
 """Task `seg`: a U-Net on image/label pairs (nnU-Net's recipe in short, doi:10.1038/s41592-020-01008-z).
-Version 0.3 (2026-11).
+
+loss = cross-entropy and Dice, at the full resolution and, with deep supervision, at lower ones. Two classes
+may have one logit, whose sigmoid is the probability of class 1. What training/task.py asks of a task stands
+here; a name that is not here is filled in there.
 
 Shapes: B batch, C channels, K classes, D H W depth height width; labels (B, D, H, W) int64.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -32,11 +36,11 @@ from unet import UNet, UNetConfig
 PRESETS = unet.PRESETS
 METRICS = {"dice": True, "loss": False}
 LABELS = True
-# Share of crops that are placed to hold a class, as nnU-Net's.
+# Share of crops that are placed to hold a class, as in nnU-Net.
 FOREGROUND = 0.33
 
 
-# ------------------------------------------------------------------------------------------------ the config
+# -------------------------------------------------------------------------------- the config
 
 def sections(preset: UNetConfig) -> dict:
     return {"unet": preset, "data": data.DataConfig(foreground=FOREGROUND)}
@@ -50,16 +54,17 @@ def check(cfg: TrainConfig) -> None:
 
 def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Channels and classes from the data. ValueError where the config asks for others."""
-    binary = cfg.unet.out_channels == 1 and dataset.classes == 2
-    if cfg.unet.out_channels not in (UNetConfig.out_channels, dataset.classes) and not binary:
+    # One logit is enough for two classes; the default stands for "as the data say".
+    has_one_logit = cfg.unet.out_channels == 1 and dataset.classes == 2
+    known = (UNetConfig.out_channels, dataset.classes)
+    if cfg.unet.out_channels not in known and not has_one_logit:
         raise ValueError(f"unet.out_channels={cfg.unet.out_channels}, but the data has {dataset.classes} "
                          f"classes; leave it out, or set data.classes")
     if cfg.loss.class_weights is not None and len(cfg.loss.class_weights) != dataset.classes:
         raise ValueError(f"loss.class_weights has {len(cfg.loss.class_weights)} factors, the data has "
                          f"{dataset.classes} classes; give one for each")
-    return changed(
-        cfg, unet={"in_channels": dataset.channels, "out_channels": 1 if binary else dataset.classes}
-    )
+    logits = 1 if has_one_logit else dataset.classes
+    return changed(cfg, unet={"in_channels": dataset.channels, "out_channels": logits})
 
 
 def channels(cfg: TrainConfig) -> int:
@@ -70,8 +75,7 @@ def build(cfg: TrainConfig) -> UNet:
     return UNet(cfg.unet)
 
 
-# ------------------------------------------------------------------------------------------------ training
-# and validation
+# -------------------------------------------------------------------------------- training and validation
 
 def objective(
     cfg: TrainConfig,
@@ -80,6 +84,7 @@ def objective(
     micro: MicroBatch,
     generators: Sequence[torch.Generator],
 ) -> Objective:
+    """What a training step lowers, of the crops of one micro-batch."""
     out = forward(state, network, micro.image)
     return Objective(out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)))
 
@@ -91,34 +96,40 @@ def criterion(
     micro: MicroBatch,
     generators: Sequence[torch.Generator],
 ) -> Objective:
-    """The same of a whole volume too."""
+    """The same terms, also of a whole volume."""
     out = output(cfg, state, network, micro.image)
     return Objective(out, segmentation_terms(cfg, out, micro.label.to(out.logits.device)))
 
 
 def output(cfg: TrainConfig, state: State, network: Callable, image: Tensor) -> unet.UNetOutput:
-    """A crop in one pass, a whole volume in windows of the crop's size, as predict.py does; those logits are
-    on the CPU.
+    """A crop in one pass, a whole volume in windows of the crop's size.
+
+    The windows are those of predict.py. Their logits are on the CPU, and there are none of lower levels.
     """
     if tuple(image.shape[2:]) == tuple(cfg.data.patch):
         return forward(state, network, image)
-    slabs = unet.window_logits(
-        lambda x: forward(state, network, x).logits, image, cfg.data.patch, background=cfg.loss.background
-    )
+
+    def logits_of(x: Tensor) -> Tensor:
+        return forward(state, network, x).logits
+    slabs = unet.window_logits(logits_of, image, cfg.data.patch, background=cfg.loss.background)
     return unet.UNetOutput(torch.cat(list(slabs), 1)[None], ())
 
 
 def segmentation_terms(cfg: TrainConfig, out: unet.UNetOutput, label: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy and Dice; with deep supervision also at the lower levels, each with half the weight of
-    the one above (nnU-Net).
+    """Cross-entropy and Dice; with deep supervision also at the lower levels (nnU-Net).
+
+    Level l, with 0 the full resolution, has the weight w_l = 2^-l, and loss = sum w_l loss_l / sum w_l.
+    `ce` and `dice_loss` are those of the full resolution.
     """
     options = cfg.loss.dice_share, cfg.loss.class_weights, cfg.data.ignore_label
     loss, ce, dice_loss = losses.segmentation_loss(out.logits, label, *options)
     weights = [0.5 ** (level + 1) for level in range(len(out.deep))]
-    # On an axis below the stride the U-Net repeats the border; so here.
+
+    # Where an axis is shorter than the network's stride, the U-Net repeats the border of the image. The
+    # label gets the same border, so that the two cover the same voxels at the lower levels.
     if out.deep:
-        least = [s if n < s else 1 for n, s in zip(label.shape[1:], cfg.unet.total_stride)]
-        label = vae3d.pad_to_multiple(label[:, None].float(), least)[:, 0]
+        multiple = [s if n < s else 1 for n, s in zip(label.shape[1:], cfg.unet.total_stride)]
+        label = vae3d.pad_to_multiple(label[:, None].float(), multiple)[:, 0]
     for logits, weight in zip(out.deep, weights):
         small = F.interpolate(label[:, None].float(), logits.shape[2:], mode="nearest")[:, 0].long()
         loss = loss + weight * losses.segmentation_loss(logits, small, *options).loss
@@ -127,7 +138,9 @@ def segmentation_terms(cfg: TrainConfig, out: unet.UNetOutput, label: Tensor) ->
 
 def predicted_classes(logits: Tensor) -> Tensor:
     """(B, K, D, H, W) -> (B, D, H, W) int64; one logit: foreground where its sigmoid is above 1/2."""
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).long()
+    return logits.argmax(1)
 
 
 def counts(
@@ -136,6 +149,8 @@ def counts(
     """Of one crop: what Dice is made of, (2, K), and in which classes its label has voxels, (K,)."""
     found, label = predicted_classes(out.logits).cpu(), micro.label.cpu()
     scores = torch.stack(losses.dice_scores(found, label, dataset.classes, cfg.data.ignore_label))
+
+    # Of the values in the label, those that are classes: not the ignored one, nor any beyond the classes.
     present = label.unique()
     present = present[(present >= 0) & (present < dataset.classes) & (present != cfg.data.ignore_label)]
     labelled = torch.zeros(dataset.classes, dtype=torch.int64)
@@ -144,16 +159,20 @@ def counts(
 
 
 def figures(sums: dict[str, Tensor]) -> dict[str, float]:
-    """dice, the mean over the classes but 0 of the held-out labels, from all their voxels together, and
-    dice_1, dice_2 ...
+    """From the voxels of all held-out crops together: dice_1, dice_2 ..., and their mean, dice.
+
+    Class 0, and classes that no held-out label has, are left out; without any other, dice is nan.
     """
     scores, labelled = losses.dice(*sums["dice"]), sums["labelled"] > 0
     labelled[0] = False
-    mean = {"dice": float(scores[labelled].mean())}              # nan where the held-out labels hold no class
-    return mean | {f"dice_{k}": float(scores[k]) for k in labelled.nonzero()[:, 0].tolist()}
+    row = {"dice": float(scores[labelled].mean())}
+    for k in labelled.nonzero()[:, 0].tolist():
+        row[f"dice_{k}"] = float(scores[k])
+    return row
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
+    """Slices of the crop with its label, and with the classes found."""
     found = predicted_classes(out.logits).cpu().to(torch.int16)
     label = crop.label
     if cfg.data.ignore_label is not None:
@@ -166,7 +185,7 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
 # -------------------------------------------------------------------------------- use of a checkpoint
 
 def classes(cfg: TrainConfig) -> int:
-    """One logit tells two classes apart."""
+    """How many `segment` tells apart: two by one logit."""
     return max(2, cfg.unet.out_channels)
 
 
@@ -224,7 +243,8 @@ def class_scores(logits: Tensor, threshold: float | None) -> Tensor:
         return logits
     check_two_classes(len(logits))
 
-    # sigmoid(b - a) > t where b > a + log(t / (1 - t)).
+    # The probability of class 1 is sigmoid(b - a), of the logits a and b. It is above t where
+    # b > a + log(t / (1 - t)).
     return torch.stack([logits[0] + math.log(threshold / (1 - threshold)), logits[1]])
 
 
@@ -236,7 +256,7 @@ def classes_on(scores: Tensor, size: Sequence[int]) -> np.ndarray:
     best, found = None, np.zeros(size, dtype=np.int16)
     for k in range(len(scores)):
         score = data.resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
-        if best is None:
+        if best is None:                                         # class 0, which `found` holds already
             best = score
             continue
         better = score > best

@@ -1,10 +1,11 @@
 """Task `vae`: an autoencoder, with or without a codebook, a perceptual term and a discriminator.
 
-loss = recon + kl_weight KL (arXiv:1312.6114, Eq. 10), or recon + the codebook's terms (arXiv:1711.00937, Eq.
-3), and what the section `loss` adds: structure, perceptual, adversarial terms (arXiv:2012.09841). Version 0.3
-(2026-11).
+loss = recon + kl_weight KL (arXiv:1312.6114, Eq. 10), or recon + the codebook's terms (arXiv:1711.00937,
+Eq. 3), and what the section `loss` adds: structure, perceptual, adversarial terms (arXiv:2012.09841). What
+training/task.py asks of a task stands here; a name that is not here is filled in there.
 
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w of the latent, K codes.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -46,13 +47,13 @@ from vae3d import VAE3D, VAEConfig
 from weights import LAYOUTS
 
 PRESETS = vae3d.PRESETS
-# The config.yaml of a run from a foreign file, with all of it inside.
+# A run from a foreign file names its layout as preset. The config of the network itself stands in the run's
+# config.yaml, so that here the defaults do.
 FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}
 METRICS = {"psnr": True, "ssim": True, "l1": False, "loss": False}
 
 
-# ------------------------------------------------------------------------------------------------ the config
-# and the networks
+# -------------------------------------------------------------------------------- the config and the networks
 
 def sections(preset: VAEConfig) -> dict:
     return {"vae": preset}
@@ -89,11 +90,14 @@ def build(cfg: TrainConfig) -> VAE3D:
 
 
 def helpers(cfg: TrainConfig, device: torch.device, features: dict | None) -> dict:
-    """The networks that judge reconstructions. features: those of the run to resume, not the file's."""
+    """The networks that judge reconstructions, under the names that State has for them.
+
+    features: the feature network of a resumed run, which wins over the file that the config names.
+    """
     found = {}
     if cfg.loss.adv_weight:
         disc = on_device(build_discriminator(cfg), device)
-        # As VQGAN's.
+        # The betas of VQGAN (arXiv:2012.09841).
         optimizer = torch.optim.Adam(disc.parameters(), disc_rate(cfg), betas=(0.5, 0.9), fused=True)
         found |= {"disc": disc, "disc_optimizer": optimizer}
     if cfg.loss.lecam_weight:
@@ -121,7 +125,9 @@ def build_discriminator(cfg: TrainConfig) -> adversarial.PatchDiscriminator3d:
 
 
 def build_perceptual(cfg: TrainConfig, content: dict | None) -> perceptual.PerceptualLoss3d:
-    """loss.perceptual_features, or `content` of such a file, as a frozen network. ValueError for a bad file.
+    """loss.perceptual_features as a frozen network; content: of such a file, instead.
+
+    ValueError for a bad file.
     """
     if cfg.loss.perceptual_features == "random":
         return perceptual.PerceptualLoss3d(perceptual.FeatureNet3d())
@@ -132,8 +138,7 @@ def build_perceptual(cfg: TrainConfig, content: dict | None) -> perceptual.Perce
         raise ValueError(f"{cfg.loss.perceptual_features}: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------ training
-# and validation
+# -------------------------------------------------------------------------------- training and validation
 
 def last_start(cfg: TrainConfig) -> int:
     """The step at which the last of the terms sets in."""
@@ -149,13 +154,13 @@ def objective(
     micro: MicroBatch,
     generators: Sequence[torch.Generator],
 ) -> Objective:
-    """What a training step lowers, but for the discriminator's terms, which come from the crops
-    (adversary.py).
+    """What a training step lowers. The perceptual term sets in slowly.
+
+    The adversarial terms are added by adversary.py, from the crops that come with the objective.
     """
     warmed = ramp(state.step, cfg.loss.perceptual_start, cfg.loss.perceptual_warmup)
-    return reconstruct_and_compare(
-        cfg, state, network, micro, generators, cfg.loss.perceptual_weight * warmed
-    )
+    weight = cfg.loss.perceptual_weight * warmed
+    return reconstruct_and_compare(cfg, state, network, micro, generators, weight)
 
 
 def criterion(
@@ -177,13 +182,17 @@ def reconstruct_and_compare(
     generators: Sequence[torch.Generator],
     perceptual_weight: float,
 ) -> Objective:
+    """generators: one for each sample of the micro-batch, for its latent noise and its sub-crop."""
     out = forward(state, network, micro.image, generators)
 
-    # The networks that judge see a sub-crop of image and reconstruction, so that their memory is bounded.
+    # First what the networks that judge will see: the same sub-crop of image and reconstruction, so that
+    # their memory is bounded.
     crops = ()
     if state.disc is not None or state.perceptual is not None:
         starts = perceptual.crop_starts(micro.image.shape, cfg.loss.crop, generators)
         crops = tuple(perceptual.sub_crop(x, starts, cfg.loss.crop) for x in (micro.image, out.recon))
+
+    # Then the terms: first those that need no other network, then the perceptual one.
     terms = reconstruction_terms(cfg.loss, out, micro.image)
     if perceptual_weight:
         real, fake = crops
@@ -196,11 +205,13 @@ def reconstruction_terms(
     cfg: LossConfig, out: vae3d.VAEOutput | vae3d.VQOutput, image: Tensor
 ) -> dict[str, Tensor]:
     """The terms that need no other network, and `loss`, their weighted sum."""
+    # loss = recon + kl_weight KL + structure_weight structure; with a codebook vq in the place of KL.
     weighting = cfg.channel_weights, cfg.foreground_weight, cfg.background
     recon = losses.reconstruction_loss(out.recon, image, cfg.recon, *weighting)
     terms = {"loss": recon, cfg.recon: recon}
     if isinstance(out, vae3d.VQOutput):
-        terms["vq"] = out.vq_loss                                # weighted already
+        # Its two parts have been weighted by the quantizer.
+        terms["vq"] = out.vq_loss
         terms["loss"] = terms["loss"] + out.vq_loss
     else:
         terms["kl"] = losses.kl_loss(out.mu, out.logvar)
@@ -228,14 +239,14 @@ def metrics(
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: vae3d.VAEOutput | vae3d.VQOutput) -> Picture:
+    """Slices of the crop, its reconstruction, and the error."""
     recon = out.recon[0].float().cpu()
     is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
     image = pictures.comparison(crop.image, recon, crop.entry.spacing, cfg.loss.background, is_picture)
     return Picture(image, recon.numpy(), "recon")
 
 
-# ------------------------------------------------------------------------------------------------ start and
-# end of a run
+# -------------------------------------------------------------------------------- start and end of a run
 
 @torch.no_grad()
 def start(run: Run) -> None:
@@ -243,12 +254,16 @@ def start(run: Run) -> None:
     vae, cfg = run.state.model, run.cfg
     if cfg.vae.bottleneck != "vq" or cfg.vae.codebook_init == "uniform":
         return
+
+    # First the latents of some crops, as rows (N, Z). Every rank computes all of them.
     rows = []
     for index in range(min(len(run.crops), cfg.train.latent_crops)):
         stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         z = recovered(run, x.shape, lambda x=x: ranks.agreed(forward(run.state, vae.latent, x)))
         rows.append(z.movedim(1, -1).flatten(0, 3))
+
+    # Then the codes, the same in the averages. per_step: latents that an optimizer step will have.
     per_step = len(rows[0]) * run.state.global_batch
     generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook"))
     vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, generator, per_step=per_step)
@@ -263,8 +278,9 @@ def finish(run: Run) -> None:
         best = load_best(run)
     except ValueError as error:
         raise RunStopped(f"{error}; --resume {run.out} makes it anew") from None
+    # Only the first rank is here, so it has all tiles to itself.
     vae = on_device(VAE3D(cfg.vae), run.device)
-    set_dial(vae, dataclasses.replace(state.dial, tile_parallel=False))  # one rank alone
+    set_dial(vae, dataclasses.replace(state.dial, tile_parallel=False))
     vae.load_state_dict(best["model"])
     state.latent = best["latent"] = latent_statistics(run, vae.eval())
     checkpoints.save(run.out / "best.pt", best)
@@ -272,27 +288,26 @@ def finish(run: Run) -> None:
 
 @torch.no_grad()
 def latent_statistics(run: Run, vae: VAE3D) -> dict:
-    """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor 1 / std
-    (arXiv:2112.10752, App. G).
+    """Mean and std (Z,) of the latent mean, or of the codes, over training crops; scale factor.
+
+    The scale factor is 1 / std, with the std over all channels together (arXiv:2112.10752, App. G).
     """
-    count, total, squares = 0, 0, 0
+    count, total, squares = 0, 0, 0                              # of positions; sums (Z,) over them
     for index in range(min(len(run.crops), run.cfg.train.latent_crops)):
-        if ranks.world() == 1:                                   # of several ranks the first is here alone
+        # Of several ranks the first is here alone, and must not end without the others.
+        if ranks.world() == 1:
             stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
         mu = forward(run.state, vae.encode, x)[0].double()
-        count, total, squares = (
-            count + mu[0, 0].numel(),
-            total + mu.sum((0, 2, 3, 4)),
-            squares + mu.square().sum((0, 2, 3, 4)),
-        )
+        count = count + mu[0, 0].numel()
+        total = total + mu.sum((0, 2, 3, 4))
+        squares = squares + mu.square().sum((0, 2, 3, 4))
+
+    # std^2 = E[mu^2] - E[mu]^2, for each channel and over all of them.
     mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
     whole = (squares.sum() / count / len(mean) - mean.mean().square()).clamp_min(1e-12).sqrt()
-    return {
-        "mean": mean.float().cpu(),
-        "std": (squares / count - mean.square()).clamp_min(0).sqrt().float().cpu(),
-        "scale_factor": float(1 / whole),
-    }
+    return {"mean": mean.float().cpu(), "std": std.float().cpu(), "scale_factor": float(1 / whole)}
 
 
 # -------------------------------------------------------------------------------- use of a checkpoint
@@ -356,10 +371,12 @@ def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable
     vae.progress = tick
 
     def work(z: Tensor) -> Tensor:
-        return vae.decode(z, size) if vae.quantizer is None else vae.decode_indices(z, size)
+        if vae.quantizer is None:
+            return vae.decode(z, size)
+        return vae.decode_indices(z, size)
     recon = run_network(ready, work, latent)[0].float().contiguous().cpu().numpy()
 
-    # A nan makes both ends nan, so this takes no copy of the volume.
+    # One nan makes least and most nan; looking at these two takes no copy of the volume.
     if not (np.isfinite(recon.min()) and np.isfinite(recon.max())):
         remedy = "" if ready.amp_dtype is None else "; leave --amp out"
         raise ValueError(f"the reconstruction is not finite{remedy}")
@@ -373,6 +390,7 @@ def reconstruct(ready: Ready, array: np.ndarray, tick: Callable | None = None) -
 
 
 def latent_kind(ready: Ready) -> LatentKind:
+    """What `encode` gives: indices of codes, (d, h, w), or a latent of Z channels, (Z, d, h, w)."""
     vae = ready.model
     if vae.quantizer is not None:
         return LatentKind(vae.cfg.bottleneck, vae.quantizer.num_codes, vae.latent_size)
@@ -382,6 +400,7 @@ def latent_kind(ready: Ready) -> LatentKind:
 def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
              tick: Callable | None) -> Scored:
     """Of one whole volume: figures of its reconstruction, the size of its latent, and which codes it uses."""
+    # First the reconstruction and its figures.
     volume, intensity = case.volumes[number]
     started = time.monotonic()
     latent = encode(ready, volume, tick=tick)
@@ -389,7 +408,8 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     seconds = time.monotonic() - started
     scores = compared(recon, volume, intensity, ready.device)
 
-    # How small the latent is, beside the source's voxels and the bits that each volume has of them on disk.
+    # Then how small the latent is: its bits beside the source's voxels, and beside the bits that the source
+    # has on disk for each of its volumes. A latent of numbers is counted with 32 bits each and with 16.
     codes = latent_kind(ready).codes
     bits = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
     voxels, source_bits = math.prod(case.origin.size), case.origin.bits / len(case.volumes)
@@ -399,6 +419,7 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     if codes is None:
         return Scored(scores, recon, seconds, {})
 
+    # Then which codes are used, of this volume, and to be added up over all.
     usage = torch.bincount(torch.from_numpy(latent).flatten(), minlength=codes)
     return Scored(scores | codebook_use(usage), recon, seconds, {"usage": usage})
 

@@ -1,18 +1,21 @@
 """Out of memory: the dial, and how a step survives it.
 
-The dial is the section `memory` of the config: mode none keeps what backward needs, checkpoint computes
+The dial is the section `memory` of the config. Mode none keeps what backward needs, checkpoint computes
 blocks again, tile computes exact tiles. All give the same result, so the dial may be turned in the middle of
 a run. The config keeps what the user asked for; State.dial is what holds now.
 
 How a run survives: `with_recovery` is around whatever may run out of memory (a step, a validation crop). When
 it does, on any rank,
+
     1. the failed work is left, so that nothing keeps its tensors alive,
-    2. the dial is turned one step: none -> checkpoint -> tile -> a tile that is predicted to take at most 4/5
-    of the memory, 3. the change is told (console, log.jsonl, config.yaml), 4. what the failed work had begun
-    is dropped: gradients, collected latents, the loss scaler's marks, 5. the same work is done again, with
-    the same crops and the same noise.
-Optimizer, batch and resolution are never touched. All ranks turn their dials together. Where no step of the
-dial is left, or the weights were being written, the run stops in one line, with its last checkpoint as it is.
+    2. the dial is turned by one notch: none -> checkpoint -> tile -> a tile that is predicted to take at most
+       4/5 of the memory,
+    3. the change is told (console, log.jsonl, config.yaml),
+    4. what the failed work had begun is dropped: gradients, collected latents, the loss scaler's marks,
+    5. the same work is done again, with the same crops and the same noise.
+
+Optimizer, batch and resolution are never touched. All ranks turn their dials together. Where the dial has no
+notch left, or the weights were being written, the run stops in one line, with its last checkpoint as it is.
 Version 0.3 (2026-11).
 """
 from __future__ import annotations
@@ -32,29 +35,33 @@ from training.signals import RunStopped
 from training.state import State, new_state, quantizer_of
 from training.task import Task
 
-# Of the memory at hand: what the next tile may take.
+# The share of the memory taken now that the next, smaller tile may take.
 SMALLER = 0.8
 MODES = ("none", "checkpoint", "tile")
 
 
-# ------------------------------------------------------------------------------------------------ the dial
+# -------------------------------------------------------------------------------- the dial
 
 def modes_of(network: torch.nn.Module) -> tuple[str, ...]:
-    """The settings of the dial that a network has: exact tiles where it can plan them, checkpoints where it
-    has a dial at all.
+    """The settings of the dial that a network has.
+
+    Exact tiles where it can plan them, checkpoints where it has a dial at all.
     """
     if hasattr(network, "tile_plans"):
         return MODES
-    return MODES[:2] if hasattr(network, "memory") else MODES[:1]
+    if hasattr(network, "memory"):
+        return MODES[:2]
+    return MODES[:1]
 
 
 def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = False) -> torch.nn.Module:
-    """Put the dial on a network. Raises ValueError for a mode that it does not have. rehearsal: for memory
-    prediction, see vae3d.VAE3D.memory.
+    """Put the dial on a network. Raises ValueError for a mode that it does not have.
 
-    memory.tile_parallel: every rank takes the same micro-batches with the same noise (the global batch is
-    batch x accum), and backward() leaves the whole gradients on each, so a step reduces neither gradients nor
-    terms over the ranks."""
+    rehearsal: for memory prediction, see vae3d.VAE3D.memory.
+    With memory.tile_parallel every rank takes the same micro-batches with the same noise (the global batch
+    is batch x accum), and backward() leaves the whole gradients on each, so that a step adds up neither
+    gradients nor terms over the ranks.
+    """
     modes = modes_of(network)
     if len(modes) == 1 and dial.mode != "none":
         raise ValueError(f"memory.mode={dial.mode}: this network has no memory dial; leave it at none")
@@ -78,14 +85,17 @@ def begin(
 
 
 def turn_dial(state: State, dial: MemoryConfig, rehearsal: bool = False) -> None:
+    """Put the dial on all networks of a run."""
     state.dial = dial
     for network in (state.model, *state.emas):
         set_dial(network, dial, rehearsal)
 
 
 def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[int]) -> MemoryConfig:
-    """The dial with what it leaves to `auto` chosen for good: on CUDA the choice depends on the free memory,
-    and a resumed run must not.
+    """The dial with what it leaves to `auto` chosen for good.
+
+    On CUDA the choice depends on the free memory, on which a resumed run must not depend.
+    shape: (b, C, D, H, W) of what the network is given.
     """
     if dial.mode != "tile" or (dial.tile is not None and dial.stretch != "auto"):
         return dial
@@ -95,7 +105,7 @@ def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[
 
 
 def next_dial(cfg: TrainConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:
-    """One step further down; None at the end."""
+    """The dial turned by one notch; None where there is none left."""
     dial, modes = state.dial, modes_of(state.model)
     if dial.mode == "none" and "checkpoint" in modes:
         return dataclasses.replace(dial, mode="checkpoint")
@@ -122,35 +132,37 @@ def dial_text(dial: MemoryConfig) -> str:
     return f"tile {tile}, stretch {dial.stretch}"
 
 
-# ------------------------------------------------------------------------------------------------ recovery
+# -------------------------------------------------------------------------------- recovery
 
 def with_recovery(
     cfg: TrainConfig, state: State, shape: Sequence[int], note: Callable[[str], None], work: Callable[[], Any]
 ) -> Any:
-    """work(), and after an out-of-memory the same again one step further down the dial.
+    """work(), and after an out-of-memory the same again with the dial turned by one notch.
 
-    shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when
-    there is no step left. The ranks turn the dial together, so each must call this alike, and `work` must end
-    with ranks.agreed, or have it inside; with memory.tile_parallel it is vae3d.together that carries one
-    rank's failure to the others."""
+    shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped
+    when there is no notch left.
+
+    The ranks turn the dial together, so each must call this alike, and `work` must end with ranks.agreed, or
+    have it inside. With memory.tile_parallel it is vae3d.together that carries one rank's failure to the
+    others.
+    """
     while True:
         scaler = state.scaler.state_dict()
         try:
             with shared_failure(state):
                 return work()
-        # Torch.OutOfMemoryError is one; the CPU's allocator raises it plain.
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
         except RuntimeError as error:
             if not state.dial.recover or not vae3d.is_out_of_memory(error):
                 raise
             if state.updating:
-                raise RunStopped(
-                    "out of memory while the weights were being updated, at "
-                    f"{dial_text(state.dial)}; go on from last.pt, with the next --memory.mode"
-                ) from None
+                raise RunStopped("out of memory while the weights were being updated, at "
+                                 f"{dial_text(state.dial)}; go on from last.pt, with the next "
+                                 "--memory.mode") from None
             where = ranks.ran_out(error)
-        # From here on outside of the except clause: its traceback would keep the failed step's tensors alive.
 
-        # Turn the dial, by the free memory of the rank that ran out, and tell it.
+        # What follows stands outside of the except clause, where the traceback would keep the tensors of the
+        # failed step alive. First turn the dial, by the free memory of the rank that ran out, and tell it.
         softer = ranks.chosen(where, lambda: next_dial(cfg, state, shape))
         if softer is None:
             raise RunStopped(f"out of memory at {dial_text(state.dial)}, the last step of the dial; use a "
@@ -159,7 +171,8 @@ def with_recovery(
         turn_dial(state, softer)
         note(f"step {state.step + 1}: out of memory, memory dial {change}; the step is repeated")
 
-        # Drop what the failed work had begun. The old scaler may hold gradients that it has unscaled already.
+        # Then drop what the failed work had begun. The loss scaler is made anew, in the state from before:
+        # the old one may have marked gradients as unscaled already.
         for holder in (state.optimizer, state.disc_optimizer, state.model):
             if holder is not None:
                 holder.zero_grad(set_to_none=True)

@@ -28,13 +28,15 @@ class StepResult(NamedTuple):
 
 
 def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """One update of the network, and of the discriminator where there is one. Peak memory is one
-    micro-batch's: no graph outlives its backward().
+    """One update of the network, and of the discriminator where there is one.
 
-    Each micro-batch counts by its number of crops, so that k of them equal one batch, also for a short tail
-    (loss.adaptive_weight is the exception: a ratio of each micro-batch's own). Weights, codebook and averages
-    change only after all is known to be finite; what the forward pass moves, the running statistics of batch
-    norm, is put back where the step fails."""
+    Peak memory is one micro-batch's: no graph outlives its backward(). Each micro-batch counts by its number
+    of crops, so that k of them equal one batch, also where the last one is short. (loss.adaptive_weight is
+    the exception: it is a ratio that each micro-batch has of its own.)
+
+    Weights, codebook and averages change only after all is known to be finite. What the forward pass moves,
+    the running statistics of batch norm, is put back where the step fails.
+    """
     with statistics_put_back(state.model) as failed:
         gan = adversary.is_judging(cfg, state)
         optimizers = [state.optimizer]
@@ -46,20 +48,21 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
         terms, usage = accumulate(cfg, state, micro_batches, gan)
         terms = reduced(state, gan, terms, usage)
 
-        # Then their norm, in true units and clipped, and whether anything is not finite. Norm and loss both
-        # count: the gradient of |NaN| is zero.
+        # Then their norm, in true units and clipped, and whether anything is not finite. Loss and norm are
+        # both looked at: the gradient of |NaN| is zero, so the norm alone would miss it.
         norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
-        finite = norm + terms["loss"]
+        total = norm + terms["loss"]
         if gan:
             threshold = cfg.optim.grad_clip or math.inf
-            finite = (
-                finite + terms["disc"] + torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
-            )
-        updated = bool(torch.isfinite(finite))
+            disc_norm = torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
+            total = total + terms["disc"] + disc_norm
+        updated = bool(torch.isfinite(total))
 
         # Then the update, of everything or of nothing.
         if updated:
             update(cfg, state, optimizers, gan, terms, usage, norm)
+
+        # Last the scales of 16 bits: lower after a step that was not finite.
         if state.masters is not None:
             state.masters.adapt(updated)
         if any(has_gradients(optimizer) for optimizer in optimizers):
@@ -69,13 +72,14 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
     return StepResult(terms, norm, updated)
 
 
-# ------------------------------------------------------------------------------------------------ gradients
+# -------------------------------------------------------------------------------- gradients
 
 def forget_gradients(state: State, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Also what a step that ran out of memory had begun."""
+    """Drop all gradients, and what a step that ran out of memory had begun."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    state.model.zero_grad(set_to_none=True)                      # 16-bit weights are not the optimizer's own
+    # The optimizer of 16-bit weights holds their float32 masters, not the weights themselves.
+    state.model.zero_grad(set_to_none=True)
     if quantizer_of(state.model) is not None:
         state.model.quantizer.collected = []
 
@@ -83,35 +87,37 @@ def forget_gradients(state: State, optimizers: Sequence[torch.optim.Optimizer]) 
 def accumulate(
     cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatch], gan: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Gradients of all micro-batches, in place -> their terms, each the mean over the crops, and how often
-    each code was chosen.
+    """Add the gradients of all micro-batches to those of the parameters.
+
+    Returns the terms, each the mean over the crops, and how often each code was chosen, (K,).
     """
     total = sum(len(m.image) for m in micro_batches)
     sums: dict[str, Tensor] = {}
     usage = None if state.usage is None else torch.zeros_like(state.usage)
     for micro in micro_batches:
         share = len(micro.image) / (micro.crops_in_step or total)
-        # Made here: a repeated step draws the same noise.
+        # Made here and not kept, so that a repeated step draws the same noise.
         generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]
 
-        # The network's loss and its gradient; none where a codebook learns by averages alone.
+        # First the network's loss and its gradient. There is none where a codebook learns by averages alone.
         out, terms, crops = state.task.objective(cfg, state, state.forward, micro, generators)
         if gan:
             adversary.generator_terms(cfg, state, crops, terms)
         if terms["loss"].requires_grad:
             scaled(state, terms["loss"] * share).backward()
 
-        # The discriminator's, on crops that lead back to no network.
+        # Then the discriminator's, on crops through which no gradient reaches the network.
         if gan:
             crops = [crop.detach() for crop in crops]
             critic = adversary.discriminator_terms(cfg, state, crops)
             scaled(state, critic["disc"] * share).backward()
             terms |= critic
 
-        # What the log gets stays on the device: reading it would wait for the device at each micro-batch.
+        # Then the sums for the log. They stay on the device: reading them would wait for it each time.
         if usage is not None:
             index = out.index.flatten()
-            usage = usage + torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
+            chosen = torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
+            usage = usage + chosen
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() * share
         # The next forward must not find this graph alive.
@@ -120,23 +126,27 @@ def accumulate(
 
 
 def reduced(state: State, gan: bool, terms: dict[str, Tensor], usage: Tensor | None) -> dict[str, Tensor]:
-    """Gradients and codebook usage (in place) and terms, added up over the ranks, once all of them have
-    theirs.
+    """Add up over the ranks, once all of them have theirs: gradients and codebook usage in place, and terms.
 
-    Each rank then clips, decides and updates by the same numbers. Alone on each rank, and averaged, are only
-    what a forward pass moves: the running statistics of batch norm, the vectors of spectral norm."""
+    Each rank then clips, decides and updates by the same numbers. Only what a forward pass moves is each
+    rank's own, and averaged in the update: the running statistics of batch norm, the vectors of spectral
+    norm.
+    """
     if ranks.workers() == 1:
-        # Tile_parallel: no rank updates before all have their gradients.
+        # With memory.tile_parallel every rank has the whole gradients already, but none may update before
+        # all have got so far: here a failure of one is raised on all.
         with memory.shared_failure(state):
             pass
         state.updating = ranks.world() > 1
         return terms
+
+    # The rows are made before the ranks agree: a rank may still run out of memory by them.
     parameters = list(state.model.parameters())
     if gan:
         parameters += state.disc.parameters()
     gradients = ranks.Gradients(parameters)
     ranks.agreed()
-    # A rank that runs out of memory now cannot have the others repeat.
+    # From here on a rank that runs out of memory cannot have the others repeat the step.
     state.updating = True
     gradients.add_up()
     if usage is not None:
@@ -145,12 +155,16 @@ def reduced(state: State, gan: bool, terms: dict[str, Tensor], usage: Tensor | N
 
 
 def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    for settings in optimizer.param_groups:
+        if any(p.grad is not None for p in settings["params"]):
+            return True
+    return False
 
 
 def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], threshold: float) -> Tensor:
-    """Gradients in true units, since the threshold is; those of the network clipped. Returns their norm
-    before that.
+    """Bring all gradients to true units, which the threshold is in, and clip those of the network.
+
+    Returns the norm of the network's gradients before clipping.
     """
     if state.masters is not None:
         state.masters.take_gradients()
@@ -163,15 +177,18 @@ def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], thr
 
 
 def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
-    """optim.grad_clip, or the percentile of the last norms where that is lower and there are enough of them.
+    """optim.grad_clip, or the percentile of the last norms where that is lower.
+
+    The percentile counts once there are optim.clip_window norms.
     """
     fixed = o.grad_clip or math.inf
     if not o.clip_percentile or len(norms) < o.clip_window:
         return fixed
-    return min(fixed, float(torch.tensor(norms, dtype=torch.float64).quantile(o.clip_percentile / 100)))
+    last = torch.tensor(norms, dtype=torch.float64)
+    return min(fixed, float(last.quantile(o.clip_percentile / 100)))
 
 
-# ------------------------------------------------------------------------------------------------ update
+# -------------------------------------------------------------------------------- update
 
 def update(
     cfg: TrainConfig,
@@ -183,6 +200,7 @@ def update(
     norm: Tensor,
 ) -> None:
     """Weights, then what follows them: running statistics, codebook, averages."""
+    # First the weights. From the first of them on the step cannot be repeated.
     for optimizer in optimizers:
         if has_gradients(optimizer):
             state.scaler.step(optimizer)
@@ -190,31 +208,23 @@ def update(
     if state.masters is not None:
         state.masters.give_weights()
 
+    # Then what the forward passes moved, and the codebook, by the latents that they collected.
     ranks.average(running_statistics(state.model))
     if gan:
         ranks.average(running_statistics(state.disc))
     if usage is not None:
-        state.model.quantizer.update(
-            torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step))
-        )
+        generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook", state.step))
+        state.model.quantizer.update(generator)
         state.usage += usage
     if state.lecam is not None and gan:
         state.lecam.update(terms["logits_real"], terms["logits_fake"])
+
+    # Then the averages of the weights, whose decay rises with the step so that the start is forgotten:
+    # min(decay, (1 + step) / (10 + step)).
     for ema, decay in zip(state.emas, cfg.train.ema):
         update_ema(ema, state, min(decay, (1 + state.step) / (10 + state.step)))
     if cfg.optim.clip_percentile:
         state.norms = [*state.norms, float(norm)][-cfg.optim.clip_window:]
-
-
-@torch.no_grad()
-def update_ema(ema: torch.nn.Module, state: State, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * weights; buffers (codebooks, running statistics) as they are.
-
-    The decay rises with the step, so that the start is forgotten.
-    """
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in state.weights], 1 - decay)
-    for old, new in zip(ema.buffers(), state.model.buffers()):
-        old.copy_(new)
 
 
 class Outcome:
@@ -224,8 +234,9 @@ class Outcome:
 
 @contextlib.contextmanager
 def statistics_put_back(model: torch.nn.Module) -> Iterator[Outcome]:
-    """Restore the network's buffers (not the codebook's) after an exception, or where the outcome says that
-    the step failed.
+    """Restore the network's buffers, but for the codebook's, where the step fails.
+
+    It fails by an exception, or where the Outcome that is handed out says so.
     """
     buffers = running_statistics(model)
     before, failed = [b.clone() for b in buffers], Outcome()
@@ -235,3 +246,19 @@ def statistics_put_back(model: torch.nn.Module) -> Iterator[Outcome]:
         if failed.value:
             for buffer, value in zip(buffers, before):
                 buffer.copy_(value)
+
+
+# -------------------------------------------------------------------------------- private calls of torch
+
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, state: State, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * weights; buffers (codebooks, running statistics) are copied.
+
+    One kernel for all parameters. A torch without this call raises AttributeError here; then write
+
+        for old, new in zip(ema.parameters(), state.weights):
+            old.lerp_(new.detach(), 1 - decay)
+    """
+    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in state.weights], 1 - decay)
+    for old, new in zip(ema.buffers(), state.model.buffers()):
+        old.copy_(new)
