@@ -1,8 +1,8 @@
-"""Validation: figures of held-out crops or volumes without noise, the best weights so far, and pictures of
-some of them.
+"""Validation: figures of held-out crops or whole volumes, the best weights so far, and pictures.
 
 The task says what is measured of a crop (`criterion`, `metrics`), what is added up over all of them
-(`counts`, `figures`), and how one looks (`picture`). The ranks share the crops. Version 0.3 (2026-11).
+(`counts`, `figures`), and how one looks (`picture`). The ranks share the crops, and every validation draws
+the same noise, so that validations compare. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -31,34 +31,39 @@ def validation(run: Run, epoch: int) -> None:
     started, state = time.monotonic(), run.state
     metrics, voxels = validate(run)
     seconds = time.monotonic() - started
-    run.log.row(
-        {
-            "step": state.step,
-            "epoch": epoch,
-            "split": "val",
-            **metrics,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "seconds": round(seconds, 4),
-            "voxels_per_second": round(voxels / seconds),
-            "peak_gib": round(ranks.largest(peak_gib(run.device)), 4),
-        }
-    )
+    row = {
+        "step": state.step,
+        "epoch": epoch,
+        "split": "val",
+        **metrics,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "seconds": round(seconds, 4),
+        "voxels_per_second": round(voxels / seconds),
+        "peak_gib": round(ranks.largest(peak_gib(run.device)), 4),
+    }
+    run.log.row(row)
     if update_best(run.cfg, state, metrics):
         save_best(run, metrics)
 
 
 @torch.no_grad()
 def validate(run: Run) -> tuple[dict[str, float], int]:
-    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics, without noise;
-    and the voxels seen.
+    """Means over held-out crops or volumes of the criterion's terms and of the task's metrics.
+
+    Returns them with the voxels seen. The weights are those that would be shipped.
     """
     cfg, state, task = run.cfg, run.state, run.state.task
-    model, rows, counts, voxels = state.shipped.eval(), [], {}, 0
+    model = state.shipped.eval()
     criterion = task.criterion or task.objective
+
+    # First this rank's share of the crops. All ranks take as many turns, since they have to agree in each: a
+    # rank without a crop left takes part in the last turn of the others.
+    rows, counts, voxels = [], {}, 0
     mine = ranks.shared(len(run.held_out))
-    for turn in range(-(-len(run.held_out) // ranks.workers())):
+    turns = -(-len(run.held_out) // ranks.workers())             # rounded up
+    for turn in range(turns):
         stop_if_signalled(run)
-        if turn >= len(mine):                                    # the others are at their last one
+        if turn >= len(mine):
             recovered(run, (1, run.dataset.channels, *run.dataset.patch), ranks.agreed)
             continue
         number = mine[turn]
@@ -66,7 +71,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         label = None if crop.label is None else crop.label[None].to(run.device)
         micro = MicroBatch(to_device(crop.image[None], run.device), [], [], label)
 
-        # The same noise at each validation, and at each try of it.
+        # The noise of a crop is the same at each validation, and at each try of it after out of memory.
         def work(micro=micro, number=number):
             generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "validation", number))
             return ranks.agreed(criterion(cfg, state, model, micro, [generator]))
@@ -78,37 +83,39 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         voxels += micro.image[0, 0].numel()
     state.shipped.train()
 
-    # Means over all crops, in the order of the ranks; and what was counted over all of them.
+    # Then means over the crops of all ranks, and what was counted over all of them.
     rows, voxels = ranks.gathered(rows), sum(ranks.gathered([voxels]))
     metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     every = [part for part in ranks.gathered([counts]) if part]
     if every:
-        metrics |= task.figures({name: sum(part[name] for part in every) for name in every[0]})
+        sums = {name: sum(part[name] for part in every) for name in every[0]}
+        metrics |= task.figures(sums)
     return metrics, voxels
 
 
-# ------------------------------------------------------------------------------------------------ the best
-# weights
+# -------------------------------------------------------------------------------- the best weights
 
 def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bool:
-    """Count a validation for best.pt, early stopping and the plateau schedule; True when it is the best so
-    far.
+    """Count a validation for best.pt, early stopping and the plateau schedule.
+
+    Returns whether it is the best so far. Raises ValueError where the task has no such metric.
     """
+    # First how much better this validation is, by train.metric.
     name = metric_of(cfg, state.task)
     if name not in metrics:
         raise ValueError(f"train.metric={name} is none of the metrics of --task {state.task.name}: "
                          f"{', '.join(metrics)}")
     higher_is_better = state.task.METRICS.get(name, True)
     value, loss = metrics[name], metrics["loss"]
-    # Such as the Dice of held-out labels without a class.
+    # A value that is none is the worst, such as the Dice of held-out labels without a class.
     if not math.isfinite(value):
         value = -math.inf if higher_is_better else math.inf
     gain = 0.0
     if state.best not in (None, value):
         gain = value - state.best if higher_is_better else state.best - value
 
-    # Until all terms have set in, the last validation is the best: what came before was measured on another
-    # criterion.
+    # Then whether it is the best: better, or as good with a lower loss. Until all terms have set in, the
+    # last validation is the best, since those before it were measured on another criterion.
     first = state.best is None or state.step <= state.task.last_start(cfg)
     tie = gain == 0 and loss < state.best_loss
     better = math.isfinite(loss) and (first or gain > 0 or tie)
@@ -117,10 +124,11 @@ def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bo
     if better:
         state.best, state.best_loss = value, loss
 
-    # The plateau schedule looks at the loss alone.
+    # Then the plateau schedule, which looks at the loss alone: after some validations without a lower one
+    # the rate falls by a factor.
     lowest, factor, waited = state.plateau
-    if metrics["loss"] < lowest:
-        lowest, waited = metrics["loss"], 0
+    if loss < lowest:
+        lowest, waited = loss, 0
     elif waited + 1 >= cfg.optim.plateau_patience:
         factor, waited = factor * cfg.optim.gamma, 0
     else:
@@ -133,6 +141,7 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     """The content of best.pt: what predict.py and --init need, and nothing else."""
     if run.state.task.ship is not None:
         return run.state.task.ship(model) | {"step": run.state.step}
+    # An average is in float32 as it is.
     weights = full_weights(run.state) if model is run.state.model else model.state_dict()
     return {
         "kind": "vae3d.weights",
@@ -146,6 +155,7 @@ def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
 
 
 def save_best(run: Run, metrics: dict[str, float]) -> None:
+    """metrics: of the validation that made these weights the best."""
     if ranks.first():
         checkpoints.save(run.out / "best.pt", weights_to_ship(run, run.state.shipped) | {"metrics": metrics})
 
@@ -155,35 +165,40 @@ def load_best(run: Run) -> dict:
 
 
 def check_best(run: Run) -> bool:
-    """For a resumed run: where best.pt cannot be read, or is of a step that the run no longer reaches, the
-    weights at hand replace it.
+    """For a resumed run: whether best.pt had to be replaced, by the weights at hand.
 
-    Returns whether they did.
+    It is replaced where it cannot be read, or is of a step that the run no longer reaches.
     """
-    def look() -> str | None:
+    path = run.out / "best.pt"
+
+    def what_is_wrong() -> str | None:
         try:
             step = load_best(run)["step"]
         except ValueError as error:
             return str(error)
-        return None if step <= run.total else f"{run.out / 'best.pt'}: is of a later step than {run.total}"
-    wrong = ranks.from_rank(0, look)
-    if wrong is not None:
-        metrics, _ = validate(run)
-        name = metric_of(run.cfg, run.state.task)
-        value = metrics[name]
-        run.state.best, run.state.best_loss = value if math.isfinite(value) else None, metrics["loss"]
-        save_best(run, metrics)
-        run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {name} "
-                    f"{shown(run.state.best)}")
-    return wrong is not None
+        return None if step <= run.total else f"{path}: is of a later step than {run.total}"
+    wrong = ranks.from_rank(0, what_is_wrong)
+    if wrong is None:
+        return False
+
+    metrics, _ = validate(run)
+    name = metric_of(run.cfg, run.state.task)
+    best = metrics[name] if math.isfinite(metrics[name]) else None
+    run.state.best, run.state.best_loss = best, metrics["loss"]
+    save_best(run, metrics)
+    run.log.say(f"{wrong}; the weights of step {run.state.step} take its place, {name} "
+                f"{shown(run.state.best)}")
+    return True
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------- pictures
 
 @torch.no_grad()
 def save_samples(run: Run) -> None:
-    """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI, of the first crop of up to log.samples
-    held-out volumes.
+    """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI beside it.
+
+    Of the first crop of each held-out volume, up to log.samples volumes. All ranks compute them, since they
+    recover from out of memory together; the first writes.
     """
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
@@ -191,21 +206,26 @@ def save_samples(run: Run) -> None:
     model, folder = state.shipped.eval(), run.out / "samples"
     if ranks.first():
         folder.mkdir(exist_ok=True)
-    done: set[str] = set()
+    done: set[str] = set()                                       # names of volumes
     for crop in run.held_out:
         name = crop.entry.name
         if name in done or len(done) == cfg.log.samples:
             continue
         done.add(name)
         stop_if_signalled(run)
+
+        # First the network's output.
         x = to_device(crop.image[None], run.device)
 
         def work(x=x):
-            out = task.output(cfg, state, model, x) if task.output is not None else forward(state, model, x)
-            return ranks.agreed(out)
+            if task.output is not None:
+                return ranks.agreed(task.output(cfg, state, model, x))
+            return ranks.agreed(forward(state, model, x))
         out = recovered(run, x.shape, work)
         if not ranks.first():
             continue
+
+        # Then the files, and the picture for TensorBoard and W&B.
         picture = task.picture(cfg, crop, out)
         stem = f"step_{state.step:06d}_{name}"
         content = pictures.png(picture.image)
