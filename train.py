@@ -1,28 +1,30 @@
-"""Train a 3D VAE, VQ-VAE or U-Net with one command: the one place that wires configuration, data, networks,
-step, loop, checkpoints, logs.
+"""Train a 3D VAE, VQ-VAE or U-Net with one command.
 
-    python train.py --preset ultra_lightweight --amp --accum 8          # no data named: built-in synthetic
-    volumes python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct python train.py --resume
-    runs/ct                                    # goes on bit for bit python train.py --task seg --data FOLDER
-    # a U-Net on image/label pairs python train.py --task features --data FOLDER                       # a
-    feature network for loss.perceptual_features torchrun --nproc_per_node 4 train.py --data FOLDER
-    # on 4 GPUs: the batch of a step is batch x accum x 4
+    python train.py --preset ultra_lightweight --amp --accum 8      # no data named: synthetic volumes
+    python train.py --data FOLDER --patch 32,96,96 --steps 2000 --out runs/ct
+    python train.py --resume runs/ct                                # goes on bit for bit
+    python train.py --task seg --data FOLDER                        # a U-Net on image/label pairs
+    python train.py --task features --data FOLDER                   # for loss.perceptual_features
+    torchrun --nproc_per_node 4 train.py --data FOLDER              # on 4 GPUs
 
-It reads top to bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is
-training/step.py's. Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and
-SSIM have data range 2. Memory is in GiB. Version 0.3 (2026-11).
+This is the one place that wires configuration, data, networks, step, checkpoints and logs. It reads top to
+bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
+On several GPUs the global batch is batch x accum x GPUs.
+
+Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data
+range 2. Memory is in GiB. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
 import os
 
-# Before torch loads: on a shared core steps were 5 times slower without.
+# Before torch loads. Threads that wait now sleep: on a shared core steps were 5 times slower without.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 
 if __name__ == "__main__":
-    # Until main catches it: no traceback out of an import.
+    # Until main() catches Ctrl-C, it ends the process without a traceback out of an import.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
@@ -64,11 +66,12 @@ from training.validation import check_best, save_samples, validation, weights_to
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------- the command
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept, 130 / 143 / 138 after a
-    signal.
+    """Exit codes: 0 done, 2 cannot start, 1 stopped by an error with the state kept.
+
+    After SIGINT, SIGTERM and SIGUSR1: 130, 143, 138.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -112,13 +115,15 @@ def command(argv: Sequence[str]) -> int:
 
 
 def start(argv: Sequence[str]) -> int:
-    """From the flags to a run. The first rank reads and chooses; what it found goes to the others, which need
-    the data and no more.
+    """From the flags to a run.
+
+    The first rank reads and chooses. What it found goes to the others, which need the data and no more.
     """
     # First what is asked for: flags, and where a run is resumed its config.
     options = ranks.together(lambda: vars(build_parser(TASKS).parse_args(argv)))
     dry = options.get("dry_run", False)
-    say = say_as_comment if dry else tell                        # a dry run's output is a config file
+    # What a dry run prints is a config file.
+    say = say_as_comment if dry else tell
     resumed, base, out = None, None, None
     if "resume" in options:
         resumed = ranks.from_rank(0, lambda: checkpoints.load_resumed(Path(options["resume"]), say))
@@ -169,8 +174,9 @@ def say_as_comment(text: str) -> None:
 
 @contextlib.contextmanager
 def endings_of(out: Path) -> Iterator[None]:
-    """What a disk or a lost rank does to the run in folder `out` leaves as RunStopped, which says how to go
-    on.
+    """What a disk or a lost rank does to the run in folder `out` leaves as RunStopped.
+
+    Its message says how to go on.
     """
     try:
         yield
@@ -183,7 +189,7 @@ def endings_of(out: Path) -> Iterator[None]:
 
 
 def told(text: str, code: int) -> int:
-    """The exit code of all ranks; the first of those that have something to tell tells it, in one line."""
+    """The exit code of all ranks. The first of them that has something to tell tells it, in one line."""
     if not ranks.speaks(code):
         return ranks.exit_code(code)
     print(f"train.py: {ranks.place()}{text}", file=sys.stderr)
@@ -209,9 +215,8 @@ def disk_text(error: OSError, out: Path | None) -> str:
 
 
 def lost_text(error: RuntimeError, out: Path | None) -> str:
-    """A collective that failed, as a line. gloo knows no more than that a rank is gone; NCCL's message may be
-    about the card.
-    """
+    """A collective that failed, as a line."""
+    # gloo knows no more than that a rank is gone, but NCCL's message may be about the card.
     why = "" if "gloo" in str(error) else f" ({line_of(error)[:160]})"
     text = f"another rank is gone or does not answer{why}"
     if out is not None and (out / "last.pt").exists():
@@ -220,14 +225,14 @@ def lost_text(error: RuntimeError, out: Path | None) -> str:
 
 
 def resume_command(out: Path) -> str:
-    """For as many processes again."""
+    """What goes on with the run, on as many processes as now."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
     nodes = f"--nnodes {ranks.world() // each} " if ranks.world() > each else ""
     launcher = "python" if ranks.world() == 1 else f"torchrun {nodes}--nproc_per_node {each}"
     return f"{launcher} train.py --resume {shlex.quote(str(out))}"
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# -------------------------------------------------------------------------------- the run
 
 def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data, out: Path,
           resumed: checkpoints.Resumed | None = None) -> int:
@@ -236,14 +241,16 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     Raises DataError or ValueError when the run cannot start, RunStopped or OSError when it cannot go on.
     """
     # First the state: as at step 0, as in the checkpoint, or from weights that are there.
-    checkpoint = resumed and resumed.content
+    checkpoint = resumed.content if resumed is not None else None
     if cfg.train.stage and cfg.train.init is None and checkpoint is None:
         raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run "
                          "folder or checkpoint with --init")
     crops = data.Crops(dataset, cfg.train.seed)
-    state = memory.begin(cfg, task, device, checkpoint and checkpoint.get("features"))
+    features = checkpoint.get("features") if checkpoint is not None else None
+    state = memory.begin(cfg, task, device, features)
     if checkpoint is not None:
         restore(state, checkpoint, resumed.path)
+    # Only now, since a checkpoint says how many crops a step has.
     per_epoch = steps_per_epoch(len(crops), state.global_batch)
     total = total_steps(cfg, per_epoch)
     if checkpoint is not None:
@@ -280,7 +287,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         # leaves before all is saved.
         with caught_signals() as run.received:
             stopped_by = loop(run, has_codebook, resumed is not None)
-            # Here: a signal to this rank must not stop it any more.
+            # The files are closed in here, where a signal to this rank does not stop it any more.
             opened.close()
             ranks.barrier()
     if state.finished:
@@ -317,12 +324,12 @@ def count(network: torch.nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# -------------------------------------------------------------------------------- the loop
 
 def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
     """Steps, and what is due between them. Returns the signal that stopped it, 0 for none."""
     cfg, state = run.cfg, run.state
-    # First what a run begins with; stopped here, it has nothing to save.
+    # First what a run begins with. Stopped in here, it has nothing to save.
     if not has_codebook:
         state.task.start(run)
     ranks.take_from_first(tensors_of(state))
@@ -345,7 +352,7 @@ def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
                 save_last(run)
             if state.finished or stopped_by:
                 return stopped_by
-    # In what settle does: the state says what is undone.
+    # Stopped within settle() or check_best(): the state says what is undone.
     except Stopped as stop:
         if ranks.first():
             save_last(run, keep=False)
@@ -356,7 +363,9 @@ def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
 def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     """One optimizer step and its row; stops the run after train.nan_limit non-finite ones in a row."""
     cfg, state, log = run.cfg, run.state, run.log
-    started, rate = time.monotonic(), learning_rate(cfg.optim, step, run.total, state.plateau[1])
+    # First the step, with recovery from out of memory around it.
+    started = time.monotonic()
+    rate = learning_rate(cfg.optim, step, run.total, state.plateau[1])
     set_rates(cfg, state, rate)
     crops = len(crops_of_step(step, len(run.crops), state.global_batch))
     shape = (min(crops, cfg.train.batch), run.dataset.channels, *run.dataset.patch)
@@ -365,7 +374,7 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     seconds = time.monotonic() - started
     state.step = step + 1
 
-    # The row: terms, rate, speed and memory.
+    # Then the row: terms, rate, speed and memory; and what only some steps have.
     voxels = crops * math.prod(run.dataset.patch)
     row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate}
     row |= {"grad_norm": float(result.norm), "seconds": round(seconds, 4)}
@@ -387,32 +396,37 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
 
 
 def set_rates(cfg: TrainConfig, state: State, rate: float) -> None:
-    """The discriminator's rate follows the same schedule."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    """The discriminator's rate follows the same schedule, in proportion to its own highest rate."""
+    for settings in state.optimizer.param_groups:
+        settings["lr"] = rate
     if state.disc_optimizer is None:
         return
-    for group in state.disc_optimizer.param_groups:
-        group["lr"] = rate * disc_rate(cfg) / cfg.optim.lr if cfg.optim.lr else 0.0
+    disc = rate * disc_rate(cfg) / cfg.optim.lr if cfg.optim.lr else 0.0
+    for settings in state.disc_optimizer.param_groups:
+        settings["lr"] = disc
 
 
 def files_of(run: Run, micro_batches: Sequence[MicroBatch]) -> list[str]:
+    """The files whose crops all ranks have in these micro-batches."""
     volumes = ranks.gathered([v for m in micro_batches for v in m.volumes])
     return sorted({str(run.dataset.train[v].path) for v in volumes})
 
 
 def note_bad_step(run: Run, loss: float, files: Sequence[str]) -> None:
-    """Count a step without update. An overflow of 16 bits does not count: the scale falls and the run goes
-    on; at a scale below 1 it is none.
+    """Count a step without update, and tell it.
+
+    An overflow of 16 bits does not count: the loss scale falls and the run goes on. But at a scale of 1 and
+    below it cannot be that.
     """
     state, scale = run.state, 0.0
     if state.masters is not None:
         scale = 2.0 ** state.masters.log_scale
     elif state.scaler.is_enabled():
         scale = state.scaler.get_scale()
-    overflow = scale > 1 and math.isfinite(loss)
-    state.bad_steps += not overflow
-    what = "fp16 overflow" if overflow else "loss or gradient is not finite"
+    what = "fp16 overflow"
+    if scale <= 1 or not math.isfinite(loss):
+        what = "loss or gradient is not finite"
+        state.bad_steps += 1
     run.log.say(f"step {state.step}: {what}, no update; crops of {', '.join(files)}")
 
 
@@ -431,19 +445,23 @@ def stop_with_reproducer(run: Run, step: int, files: Sequence[str],
 
 
 def settle(run: Run) -> bool:
-    """What is due at this step and not done yet: validation, the end's measurements, pictures. Returns
-    whether anything was.
+    """Do what is due at this step and not done yet; returns whether anything was.
 
-    Stopped leaves it between two crops; the state then says what is undone, and a run that is resumed from it
-    does that first."""
+    Stopped leaves it between two crops. The state then says what is undone, and a run that is resumed from
+    it does that first.
+    """
     cfg, state = run.cfg, run.state
     before = state.validated, state.sampled, state.finished
-    if (state.step % cfg.train.val_every == 0 or state.step >= run.total) and state.validated < state.step:
+    # First a validation, which may end the run early.
+    is_due = state.step % cfg.train.val_every == 0 or state.step >= run.total
+    if is_due and state.validated < state.step:
         validation(run, max(0, state.step - 1) // run.per_epoch)
         state.validated = state.step
+    # Then, at the end, the task's last measurements.
     at_end = state.step >= run.total or stopped_early(cfg, state)
     if at_end and ranks.first():
         finish(run)
+    # Then pictures.
     is_due = at_end or (cfg.log.sample_every and state.step % cfg.log.sample_every == 0)
     if is_due and state.sampled < state.step:
         save_samples(run)
@@ -456,14 +474,12 @@ def finish(run: Run) -> None:
     """What the task measures at the end; and the averages beyond the first, beside best.pt."""
     run.state.task.finish(run)
     for ema, rate in list(zip(run.state.emas, run.cfg.train.ema))[1:]:
-        # Measured for best.pt alone.
+        # The latent has been measured for best.pt alone.
         checkpoints.save(run.out / f"ema_{rate}.pt", weights_to_ship(run, ema) | {"latent": None})
 
 
 def compare_ranks(state: State) -> None:
-    """Raises RunStopped where weights, averages or codebooks have drifted apart: from there on each rank
-    would train another network.
-    """
+    """Raises RunStopped where the ranks have drifted apart, from where each would train another network."""
     found = ranks.difference(tensors_of(state))
     if found is not None:
         raise RunStopped(f"step {state.step}: {found} (log.ddp_check); go on from last.pt, on machines with "
