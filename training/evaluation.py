@@ -1,4 +1,4 @@
-"""Figures of whole volumes: what a network gives back beside what it was given, over a data set.
+"""Figures of whole volumes: what a network gives back, compared with what it was given, over a data set.
 
 A row is what is known of one volume: its file, its shape, its figures, how long it took. The result of an
 evaluation holds all rows, their means, and what the task makes of its sums over all volumes.
@@ -29,7 +29,8 @@ from training.devices import peak_gib
 from training.ready import Ready
 from training.task import Scored
 
-COLUMNS = {                                                      # key of a row -> heading and format
+# Key of a row -> heading and format.
+COLUMNS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
     "l1": ("L1", "{:.4f}"),
@@ -44,13 +45,15 @@ COLUMNS = {                                                      # key of a row 
     "perplexity": ("perplexity", "{:.1f}"),
 }
 FIDELITY = ("psnr", "ssim", "l1")
-FIRST = (*FIDELITY, "iou", "dice")                               # what the line of a volume shows
-OVER_ALL = ("codebook_usage", "perplexity")                      # of all volumes together, so not averaged
+# What the line of one volume shows.
+FIRST = (*FIDELITY, "iou", "dice")
+# Figures that the task has of all volumes together, so that they are not averaged over the volumes.
+OVER_ALL = ("codebook_usage", "perplexity")
 NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
 
 
 def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
-    """Those that the run did not train on, told by their names.
+    """Those of the items that the run did not train on, by their names.
 
     Raises ValueError when there are none, or where the checkpoint has no names.
     """
@@ -58,7 +61,8 @@ def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
     if names is None:
         raise ValueError(f"--split held-out: {ready.path} does not name its training files; leave the flag "
                          f"out")
-    files = {re.sub(r"_t\d{3,}$", "", name) for name in names}   # volume 3 of a 4-D X is X_t003
+    # Volume 3 of a 4-D file X is X_t003 there. A file of which one volume was trained on is not held out.
+    files = {re.sub(r"_t\d{3,}$", "", name) for name in names}
     trained = files | set(names)
     left = [item for item in items if data._stem(item.path) not in trained]
     if not left:
@@ -70,7 +74,7 @@ def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
 
 def score_reconstruction(ready: Ready, case: Case, number: int, options: argparse.Namespace,
                          tick: Callable | None) -> Scored:
-    """What `reconstruct` gives back of volume `number`: for a task that does not say how it is evaluated."""
+    """How well `reconstruct` gives back volume `number`; for a task that does not say how it is evaluated."""
     volume, intensity = case.volumes[number]
     started = time.monotonic()
     recon = ready.task.reconstruct(ready, volume, tick)
@@ -80,27 +84,36 @@ def score_reconstruction(ready: Ready, case: Case, number: int, options: argpars
 
 def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
              device: torch.device) -> dict[str, Any]:
-    """Figures of a reconstruction beside its volume, both (C, D, H, W) of normalised intensities.
+    """Figures of a reconstruction, compared with its volume, both (C, D, H, W) of normalised intensities.
 
-    psnr, ssim, l1, sharpness; iou of occupied voxels for voxel grids; `channels`: the first three for each of
-    several.
+    They are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several channels
+    `channels` holds the first three for each.
     """
-    a, b = (torch.from_numpy(array)[None].to(device) for array in (recon, volume))
-    scores = fidelity(a, b) | {"sharpness": float(losses.sharpness(a, b))}
+    found = torch.from_numpy(recon)[None].to(device)             # (1, C, D, H, W)
+    target = torch.from_numpy(volume)[None].to(device)
+    scores = fidelity(found, target)
+    scores["sharpness"] = float(losses.sharpness(found, target))
     if intensity.modality == "voxel":
-        scores["iou"] = float(losses.occupancy_iou(a, b, intensity.background))
+        scores["iou"] = float(losses.occupancy_iou(found, target, intensity.background))
     if len(volume) > 1:
-        scores["channels"] = [fidelity(a[:, c:c + 1], b[:, c:c + 1]) for c in range(len(volume))]
+        scores["channels"] = []
+        for c in range(len(volume)):
+            one = fidelity(found[:, c:c + 1], target[:, c:c + 1])
+            scores["channels"].append(one)
     return scores
 
 
 def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
-    """(1, C, D, H, W) of normalised intensities, data range 2."""
-    return {"psnr": float(losses.psnr(recon, target)), "ssim": float(losses.ssim(recon, target)),
-            "l1": float(losses.reconstruction_loss(recon, target, "l1"))}
+    """psnr, ssim and l1 of (1, C, D, H, W) of normalised intensities, data range 2."""
+    return {
+        "psnr": float(losses.psnr(recon, target)),
+        "ssim": float(losses.ssim(recon, target)),
+        "l1": float(losses.reconstruction_loss(recon, target, "l1")),
+    }
 
 
 def row_of(item: data.Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
+    """All that is known of volume `number` of a file; the number is named where the file has several."""
     volume = case.arrays[number]
     row = {"file": str(item.path)}
     if len(case.volumes) > 1:
@@ -113,7 +126,7 @@ def row_of(item: data.Item, case: Case, number: int, scored: Scored) -> dict[str
 
 @dataclass
 class Totals:
-    """Over all volumes."""
+    """What is added up over all volumes."""
     voxels: int = 0
     seconds: float = 0.0                                         # that the network took
     sums: dict[str, Tensor] = field(default_factory=dict)        # of what the task counts (Scored.sums)
@@ -127,13 +140,16 @@ class Totals:
 
 def summary(ready: Ready, rows: list[dict], failed: list[dict], totals: Totals) -> dict:
     """The content of --json: all rows, their means, speed, memory, what the task counted, failures."""
-    names = dict.fromkeys(name for row in rows for name in row)  # in the order of the first row that has each
+    # First the means, each over the rows that have the figure, in the order in which the figures appear.
+    names = dict.fromkeys(name for row in rows for name in row)
     mean = {}
     for name in names:
         if name not in NOT_AVERAGED:
             mean[name] = average([row[name] for row in rows if name in row])
     if rows and "channels" in rows[0]:
         mean["channels"] = [mean_of_channel(rows, c) for c in range(len(rows[0]["channels"]))]
+
+    # Then what is known of all volumes together.
     speed = totals.voxels / totals.seconds if totals.seconds else None
     result = {"volumes": rows, "mean": mean, "peak_gib": peak_gib(ready.device), "voxels_per_second": speed}
     return result | ready.task.pooled(totals.sums) | {"failed": failed}
@@ -144,13 +160,13 @@ def mean_of_channel(rows: Sequence[dict], channel: int) -> dict[str, float]:
 
 
 def average(values: Sequence[float]) -> float:
-    """Of those that are finite; nan of none."""
+    """The mean of the finite values; nan where there are none."""
     values = [value for value in values if math.isfinite(value)]
     return sum(values) / len(values) if values else math.nan
 
 
 def finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: null."""
+    """The same with None in the place of nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -189,8 +205,10 @@ def worst_median_best(rows: Sequence[dict], name: str, higher_is_better: bool = 
 # -------------------------------------------------------------------------------- as text
 
 def column(name: str) -> tuple[str, str]:
-    """Heading and format of a figure; dice_3 is `Dice 3`."""
-    return COLUMNS.get(name, (name.replace("dice_", "Dice "), "{:.4f}"))
+    """Heading and format of a figure; that of dice_3 is `Dice 3`."""
+    if name in COLUMNS:
+        return COLUMNS[name]
+    return name.replace("dice_", "Dice "), "{:.4f}"
 
 
 def heading(name: str) -> str:
@@ -198,7 +216,7 @@ def heading(name: str) -> str:
 
 
 def cell(row: dict, name: str) -> str:
-    """A figure of a row as text; - where it has none, or one that is not finite."""
+    """A figure of a row as text; `-` where it has none, or one that is not finite."""
     value = row.get(name)
     if value is None or not math.isfinite(value):
         return "-"

@@ -113,6 +113,7 @@ def slices_table(columns: dict[str, list[Tensor]]) -> str:
 
 
 def picture(image: Tensor, what: str) -> str:
+    """A cell with a picture, which stands in the page itself. image: (height, width, 3), 0 to 255."""
     content = base64.b64encode(pictures.png(image.round().to(torch.uint8))).decode()
     return f'<td><img alt="{what}" src="data:image/png;base64,{content}"></td>'
 
@@ -123,21 +124,31 @@ def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, b
               spacing: Sequence[float], is_picture: bool) -> dict[str, list[Tensor]]:
     """Heading -> three orthogonal slices, where there is most to see of the volume or of its classes.
 
-    volume (C, D, H, W), of which the first channel is shown. Without a label, found (C, D, H, W) is a
-    reconstruction, and the columns are input, reconstruction, error; with one, (D, H, W), so are the classes
-    found.
+    volume: (C, D, H, W), of which the first channel is shown.
+    Without a label, found is a reconstruction (C, D, H, W), and the columns are input, reconstruction and
+    error. With a label (D, H, W), found are classes (D, H, W), and the columns are input, label and found.
     """
+    # First what each column shows: the volumes that its colours are made of. weight: how much there is to
+    # see in each voxel.
     x = torch.from_numpy(volume[0])
     if label is None:
         recon = torch.from_numpy(found[0])
         weight = (x - background).abs()
-        columns = {"Input": ([x], pictures.grey), "Reconstruction": ([recon], pictures.grey),
-                   "Error": ([recon, x], pictures.error)}
+        columns = {
+            "Input": ([x], pictures.grey),
+            "Reconstruction": ([recon], pictures.grey),
+            "Error": ([recon, x], pictures.error),
+        }
     else:
         truth, classes = torch.from_numpy(label), torch.from_numpy(found)
         weight = ((truth > 0) | (classes > 0)).float()
-        columns = {"Input": ([x], pictures.grey), "Label": ([x, truth], pictures.coloured),
-                   "Found": ([x, classes], pictures.coloured)}
+        columns = {
+            "Input": ([x], pictures.grey),
+            "Label": ([x, truth], pictures.coloured),
+            "Found": ([x, classes], pictures.coloured),
+        }
+
+    # Then the same slices of each.
     images = {}
     for name, (volumes, colour) in columns.items():
         images[name] = pictures.slices(volumes, weight, spacing, colour, is_picture)
@@ -145,8 +156,10 @@ def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, b
 
 
 def name_of(row: dict, name: str) -> str:
-    """name: the file's, or its path."""
-    return f"{text(name)}, volume {row['volume']}" if "volume" in row else text(name)
+    """What a volume is called: its file's name or path, with its number where the file has several."""
+    if "volume" in row:
+        return f"{text(name)}, volume {row['volume']}"
+    return text(name)
 
 
 def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
@@ -158,7 +171,11 @@ def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
 
 
 def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: str) -> str:
-    """result: evaluation.summary's. parts: Worst, Median, Best -> `figure` of it. source: the user's."""
+    """The page of an evaluation.
+
+    result: of evaluation.summary. parts: Worst, Median, Best -> `figure` of that volume. source: the data as
+    the user named them.
+    """
     names, means, volumes = columns_of(result), means_of(result), result["volumes"]
 
     # First the cards: means, speed, memory.
@@ -177,7 +194,8 @@ def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: s
               '[-1, 1]. First channel.')
     if ready.task.LABELS:
         what, legend = "Segmentation", "A colour for each class; 0 is left as it is."
-    chosen = " and ".join(", ".join(parts).rsplit(", ", 1)).capitalize()  # Worst, median and best
+    # "Worst, median and best"
+    chosen = " and ".join(", ".join(parts).rsplit(", ", 1)).capitalize()
     rank, _ = ranked_by(ready, volumes)
     body = [f"<h2>{chosen} volume by {heading(rank)}</h2><p>{legend}</p>"]
     body += [f"<section><h3>{name}</h3>{part}</section>" for name, part in parts.items()]
@@ -195,6 +213,7 @@ def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: s
     rows += [[name_of(row, row["file"]), *(cell(row, key) for key in names)] for row in volumes]
     body.append("<h2>Every volume</h2>" + table(["file", *map(heading, names)], rows, len(tops)))
 
+    # Last the head of the page: the network, the data, and what failed.
     notes = [f"<p>{text(describe(ready))}</p>", f"<p>Data: {text(source)}</p>"]
     notes += [f'<p class="bad">{text(row["error"])}</p>' for row in result["failed"]]
     title = f"{html.escape(ready.cfg.preset)}: evaluation"
