@@ -253,6 +253,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     # Only now, since a checkpoint says how many crops a step has.
     per_epoch = steps_per_epoch(len(crops), state.global_batch)
     total = total_steps(cfg, per_epoch)
+    # A resumed run may be over already, or have other data than it began with.
     if checkpoint is not None:
         if state.finished and (state.step >= total or stopped_early(cfg, state)):
             print(f"{out}: finished at step {state.step}; nothing to do")
@@ -261,6 +262,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but "
                   "not bit for bit")
         state.finished = False
+    # A new run may start from weights. Its codebook is new, unless they hold one.
     started_from, has_codebook = [], checkpoint is not None
     if cfg.train.init is not None and checkpoint is None:
         source, hints = Path(cfg.train.init), cfg.train.init_hints
@@ -268,6 +270,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         if cfg.train.stage == 2 and not has_codebook:
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook "
                              f"of vae.num_codes={cfg.vae.num_codes}; run --train.stage 1 first")
+    # What the dial leaves to `auto` is chosen here, for the whole run.
     shape = (cfg.train.batch, dataset.channels, *dataset.patch)
     memory.turn_dial(state, ranks.chosen(0, lambda: memory.settled(cfg, state, cfg.memory, shape)))
 

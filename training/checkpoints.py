@@ -52,7 +52,7 @@ class Latent(TypedDict):
 
 
 class Rate(TypedDict):
-    """Of one group of weights; what else an optimizer stores of it is the config's."""
+    """Of one part of the weights; what else an optimizer stores of it is the config's."""
     lr: float
 
 
