@@ -63,8 +63,9 @@ import unet
 import vae3d
 from data import DataConfig, DataError
 from losses import LossConfig
+from tiles import is_out_of_memory, together
 from unet import UNet, UNetConfig
-from vae3d import VAE3D, VAEConfig, is_out_of_memory
+from vae3d import VAE3D, VAEConfig
 from weights import BLOCKS, LAYOUTS, HintError, is_foreign, turn_axes
 from weights import convert as convert_foreign
 
@@ -1050,7 +1051,7 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
 
     shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when there is no step left.
     The ranks turn the dial together, so each must call this alike, and `work` must end with parallel.agreed, or have it inside; with
-    memory.tile_parallel it is vae3d.together that carries one rank's failure to the others.
+    memory.tile_parallel it is tiles.together that carries one rank's failure to the others.
     """
     while True:
         scaler = state.scaler.state_dict()
@@ -1087,7 +1088,7 @@ def with_recovery(cfg: TrainConfig, state: State, shape: Sequence[int], note: Ca
 
 def shared_failure(state: State) -> contextlib.AbstractContextManager:
     """With memory.tile_parallel what fails on one rank inside raises on all."""
-    return vae3d.together(getattr(state.model, "group", None), next(state.model.parameters()))
+    return together(getattr(state.model, "group", None), next(state.model.parameters()))
 
 
 def turn_dial(cfg: TrainConfig, state: State, memory: MemoryConfig) -> None:

@@ -20,8 +20,8 @@ from processes import free_port
 
 import data
 import parallel
+import quantize
 import train
-import vae3d
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--vae.base_channels", "4", "--data.synthetic_count", "4", "--data.synthetic_size", "8,16,16", "--patch", "4,8,8",
@@ -340,10 +340,10 @@ def restarted():
     """Two updates of a codebook after which every code starts anew, in 5 samples of which this rank has its share."""
     with parallel.started(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))):
         torch.manual_seed(0)
-        quantizer = vae3d.VectorQuantizer(16, 2, restart=9.0).double()
+        quantizer = quantize.VectorQuantizer(16, 2, restart=9.0).double()
         for step in range(2):
             z, places = torch.randn(5, 2, 3, 4, 5, dtype=torch.float64), parallel.shared(5)
-            quantizer(z[places.start:places.stop], [torch.Generator().manual_seed(100 * step + place) for place in places])
+            quantizer.quantize_volume(z[places.start:places.stop], [torch.Generator().manual_seed(100 * step + place) for place in places])
             quantizer.update(torch.Generator().manual_seed(step))
         return quantizer.state_dict()
 

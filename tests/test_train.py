@@ -27,6 +27,7 @@ import checkpoints
 import data
 import losses
 import predict
+import quantize
 import train
 import vae3d
 from train import MicroBatch, OptimConfig, TrainConfig
@@ -971,14 +972,14 @@ def test_a_codebook_from_data_is_kept_by_the_first_steps():
     """Its averages begin where they will be: a code that two crops do not use is not dead."""
     torch.manual_seed(0)
     rows = torch.randn(20_000, 2)
-    vq = vae3d.VectorQuantizer(128, 2).train()
+    vq = quantize.VectorQuantizer(128, 2).train()
     vq.fit(rows, "kmeans", torch.Generator().manual_seed(0), per_step=500)
     def error():
-        return float((rows - vq.codebook[vae3d.nearest(rows, vq.codebook)[0]]).square().mean())
+        return float((rows - vq.codebook[quantize.nearest(rows, vq.codebook)[0]]).square().mean())
     start = error()
     for step in range(3):
         part = rows[500 * step:500 * step + 500]
-        vq(part.T.reshape(1, 2, 500, 1, 1), torch.Generator().manual_seed(step))
+        vq.quantize_volume(part.T.reshape(1, 2, 500, 1, 1), torch.Generator().manual_seed(step))
         vq.update(torch.Generator().manual_seed(step))
         assert error() < 1.15 * start
 
@@ -1485,9 +1486,11 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
-ALLOWED = {"vae3d": {"torch"}, "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
+ALLOWED = {"vae3d": {"torch", "quantize", "tiles", "tile_plans"}, "quantize": {"torch"}, "tiles": {"torch", "vae3d"},
+           "tile_plans": {"torch", "tiles", "vae3d"},
+           "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
            "weights": {"torch", "vae3d"}, "memtest": {"torch", "train", "pictures"}, "parallel": {"torch"}, "pictures": {"torch"},
-           "checkpoints": {"torch", "data", "vae3d", "weights"}}
+           "checkpoints": {"torch", "data", "tiles", "weights"}}
 
 
 def test_import_table():
