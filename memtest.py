@@ -417,11 +417,14 @@ def gib_text(value: float | None) -> str:
 
 
 def fill(row: Row, make_step: MakeStep, device: str, measured: bool) -> Row:
-    """Predict the row and, when asked, run it. A step that fails makes a row that says so: the others are worth having."""
+    """Predict the row and, when asked, run it. A step that fails makes a row that says so: the others are worth having.
+
+    make_step takes `rehearsal` besides, as train.make_step does.
+    """
     for quantity in ("prediction", "measurement")[:1 + measured]:
         try:
             if quantity == "prediction":
-                row.predicted_gib = predict(make_step, device).bytes / GIB
+                row.predicted_gib = predict(functools.partial(make_step, rehearsal=True), device).bytes / GIB
             else:
                 allocated, reserved, row.step_seconds = measure(make_step, torch.device(device))
                 row.measured_gib, row.reserved_gib = allocated / GIB, reserved and reserved / GIB
@@ -551,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if measured and on_card:                                     # the run's own kernels and allocator, here and in every row's process
         train.set_backend(cfg)
     if own.one:
-        row = fill(new_row(train, cfg), lambda d: train.make_step(cfg, d), device, measured)
+        row = fill(new_row(train, cfg), functools.partial(train.make_step, cfg), device, measured)
         print(json.dumps(dataclasses.asdict(row)))
         return 0 if row.predicted_gib is not None else 1
     rows = table(train, cfg, device, measured, budget)
@@ -605,7 +608,7 @@ def table(train, cfg, device: str, measured: bool, budget: float | None) -> list
                 path.write_text(train.to_yaml(chosen))
                 row = dataclasses.replace(row, **in_process(["--config", str(path), "--device", device, "--measure"]))
         else:
-            fill(row, lambda d, chosen=chosen: train.make_step(chosen, d), device, False)
+            fill(row, functools.partial(train.make_step, chosen), device, False)
         if budget and row.predicted_gib is not None:
             row.fits = row.predicted_gib * GIB <= budget * (1 - SPARE)
         rows.append(row)
@@ -622,7 +625,7 @@ def print_plan(train, cfg, argv: Sequence[str], budget: float, device: str, yaml
 
     def make_step_for(size: Size, memory: dict) -> MakeStep:
         chosen = change(cfg, {"data": {"patch": size}, "memory": memory})
-        return lambda d: train.make_step(chosen, d)
+        return functools.partial(train.make_step, chosen, rehearsal=True)
 
     @functools.cache
     def leanest(size: Size):

@@ -768,7 +768,7 @@ def disc_rate(cfg: TrainConfig) -> float:
     return cfg.optim.lr if cfg.loss.disc_lr is None else cfg.loss.disc_lr
 
 
-def set_dial(model: torch.nn.Module, memory: MemoryConfig) -> Any:
+def set_dial(model: torch.nn.Module, memory: MemoryConfig, rehearsal: bool = False) -> Any:
     """Raises ValueError for a mode that the network does not have.
 
     memory.tile_parallel: every rank takes the same micro-batches with the same noise (the global batch is batch x accum), and backward()
@@ -777,7 +777,7 @@ def set_dial(model: torch.nn.Module, memory: MemoryConfig) -> Any:
     if isinstance(model, VAE3D):
         dist = torch.distributed
         group = dist.group.WORLD if memory.tile_parallel and dist.is_available() and dist.is_initialized() else None
-        return model.memory(memory.mode, memory.tile, memory.stretch, memory.budget, group)
+        return model.memory(memory.mode, memory.tile, memory.stretch, memory.budget, group, rehearsal)
     if isinstance(model, UNet):
         return model.memory(memory.mode)
     if memory.mode != "none":
@@ -1219,10 +1219,14 @@ def to_device(image: Tensor, device: torch.device) -> Tensor:
     return image if device.type == "mps" else image.contiguous(memory_format=torch.channels_last_3d)
 
 
-def make_step(cfg: TrainConfig, device: torch.device | str) -> Callable[[], StepResult]:
-    """A closure that runs the real train_step on one window of random crops, for memtest.py; the call itself builds the networks."""
+def make_step(cfg: TrainConfig, device: torch.device | str, rehearsal: bool = False) -> Callable[[], StepResult]:
+    """A closure that runs the real train_step on one window of random crops, for memtest.py; the call itself builds the networks.
+
+    rehearsal: for memtest.predict, on tensors without data (VAE3D.memory).
+    """
     device = torch.device(device)
     state = new_state(cfg, device)
+    set_dial(state.model, cfg.memory, rehearsal)
     last = max(cfg.loss.disc_start, cfg.loss.perceptual_start)
     state.step = -(-last // cfg.loss.r1_every) * cfg.loss.r1_every  # a step with all that the run will have
     batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
@@ -1594,7 +1598,7 @@ def open_data(cfg: TrainConfig, say: Callable[[str], None]) -> data.Data:
 def predicted_peak(cfg: TrainConfig, device: torch.device) -> str:
     """What memtest.py predicts for a step of this config on `device`, as a line; needs no such device."""
     try:
-        peak = memtest.predict(lambda d: make_step(cfg, d), device)
+        peak = memtest.predict(lambda d: make_step(cfg, d, rehearsal=True), device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
     return f"predicted peak of a step on {device.type}: {peak.bytes / memtest.GIB:.2f} GiB; {' '.join(memtest.LEFT_OUT.split())}"
@@ -1619,7 +1623,7 @@ def fit(cfg: TrainConfig, device: torch.device, budget: str, say: Callable[[str]
 
     def step_with(size: Sequence[int], memory: dict) -> Callable:
         changed = memtest.change(cfg, {"data": {"patch": size}, "memory": memory})
-        return lambda d: make_step(changed, d)
+        return lambda d: make_step(changed, d, rehearsal=True)
     plan = memtest.plan(step_with, size, limit, candidates, device)
     text = f"{plan.bytes / memtest.GIB:.2f} GiB predicted at {','.join(map(str, size))}, {limit / memtest.GIB:.2f} given, 10 % kept free"
     if not plan.fits:

@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,7 +45,7 @@ def main() -> int:
     options = parser.parse_args()
     base = config(options.preset, options.size, ["--memory.mode", "checkpoint"])
     base_step, cpu = train.make_step(base, "cpu"), torch.device("cpu")
-    peak = memtest.predict(lambda d: train.make_step(base, d), cpu).bytes / memtest.GIB
+    peak = memtest.predict(partial(train.make_step, base, rehearsal=True), cpu).bytes / memtest.GIB
     base_step()                                                  # warm-up
     rows = [{"setting": "checkpoint", "predicted_gib": peak, "ratio": 1.0}]
     settings = [("auto for half of it", ["--memory.budget", str(peak / 2)])]
@@ -57,7 +58,7 @@ def main() -> int:
         pairs = [(seconds(base_step), seconds(step)) for _ in range(options.pairs)]
         plan = train.set_dial(train.VAE3D(cfg.vae), cfg.memory).tile_plan(cfg.data.patch, 1, torch.float32)
         rows.append({"setting": name, "tile": plan.tile, "stretch": plan.stretch, "estimated_ratio": plan.work,
-                     "predicted_gib": memtest.predict(lambda d, cfg=cfg: train.make_step(cfg, d), cpu).bytes / memtest.GIB,
+                     "predicted_gib": memtest.predict(partial(train.make_step, cfg, rehearsal=True), cpu).bytes / memtest.GIB,
                      "ratio": statistics.median(b / a for a, b in pairs), "pairs": pairs})
     for row in rows:
         print(f"{row['setting']:22} {row['predicted_gib']:6.3f} GiB  ratio {row['ratio']:.2f}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,9 @@ MODES = [["--memory.mode", mode] for mode in vae3d.MEMORY_MODES]
 def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
     cfg = train.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags])
 
-    def make_step(device):
-        return train.make_step(cfg, device)
-    counted, predicted = count(make_step).bytes, predict(make_step, "cpu").bytes
+    def make_step(device, rehearsal=False):
+        return train.make_step(cfg, device, rehearsal)
+    counted, predicted = count(make_step).bytes, predict(partial(make_step, rehearsal=True), "cpu").bytes
     grouped = "group" in flags                                   # on fake tensors GroupNorm leaves channels_last, as CUDA's kernel does
     assert predicted == pytest.approx(counted, rel=0.09 if grouped else 0.05), f"predicted {predicted}, counted {counted}"
 
@@ -104,8 +105,8 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
 
 
 def test_each_step_of_the_dial_lowers_the_prediction():
-    peaks = [predict(lambda d, m=mode: train.make_step(train.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", m]), d)).bytes
-             for mode in vae3d.MEMORY_MODES]
+    configs = [train.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", mode]) for mode in vae3d.MEMORY_MODES]
+    peaks = [predict(partial(train.make_step, cfg, rehearsal=True)).bytes for cfg in configs]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks), peaks
 
 
@@ -163,9 +164,9 @@ def test_predict_reads_scalars_and_leaves_the_process_as_it_was():
 
 def test_what_depends_on_data_is_an_error_of_the_row_not_a_traceback():
     row = memtest.new_row(train, train.load_config([]))
-    row = memtest.fill(row, lambda device: lambda: torch.ones(3, device=device).nonzero(), "cuda", False)
+    row = memtest.fill(row, lambda device, rehearsal=False: lambda: torch.ones(3, device=device).nonzero(), "cuda", False)
     assert row.predicted_gib is None and "nonzero" in row.error
-    row = memtest.fill(row, lambda device: lambda: torch.ones(1), "cpu", True)
+    row = memtest.fill(row, lambda device, rehearsal=False: lambda: torch.ones(1), "cpu", True)
     assert row.measured_gib == row.predicted_gib == 4 / GIB and row.step_seconds > 0
 
 
@@ -236,7 +237,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(memtest, "predict", formula)
     monkeypatch.setattr(memtest, "tile_plans", lambda vae, size, batch, dtype: [types.SimpleNamespace(
         tile=(64, 64, 64), stretch="1", peak_bytes=15 * math.prod(size) * batch)])
-    monkeypatch.setattr(train, "make_step", lambda cfg, device: cfg)
+    monkeypatch.setattr(train, "make_step", lambda cfg, device, rehearsal=False: cfg)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

@@ -168,7 +168,7 @@ def of_rank(folder: Path) -> None:
     found["progress"] = shares
     if rank == 0:                                                # memory prediction: one rank may do it alone
         with FakeTensorMode():
-            fake = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4, norm="group")).memory("tile", (4, 4, 4), "2", None, dist.group.WORLD)
+            fake = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4, norm="group")).memory("tile", (4, 4, 4), "2", None, dist.group.WORLD, True)
             fake(torch.empty(1, 1, 8, 8, 8)).recon.mean().backward()
     alone = copy.deepcopy(vae)
     found["copy"] = alone.group is None and vae.group is not None and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
@@ -275,6 +275,7 @@ def test_a_group_of_one_rank_is_none(pool):
 @pytest.mark.parametrize("size, ranks", [((30, 70, 50), 2), ((64, 64, 68), 3), ((17, 40, 33), 8)])
 def test_no_rank_has_more_than_another_by_more_than_a_tile(size, ranks):
     vae = build(torch.float32)
+    vae3d.tile_engine()
     ops, x = tile_plans.flatten(vae.encoder), torch.empty(1, 1, *size, device="meta")
     shares = [list(tiles.Stretch(ops, (4, 4, 4), None, SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))).tiles(x))
               for rank in range(ranks)]

@@ -1486,8 +1486,9 @@ def test_output_when_piped_is_plain_lines(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------------- rooms of the house
 
-ALLOWED = {"vae3d": {"torch", "quantize", "tiles", "tile_plans"}, "quantize": {"torch"}, "tiles": {"torch", "vae3d"},
-           "tile_plans": {"torch", "tiles", "vae3d"},
+ALLOWED = {"vae3d": {"torch", "quantize", "tile_plans", "local_layers", "lean_conv"}, "quantize": {"torch"},
+           "lean_conv": {"torch"}, "local_layers": {"torch"}, "tiles": {"torch", "local_layers"},
+           "tile_plans": {"torch", "tiles", "local_layers"},
            "unet": {"torch"}, "losses": {"torch"}, "data": {"torch", "numpy", "nibabel", "PIL"},  # PIL: optional
            "weights": {"torch", "vae3d"}, "memtest": {"torch", "train", "pictures"}, "parallel": {"torch"}, "pictures": {"torch"},
            "checkpoints": {"torch", "data", "tiles", "weights"}}

@@ -16,11 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lean_conv
+import local_layers
 import quantize
 import tile_plans
 import tiles
 import vae3d
-from tiles import Cut, Stretch
+from local_layers import Cut
+from tiles import Stretch
 from vae3d import PRESETS, VAE3D, Attention3d, ResBlock3d, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +171,8 @@ def test_group_norm_equals_torchs_and_keeps_the_type():
     x = torch.randn(2, 12, 3, 4, 5) * 3 + 5
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
     mean, var = tiles.volume_statistics(iter(x.split(2, dim=4)), 4)
-    torch.testing.assert_close(ours.normalise(x, mean, var, ours.weight, ours.bias), theirs(x), rtol=1e-5, atol=1e-5)
+    values = {"mean": mean, "var": var, **dict(ours.named_parameters())}
+    torch.testing.assert_close(local_layers.norm_run(ours, x, (), values), theirs(x), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x.bfloat16()).dtype == torch.bfloat16
     far = torch.randn(1, 2, 8, 8, 8) + 1e4                       # sum of squares minus squared mean would lose the variance in float32
@@ -275,7 +279,7 @@ def test_intensity_range_is_a_map_before_and_after_the_same_network(mode):
 
 
 def test_works_copied_alone(tmp_path):
-    for name in ("vae3d.py", "tiles.py", "tile_plans.py"):
+    for name in ("vae3d.py", "tiles.py", "tile_plans.py", "local_layers.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     code = ("import sys, torch, vae3d; vae = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4)).memory('tile', (4, 4, 4));"
             "x = torch.randn(1, 1, 5, 8, 8); vae(x).recon.square().mean().backward();"
@@ -310,11 +314,11 @@ def test_saved_bytes_fall_along_the_dial():
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("norm, upsample", [("none", "nearest"), ("group", "trilinear"), ("layer", "nearest")])
 def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain_autograd(norm, upsample, amp, monkeypatch):
-    monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: False)
+    monkeypatch.setattr(lean_conv, "slow_on_cpu", lambda x: False)
     vae, found = build(torch.float32, norm=norm, norm_groups=2, upsample=upsample, up_narrows=True), []
     vae.encoder.level0_block0.norm1.requires_grad_(False)
     vae.decoder.head.conv.weight.requires_grad_(False)
-    for function in (vae3d.lean, lambda conv, x, *before: conv(vae3d.prepared(nn.Sequential(*before), x))):
+    for function in (vae3d.lean, lambda conv, x, *before: conv(lean_conv.prepared(nn.Sequential(*before), x))):
         monkeypatch.setattr(vae3d, "lean", function)
         x = torch.randn(1, 1, 5, 8, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -332,11 +336,11 @@ def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("training", [True, False], ids=["step", "no gradient"])
 def test_one_small_float32_crop_on_a_cpu_takes_onednn(training, monkeypatch):
-    vae, x, real = build(torch.float32, base_channels=8), torch.randn(1, 1, 5, 8, 6), vae3d.slow_on_cpu
+    vae, x, real = build(torch.float32, base_channels=8), torch.randn(1, 1, 5, 8, 6), lean_conv.slow_on_cpu
 
     def run(layout, kernel):
         answers = []
-        monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: answers.append(kernel(x)) or answers[-1])
+        monkeypatch.setattr(lean_conv, "slow_on_cpu", lambda x: answers.append(kernel(x)) or answers[-1])
         with torch.set_grad_enabled(training):
             out = vae.to(memory_format=layout)(x.contiguous(memory_format=layout), torch.Generator().manual_seed(1))
         grads = torch.autograd.grad(out.recon.square().mean() + out.mu.mean(), list(vae.parameters())) if training else ()
@@ -373,7 +377,8 @@ def test_every_layer_is_checkpointed_that_keeps_more_than_its_input(monkeypatch)
     vae(x)
     for layer in (*vae.encoder, *vae.decoder):
         if layer not in seen:
-            y = torch.randn(1, tile_plans.channels_in(layer), 8, 8, 8, requires_grad=True)
+            channels = next(m.in_channels for m in layer.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)))
+            y = torch.randn(1, channels, 8, 8, 8, requires_grad=True)
             assert saved_bytes(lambda layer=layer, y=y: layer(y)) <= y.untyped_storage().nbytes(), layer
     assert {type(layer).__name__ for layer in seen} == {"ResBlock3d", "Attention3d", "Sequential"}
 
@@ -439,7 +444,7 @@ def test_attention_is_never_tiled():
     for layers, segments in zip((vae.encoder, vae.decoder), plan.segments):
         assert [i for s in segments for i in range(s.start, s.stop)] == list(range(len(layers)))
         for s in segments:
-            assert (s.step is None) == any(isinstance(layer, Attention3d) for layer in layers[s.start:s.stop])
+            assert (s.tile_units is None) == any(isinstance(layer, Attention3d) for layer in layers[s.start:s.stop])
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -503,6 +508,7 @@ def test_other_kinds_of_layers(case, step):
 
 @pytest.mark.parametrize("norm", ["none", "group"])
 def test_gradcheck_of_a_stretch(norm):
+    vae3d.tile_engine()                                          # its rows for ResBlock3d
     layers = [ResBlock3d(2, 3, norm, 1).double(), nn.Conv3d(3, 2, 3, 2, 1, dtype=torch.float64)]
     x = torch.randn(1, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     parameters = [p for layer in layers for p in layer.parameters()]
@@ -718,7 +724,7 @@ def test_fake_tensors_run_each_kind_of_tile_once():
     """Memory prediction: a volume of any size takes as many operations as there are kinds of tiles."""
     ran = []
     with FakeTensorMode():
-        vae = VAE3D.from_preset("high_res", num_res_blocks=0).memory("tile", (64, 1024, 128), "1")
+        vae = VAE3D.from_preset("high_res", num_res_blocks=0).memory("tile", (64, 1024, 128), "1", rehearsal=True)
         x = torch.empty(1, 1, 1024, 1024, 1024, dtype=torch.bfloat16)
         original, tiles.run_tile = tiles.run_tile, lambda *args: ran.append(1) or original(*args)
         try:
@@ -735,15 +741,15 @@ def test_fake_tensors_run_each_kind_of_tile_once():
 def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
     """One voxel of halo too few, halos that overwrite instead of adding, statistics of a tile: each must show."""
     if broken == "halo":
-        whole_pull = tiles.pull
+        conv = local_layers.LOCAL[nn.Conv3d]
 
         def pull(op, axis, lo, hi, n):
-            start, stop, cut = whole_pull(op, axis, lo, hi, n)
-            if isinstance(op, nn.Conv3d) and op.stride[axis] == 1 and stop < n:
+            start, stop, cut = conv.pull(op, axis, lo, hi, n)
+            if op.stride[axis] == 1 and stop < n:
                 return start, stop - 1, Cut((1, 1), cut.crop if any(cut.pad) else 1, cut.length)
             return start, stop, cut
 
-        monkeypatch.setattr(tiles, "pull", pull)
+        monkeypatch.setitem(local_layers.LOCAL, nn.Conv3d, dataclasses.replace(conv, pull=pull))
     elif broken == "overlap":
         monkeypatch.setattr(Stretch, "tiles", lambda self, x, end=None, whole=Stretch.tiles: list(whole(self, x, end))[1:])
     else:
