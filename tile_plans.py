@@ -2,9 +2,8 @@
 Needs torch, tiles.py and local_layers.py, and nothing else.
 
     sides = Side(encoder, 1, (1, 1, 1)), Side(decoder, 4, (4, 4, 4))
-    tiling = TileMode(budget=8)                  # GiB
-    network = Network(sides, parameters=10**6)
-    z = tiling.run(network, 0, x, size=x.shape[2:], whole=lambda layer, x: layer(x))
+    mode = TileMode(Network(sides, parameters=10**6), budget=8)  # GiB
+    z = mode.run(0, x, size=x.shape[2:], whole=lambda layer, x: layer(x))
 
 A network is lists of layers (its sides). The levels of its resolution pyramid are gathered into stretches,
 runs of local layers that are tiled together; what is left is run whole and checkpointed. The cost model
@@ -17,7 +16,7 @@ Version 0.5 (2026-11).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
@@ -354,7 +353,7 @@ class TileMode:
     Raises ValueError for a tile that is not three positive integers, a stretch that is not such a sum, or a
     group that this process does not belong to.
     """
-    def __init__(self, tile: Sequence[int] | str | None = None, stretch: str = "auto",
+    def __init__(self, network: Network, tile: Sequence[int] | str | None = None, stretch: str = "auto",
                  budget: float | None = None, group: Group = None, rehearsal: bool = False):
         tile = None if tile is None or tile == "auto" else tuple(tile)
         if tile is not None and (len(tile) != 3 or not all(isinstance(n, int) and n > 0 for n in tile)):
@@ -367,6 +366,7 @@ class TileMode:
         if group is not None and not isinstance(group, getattr(torch.distributed, "ProcessGroup", ())):
             raise ValueError(f"memory group must be a process group of torch.distributed that this process "
                              f"belongs to, got {group!r}")
+        self.network = network
         self.tile, self.stretch, self.budget, self.rehearsal = tile, stretch, budget, rehearsal
         self.group = group if group is not None and group.size() > 1 else None
         self.chosen: dict[tuple, TilePlan] = {}  # by size, batch, dtype and device
@@ -374,13 +374,18 @@ class TileMode:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"group": None}   # for copy and pickle, which know no process groups
 
-    def plans(self, network: Network, size: Sequence[int], batch: int, dtype: torch.dtype) -> list[TilePlan]:
-        """By rising work and falling peak. dtype: of the activations; bfloat16 under AMP."""
+    def plans(self, size: Sequence[int], batch: int, dtype: torch.dtype) -> list[TilePlan]:
+        """By rising work and falling peak, for inputs of `size`, rounded up to what the strides need.
+
+        dtype: of the activations; bfloat16 under AMP.
+        """
+        strides = zip(*(side.stride for side in self.network.sides))
+        size = tuple(-(-n // lcm(*each)) * lcm(*each) for n, each in zip(size, strides))
         stretches = () if self.stretch == "auto" else (self.stretch,)
         ranks = 1 if self.group is None else self.group.size()
-        return make_plans(network, size, batch * dtype.itemsize, self.tile, stretches, ranks)
+        return make_plans(self.network, size, batch * dtype.itemsize, self.tile, stretches, ranks)
 
-    def plan(self, network: Network, size: Sequence[int], batch: int, dtype: torch.dtype,
+    def plan(self, size: Sequence[int], batch: int, dtype: torch.dtype,
              device: torch.device | str = "cpu") -> TilePlan:
         """The one that is used for such an input."""
         key = tuple(size), batch, dtype, str(device)
@@ -389,22 +394,21 @@ class TileMode:
             on_card = torch.device(device).type == "cuda" and torch.cuda.is_available()
             if budget is None and self.tile is None and on_card:
                 budget = free_bytes(device, self.group)
-            plans = self.plans(network, size, batch, dtype)
+            plans = self.plans(size, batch, dtype)
             self.chosen[key] = choose(plans, budget, least_memory=self.tile is not None)
         return self.chosen[key]
 
-    def run(self, network: Network, side: int, x: Tensor, size: Sequence[int],
-            whole: Callable[[nn.Module, Tensor], Tensor],
+    def run(self, side: int, x: Tensor, size: Sequence[int], whole: Callable[[nn.Module, Tensor], Tensor],
             tell: Callable[[float], None] | None = None) -> Tensor:
-        """x through network.sides[side]: stretches in tiles, each layer outside of them by whole(layer, x).
+        """x through the layers of a side: stretches in tiles, each layer outside of them by whole(layer, x).
 
         size: of the network's input that x is or stands for. tell: told the layers done, after each tile.
         """
         device, group = x.device, self.group
         if self.rehearsal:
             device, group = torch.device("cpu"), None
-        plan = self.plan(network, size, len(x), activation_dtype(x), device)
-        layers = network.sides[side].layers
+        plan = self.plan(size, len(x), activation_dtype(x), device)
+        layers = self.network.sides[side].layers
         for start, stop, tile_units in plan.segments[side]:
             if tile_units is None:
                 x = whole(layers[start], x)

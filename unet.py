@@ -127,10 +127,7 @@ class GroupNorm(nn.GroupNorm):  # same as vae3d.GroupNorm
 
 
 class ChannelNorm(nn.LayerNorm):  # same as vae3d.ChannelNorm
-    """LayerNorm (arXiv:1607.06450) over the channels of each voxel.
-
-    x (B, C, D, H, W) -> the same shape and dtype.
-    """
+    """LayerNorm (arXiv:1607.06450) over the channels of each voxel of x (B, C, D, H, W)."""
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.normalise(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

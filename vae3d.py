@@ -9,15 +9,12 @@
     vae.quantizer.update()                       # once after each optimizer.step()
     vae.decode_indices(index, x.shape[2:])
 
-This file alone gives the KL autoencoder. Beside it, quantize.py gives codebooks (bottleneck vq, fsq);
-tile_plans.py, tiles.py and local_layers.py give memory mode tile; lean_conv.py lets the other modes keep
-less.
+This file alone gives the KL autoencoder. Beside it quantize.py gives codebooks (bottleneck vq, fsq),
+tile_plans.py with tiles.py and local_layers.py memory mode tile; with lean_conv.py the other modes keep less.
 
 Follows: VAE (arXiv:1312.6114), residual autoencoder of latent diffusion (arXiv:2112.10752, App. E.3) in 3D.
 Deviations: presets without normalisation (they learn faster here, docs/LOG.md), a stride per level and per
-axis, attention through scaled_dot_product_attention only, nearest interpolation before the upsampling
-convolution.
-
+axis, scaled_dot_product_attention only, nearest interpolation before the upsampling convolution.
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent size, K codes.
 Version 0.5 (2026-11).
 """
@@ -26,9 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import gcd, inf, prod
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -44,14 +39,9 @@ Stride = tuple[int, int, int]                    # voxels along D, H, W
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-# ----------------------------------------------------------------------------------------------------- Config
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Everything that fixes the network; two equal configs have equal parameter names and shapes.
-
-    "Level" is a resolution of the pyramid, 0 the highest. Raises ValueError for what no network can have.
-    """
+    """Everything that fixes the network; two equal configs have equal parameter names and shapes."""
     in_channels: int = 1                         # C of input and reconstruction; train.py: from the data
     base_channels: int = 16                      # width of level l is base_channels * channel_mult[l]
     channel_mult: tuple[int, ...] = (1, 2, 2)    # one entry a level, highest resolution first
@@ -80,8 +70,7 @@ class VAEConfig:
     encoder_middle: str = "blocks"               # none | blocks (vae.attention: that too) | attention
     decoder_middle: str = "blocks"               # the same
     down_padding: str = "both"                   # of down-convolutions: both ends | end
-    upsample: str = "nearest"                    # nearest | trilinear | transposed (kernel: stride) |
-                                                 # transposed3 (kernel: 3)
+    upsample: str = "nearest"                    # nearest | trilinear | transposed | transposed3 (Upsample3d)
     up_narrows: bool = False                     # up-convolutions change the width, not the block behind
     up_strides: tuple[Stride, ...] = ()          # of the decoder, highest resolution first; (): as strides
     head_act: bool = True                        # SiLU before the last convolution of each side
@@ -90,37 +79,31 @@ class VAEConfig:
     intensity_range: tuple[float, float] = (-1.0, 1.0)     # what -1 and 1 are inside; MONAI: 0,1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):   # lists, as YAML has them, become tuples
-            value = getattr(self, field.name)
+        for name, value in list(vars(self).items()):             # lists, as YAML has them, become tuples
             if isinstance(value, (list, tuple)):
-                value = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
-                object.__setattr__(self, field.name, value)
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, name, value)
         check_config(self)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, highest resolution first."""
+    def widths(self) -> tuple[int, ...]:         # channels of each level, highest resolution first
         return tuple(self.base_channels * m for m in self.channel_mult)
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """Residual blocks of each encoder level."""
+    def blocks(self) -> tuple[int, ...]:         # residual blocks of each encoder level
         return self.blocks_per_level or (self.num_res_blocks,) * len(self.channel_mult)
 
     @property
-    def normed(self) -> tuple[str, int, float]:
-        """The norm of every layer, as make_norm takes it."""
+    def normed(self) -> tuple[str, int, float]:  # the norm of every layer, as make_norm takes it
         return self.norm, self.norm_groups, self.norm_eps
 
     @property
-    def intensity_map(self) -> tuple[float, float]:
-        """Scale and shift from [-1, 1] to intensity_range."""
+    def intensity_map(self) -> tuple[float, float]:              # scale and shift from [-1, 1]
         low, high = self.intensity_range
         return (high - low) / 2, (high + low) / 2
 
     @property
-    def total_stride(self) -> tuple[int, int, int]:
-        """Voxels per latent element along D, H, W."""
+    def total_stride(self) -> Stride:            # voxels per latent element
         return tuple(prod(s[axis] for s in self.strides) for axis in range(3))
 
 
@@ -138,38 +121,34 @@ def check_config(cfg: VAEConfig) -> None:
     def require(fine: bool, text: str) -> None:
         if not fine:
             raise ValueError(text)
-
-    levels, mult = len(cfg.channel_mult), cfg.channel_mult
+    values, levels, mult = vars(cfg), len(cfg.channel_mult), cfg.channel_mult
     for name, least in LEAST.items():
-        value = getattr(cfg, name)
-        require(value >= least, f"vae.{name} must be at least {least}, got {value}")
+        require(values[name] >= least, f"vae.{name} must be at least {least}, got {values[name]}")
     for name, allowed in CHOICES.items():
-        value = getattr(cfg, name)
-        require(value in allowed, f"vae.{name} must be one of {', '.join(allowed)}, got {value!r}")
+        require(values[name] in allowed,
+                f"vae.{name} must be one of {', '.join(allowed)}, got {values[name]!r}")
     require(0 <= cfg.codebook_decay < 1, f"vae.codebook_decay is a decay in [0, 1), got {cfg.codebook_decay}")
-    levels_fit = len(cfg.fsq_levels) == cfg.z_channels and min(cfg.fsq_levels) >= 2
-    require(cfg.bottleneck != "fsq" or levels_fit,
+    grid = len(cfg.fsq_levels) == cfg.z_channels and min(cfg.fsq_levels) >= 2
+    require(grid or cfg.bottleneck != "fsq",
             f"vae.fsq_levels needs one number of 2 or more for each of vae.z_channels={cfg.z_channels}, "
             f"got {cfg.fsq_levels}")
-    require(bool(mult) and min(mult) >= 1, f"vae.channel_mult needs one positive entry a level, got {mult}")
+    require(levels > 0 and min(mult) >= 1, f"vae.channel_mult needs one positive entry a level, got {mult}")
     require(len(cfg.strides) == levels - 1,
             f"vae.strides needs one D,H,W triple between levels: {levels - 1} for channel_mult={mult}, "
             f"got {len(cfg.strides)}: {cfg.strides}")
     for name in ("strides", "up_strides"):
-        value = getattr(cfg, name)
-        require(all(len(s) == 3 and min(s) >= 1 for s in value),
-                f"vae.{name} entries are three positive integers (D, H, W), got {value}")
-    down, up = (list(map(prod, zip(*strides))) for strides in (cfg.strides, cfg.up_strides))
-    require(not cfg.up_strides or len(cfg.up_strides) == len(cfg.strides) and up == down,
+        require(all(len(s) == 3 and min(s) >= 1 for s in values[name]),
+                f"vae.{name} entries are three positive integers (D, H, W), got {values[name]}")
+    down, up = ([prod(axis) for axis in zip(*strides)] for strides in (cfg.strides, cfg.up_strides))
+    require(not cfg.up_strides or len(cfg.up_strides) == levels - 1 and up == down,
             f"vae.up_strides must undo vae.strides={cfg.strides}: as many, with the same product along each "
             f"axis; got {cfg.up_strides}")
     for name in ("blocks_per_level", "attention_levels"):
-        value = getattr(cfg, name)
-        require(len(value) in (0, levels),
-                f"vae.{name} needs one entry for each of {levels} levels, got {value}")
-    rising = len(cfg.intensity_range) == 2 and -inf < cfg.intensity_range[0] < cfg.intensity_range[1] < inf
-    require(rising, f"vae.intensity_range needs two numbers, the lower first, such as 0,1; "
-                    f"got {cfg.intensity_range}")
+        require(len(values[name]) in (0, levels),
+                f"vae.{name} needs one entry for each of {levels} levels, got {values[name]}")
+    ends = cfg.intensity_range
+    require(len(ends) == 2 and -inf < ends[0] < ends[1] < inf,
+            f"vae.intensity_range needs two numbers, the lower first, such as 0,1; got {ends}")
     require(cfg.norm_eps > 0 and min(cfg.blocks_per_level, default=0) >= 0,
             f"vae.norm_eps must be above 0, vae.blocks_per_level 0 or more; got {cfg.norm_eps}, "
             f"{cfg.blocks_per_level}")
@@ -191,10 +170,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- Outputs
-
-class Posterior(NamedTuple):
-    """Diagonal Gaussian over the latent."""
+class Posterior(NamedTuple):                     # diagonal Gaussian over the latent
     mu: Tensor                                   # (B, Z, d, h, w) float32
     logvar: Tensor                               # (B, Z, d, h, w) float32, within LOGVAR_RANGE
 
@@ -211,19 +187,13 @@ class VQOutput(NamedTuple):
     index: Tensor                                # (B, d, h, w) int64 in [0, K)
 
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
 # ------------------------------------------------------------------------------------------------ Autoencoder
 
 class VAE3D(nn.Module):
-    """x (B, C, D, H, W) in [-1, 1] -> VAEOutput(recon, mu, logvar), or with codes VQOutput(recon, vq_loss,
-    index).
+    """x (B, C, D, H, W) in [-1, 1] -> VAEOutput, or VQOutput where the config asks for codes.
 
-    Any D, H, W >= 1: the input is padded at its far ends to the stride's multiple by repeating the border,
-    and the reconstruction is cropped back.
-    Raises ValueError when x is not 5D or its channels are not cfg.in_channels, ImportError where a codebook
-    is asked for and quantize.py is not beside this file.
+    Any D, H, W >= 1: the border is repeated up to the stride's multiple, and the reconstruction cropped back.
+    Raises ValueError when x is not 5D or its channels are not cfg.in_channels.
     """
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -244,8 +214,7 @@ class VAE3D(nn.Module):
         return cls(dataclasses.replace(PRESETS[name], **changes))
 
     def forward(self, x: Tensor, generator: Generators = None) -> VAEOutput | VQOutput:
-        """Reconstruct x: through a sampled latent in training mode and the mean in eval mode, or through its
-        codes.
+        """Reconstruct x: through a sampled latent in training mode, its mean in eval mode, or its codes.
 
         generator: source of the latent noise (kl) or of replacements for dead codes (vq), one for the batch
         or one per sample (on the CPU, so that every device draws the same); None: torch's global one.
@@ -266,9 +235,7 @@ class VAE3D(nn.Module):
         return Posterior(mu, logvar.clamp(*LOGVAR_RANGE))
 
     def latent(self, x: Tensor) -> Tensor:
-        """The encoder's output, float32 or wider: (B, 2Z, d, h, w), or (B, Z, d, h, w) before it is
-        quantised.
-        """
+        """The encoder's output, float32 or wider: (B, 2Z, d, h, w), or (B, Z, d, h, w) to be quantised."""
         if x.dim() != 5 or x.shape[1] != self.cfg.in_channels:
             raise ValueError(f"VAE3D: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
                              f"make vae.in_channels the number of channels of the data")
@@ -280,9 +247,7 @@ class VAE3D(nn.Module):
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode(self, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """z (B, Z, d, h, w) -> (B, C, D, H, W). `size` crops to the (D, H, W) of the volume that was
-        encoded.
-        """
+        """z (B, Z, d, h, w) -> (B, C, D, H, W), cropped to `size`, the (D, H, W) that was encoded."""
         recon = self._run(self.decoder, z, [n * s for n, s in zip(z.shape[2:], self.cfg.total_stride)])
         if self.cfg.intensity_map != (1, 0):
             scale, shift = self.cfg.intensity_map
@@ -290,78 +255,52 @@ class VAE3D(nn.Module):
         return recon if size is None else recon[..., :size[0], :size[1], :size[2]]
 
     def decode_indices(self, index: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Codes (B, d, h, w) as `encode` gave them -> (B, C, D, H, W), as decode(z_q) gives it.
-
-        Raises ValueError without a codebook.
-        """
+        """Codes (B, d, h, w) as `encode` gave them -> (B, C, D, H, W). ValueError without a codebook."""
         if self.quantizer is None:
             raise ValueError("decode_indices: vae.bottleneck is kl, which has no codes; use decode, or build "
                              "with vq or fsq")
         return self.decode(self.quantizer.lookup_volume(index), size)
 
-    def latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """(D, H, W) of an input -> (d, h, w) of its latent."""
+    def latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:  # (D, H, W) of an input -> (d, h, w)
         return tuple(-(-n // s) for n, s in zip(size, self.cfg.total_stride))
 
     def memory(self, mode: str, tile: Sequence[int] | str | None = None, stretch: str = "auto",
                budget: float | None = None, group: torch.distributed.ProcessGroup | None = None,
                rehearsal: bool = False) -> VAE3D:
-        """Set the memory dial and return self; at any time. It changes peak memory and time, never the
-        result.
-
-        none: what precedes a convolution (norm, SiLU, upsampling) is computed again in backward, everything
-        else is kept. checkpoint: of each layer (block, up/down convolution, head) the input alone is kept
+        """Set the memory dial and return self; at any time. Peak memory and time change, never the result.
+        none: what precedes a convolution (norm, SiLU, upsampling) is computed again in backward, the rest is
+        kept. checkpoint: of each layer (block, up/down convolution, head) the input alone is kept
         (arXiv:1604.06174). tile: stretches of layers run tile by tile, exactly, and keep their input alone;
-        the layers outside of them are checkpointed.
-
-        The rest is for mode tile; tile_plans.TileMode says more. tile: (D, H, W) in voxels of the input, at
-        most. stretch: levels that are tiled together, from the highest resolution down: "1", "2", "2+1" ...
+        others are checkpointed. The rest is for mode tile; tile_plans.TileMode says more.
+        tile: (D, H, W) in voxels of the input, at most. stretch: levels tiled together: "1", "2", "2+1" ...
         budget: GiB that a training step may take; what is left to "auto" follows from it.
-        group: ranks that share the tiles of the same volumes. They must make the same calls with the same
-        values, `generator` included; each ends with the whole gradients, and quantizer.update() sums nothing.
+        group: ranks that share the tiles. They must make the same calls with the same values, `generator`
+        too; each ends with the whole gradients, and quantizer.update() sums nothing.
         rehearsal: for predicting memory on tensors without data: each kind of tile runs once, ranks take no
         part, and the plan is made as for a CPU.
-        Raises ValueError for values that are none of these, ImportError where the files of mode tile are
-        missing.
+        Raises ValueError for what these cannot be, ImportError where the files of mode tile are missing.
         """
         if mode not in MEMORY_MODES:
             raise ValueError(f"memory mode must be one of {', '.join(MEMORY_MODES)}, got {mode!r}")
         self.memory_mode, self.tile_mode = mode, None
         if mode == "tile":
-            self.tile_mode = tile_engine().TileMode(tile, stretch, budget, group, rehearsal)
+            self.tile_mode = make_tile_mode(self, tile, stretch, budget, group, rehearsal)
         if self.quantizer is not None:           # ranks that share tiles have collected the same latents
             self.quantizer.gather = self.group is None
         return self
 
     @property
-    def group(self) -> torch.distributed.ProcessGroup | None:
-        """The ranks that share the tiles."""
+    def group(self) -> torch.distributed.ProcessGroup | None:    # ranks that share the tiles
         return self.tile_mode.group if self.tile_mode else None
 
     def tile_plans(self, size: Sequence[int], batch: int = 1, dtype: torch.dtype = torch.float32) -> list:
-        """Settings of mode tile for inputs (batch, C, *size), by rising work and falling predicted peak.
-
-        As tile_plans.TilePlan; what was set stays. dtype: of the activations; bfloat16 under AMP.
-        """
-        mode = self.tile_mode or tile_engine().TileMode()
-        return mode.plans(self._network, self._padded(size), batch, dtype)
+        """Settings of mode tile for inputs (batch, C, *size), as TilePlan: by rising work, falling peak."""
+        return (self.tile_mode or make_tile_mode(self)).plans(size, batch, dtype)
 
     def tile_plan(self, size: Sequence[int], batch: int, dtype: torch.dtype,
                   device: torch.device | str = "cpu") -> NamedTuple:
-        """The setting that mode tile uses for such an input; kept until memory() is called again."""
-        mode = self.tile_mode or tile_engine().TileMode()
-        return mode.plan(self._network, self._padded(size), batch, dtype, device)
-
-    @property
-    def _network(self) -> NamedTuple:
-        """The autoencoder as the tile engine sees it."""
-        engine = tile_engine()
-        sides = (engine.Side(self.encoder, self.cfg.in_channels, (1, 1, 1)),
-                 engine.Side(self.decoder, self.cfg.z_channels, self.cfg.total_stride))
-        return engine.Network(sides, sum(p.numel() for p in self.parameters()))
-
-    def _padded(self, size: Sequence[int]) -> tuple[int, ...]:
-        return tuple(-(-n // s) * s for n, s in zip(size, self.cfg.total_stride))
+        """The one that mode tile uses for such an input; kept until memory() is called again."""
+        return (self.tile_mode or make_tile_mode(self)).plan(size, batch, dtype, device)
 
     def _run(self, layers: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
         """x through `layers` as the dial says; size: (D, H, W) of the volume that x is or stands for."""
@@ -374,9 +313,8 @@ class VAE3D(nn.Module):
         side, name = (1, "decoder") if layers is self.decoder else (0, "encoder")
 
         def tell(done: float) -> None:
-            if self.progress is not None:
-                self.progress(done, len(layers), name)
-        return self.tile_mode.run(self._network, side, x, size, self._run_layer, tell)
+            self.progress(done, len(layers), name)
+        return self.tile_mode.run(side, x, size, self._run_layer, tell if self.progress else None)
 
     def _run_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         """One layer that is not tiled: as it is, or checkpointed where it would keep more than its input."""
@@ -390,15 +328,11 @@ class VAE3D(nn.Module):
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
     """Repeat the far border of (B, C, D, H, W) until D, H, W are multiples of `multiple`."""
     d, h, w = ((-n) % m for n, m in zip(x.shape[2:], multiple))
-    if d == h == w == 0:
-        return x
-    return F.pad(x, (0, w, 0, h, 0, d), mode="replicate")
+    return F.pad(x, (0, w, 0, h, 0, d), mode="replicate") if d or h or w else x
 
 
 def sample_posterior(mu: Tensor, logvar: Tensor, generator: Generators = None) -> Tensor:
-    """z = mu + exp(logvar / 2) * noise (arXiv:1312.6114, Eq. 10), in mu's dtype; all three (B, Z, d, h,
-    w).
-    """
+    """z = mu + exp(logvar / 2) * noise (arXiv:1312.6114, Eq. 10), in mu's dtype; each (B, Z, d, h, w)."""
     if generator is None or isinstance(generator, torch.Generator):
         noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype)
     else:
@@ -416,8 +350,7 @@ def build_quantizer(cfg: VAEConfig) -> nn.Module | None:
     try:
         import quantize
     except ModuleNotFoundError:
-        raise ImportError(f"vae3d: vae.bottleneck={cfg.bottleneck} needs quantize.py; copy it beside "
-                          f"vae3d.py") from None
+        raise ImportError("vae.bottleneck vq and fsq need quantize.py; copy it beside vae3d.py") from None
     if cfg.bottleneck == "fsq":
         return quantize.FiniteScalarQuantizer(cfg.fsq_levels)
     return quantize.VectorQuantizer(
@@ -425,28 +358,28 @@ def build_quantizer(cfg: VAEConfig) -> nn.Module | None:
         cfg.codebook_restart, cfg.lambda_vq, cfg.lambda_commitment)
 
 
-def tile_engine() -> ModuleType:
-    """tile_plans.py, told of the layers below. Raises ImportError where a file of it is not there."""
+def make_tile_mode(vae: VAE3D, *settings) -> object:
+    """The TileMode of tile_plans.py, told of our layers. ImportError where a file of it is not there."""
     try:
         import local_layers
         import tile_plans
     except ModuleNotFoundError as missing:
-        raise ImportError(f"vae3d: memory mode tile needs {missing.name}.py; copy tile_plans.py, tiles.py "
+        raise ImportError(f"memory mode tile needs {missing.name}.py; copy tile_plans.py, tiles.py "
                           f"and local_layers.py beside vae3d.py") from None
     local_layers.LOCAL.setdefault(ChannelNorm, local_layers.Local())
     local_layers.LOCAL.setdefault(ResBlock3d, local_layers.Local(parts=lambda block: [
         local_layers.Fork(), block.norm1, block.act, block.conv1, block.norm2, block.act, block.conv2,
         local_layers.Join(block.skip)]))
-    return tile_plans
+    sides = (tile_plans.Side(vae.encoder, vae.cfg.in_channels, (1, 1, 1)),
+             tile_plans.Side(vae.decoder, vae.cfg.z_channels, vae.cfg.total_stride))
+    parameters = sum(p.numel() for p in vae.parameters())
+    return tile_plans.TileMode(tile_plans.Network(sides, parameters), *settings)
 
 
 # ---------------------------------------------------------------------------------------- Encoder and decoder
 
 def build_encoder(cfg: VAEConfig) -> nn.Sequential:
-    """Layers in the order in which they run: (B, C, D, H, W) -> (B, out, d, h, w).
-
-    out: 2Z for kl, mean and log-variance; Z for codes.
-    """
+    """Layers in their order: (B, C, D, H, W) -> (B, 2Z, d, h, w), mean and log-variance; Z for codes."""
     widths = cfg.widths
     out = 2 * cfg.z_channels if cfg.bottleneck == "kl" else cfg.z_channels
     layers = OrderedDict(conv_in=nn.Conv3d(cfg.in_channels, widths[0], 3, padding=1))
@@ -465,9 +398,8 @@ def build_encoder(cfg: VAEConfig) -> nn.Sequential:
 
 
 def build_decoder(cfg: VAEConfig) -> nn.Sequential:
-    """Layers in the order in which they run: (B, Z, d, h, w) -> (B, C, D, H, W)."""
-    widths, strides = cfg.widths, cfg.up_strides or cfg.strides
-    layers = OrderedDict()
+    """Layers in their order: (B, Z, d, h, w) -> (B, C, D, H, W)."""
+    widths, strides, layers = cfg.widths, cfg.up_strides or cfg.strides, OrderedDict()
     if cfg.post_quant_conv:
         layers["post_quant_conv"] = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
     layers["conv_in"] = nn.Conv3d(cfg.z_channels, widths[-1], 3, padding=1)
@@ -507,10 +439,9 @@ def add_middle(layers: OrderedDict, cfg: VAEConfig, middle: str) -> None:
 def initialise(vae: VAE3D) -> None:
     """Start with a path on which the volume's signal reaches the reconstruction with its variance kept.
 
-    PyTorch's default divides the signal's scale by sqrt(3) at each convolution, and SiLU by 2 before each
-    head, so mu starts at 3 % of the volume's scale, under latent noise of scale 1. Here the straight path
-    keeps the scale, the noise starts at exp(-3), and residual branches keep the default, which makes them
-    small. CT crops, PSNR after 60 steps: 18.5 -> 22.2 dB (docs/LOG.md).
+    PyTorch's default divides its scale by sqrt(3) at each convolution, and SiLU by 2 before each head: mu is
+    3 % of the volume's scale, under noise of scale 1. Here the straight path keeps the scale, noise starts at
+    exp(-3), and residual branches keep the default, which makes them small (docs/LOG.md: +3.7 dB).
     """
     gain = 3 ** 0.5
     for layer in (*vae.encoder, *vae.decoder):
@@ -525,8 +456,7 @@ def initialise(vae: VAE3D) -> None:
             conv.weight.mul_(gain)
         elif isinstance(layer, ResBlock3d) and isinstance(layer.skip, nn.Conv3d):
             layer.skip.weight.mul_(gain)
-    last = getattr(vae.encoder, "quant_conv", vae.encoder.head.conv)
-    z = vae.cfg.z_channels
+    last, z = getattr(vae.encoder, "quant_conv", vae.encoder.head.conv), vae.cfg.z_channels
     last.weight[z:].mul_(0.03)                   # logvar (kl): nearly constant at first
     last.bias[z:].fill_(-6.0)
 
@@ -562,17 +492,14 @@ class ResBlock3d(nn.Module):
         self.skip = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, last: Callable[..., Tensor] | None = None) -> Tensor:
-        """last: what runs the second convolution, `lean` unless another is given."""
-        h = lean(self.conv1, x, self.norm1, self.act)
+        h = lean(self.conv1, x, self.norm1, self.act)            # `last` runs the second one instead
         return self.skip(x) + (last or lean)(self.conv2, h, self.norm2, self.act)
 
 
 class Upsample3d(nn.Sequential):
-    """Interpolation by an integer factor per axis, then a 3x3x3 convolution.
+    """Interpolation by an integer factor per axis, then a 3x3x3 convolution: D, H, W -> D*s0, H*s1, W*s2.
 
-    (B, C_in, D, H, W) -> (B, C_out, D*s0, H*s1, W*s2).
-    mode: nearest | trilinear | transposed: one transposed convolution instead, its kernel the stride |
-    transposed3: of kernel 3.
+    mode: nearest | trilinear | one transposed convolution: transposed (its kernel the stride), transposed3 (3x3x3).
     """
     def __init__(self, in_channels: int, out_channels: int, stride: Stride, mode: str = "nearest"):
         if mode == "transposed":
@@ -590,26 +517,21 @@ class Upsample3d(nn.Sequential):
 
 
 def make_down(in_channels: int, out_channels: int, stride: Stride, padding: str = "both") -> nn.Module:
-    """The strided 3x3x3 convolution between levels.
-
-    padding `end`: at stride 2 a zero behind the far end and none before the near one.
-    """
+    """The strided 3x3x3 convolution between levels. padding `end`: at stride 2 one zero, at the far end."""
     if padding == "both":
         return nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
     ends = []
-    for s in reversed(stride):                   # nn.ConstantPad3d counts from the last axis
-        zeros = max(3 - s, 0)
+    for zeros in (max(3 - s, 0) for s in reversed(stride)):      # nn.ConstantPad3d counts from the last axis
         ends += [zeros // 2, zeros - zeros // 2]
-    return nn.Sequential(OrderedDict(pad=nn.ConstantPad3d(ends, 0.0),
-                                     conv=nn.Conv3d(in_channels, out_channels, 3, stride)))
+    conv = nn.Conv3d(in_channels, out_channels, 3, stride)
+    return nn.Sequential(OrderedDict(pad=nn.ConstantPad3d(ends, 0.0), conv=conv))
 
 
 class Attention3d(nn.Module):
     """Self-attention over all voxels of a level: x (B, C, D, H, W) -> the same shape, residual.
 
-    Only scaled_dot_product_attention: its kernels never hold the N x N matrix (74 GiB against 5.7 at
-    64,256,256 elsewhere). With norm `none` the queries are normalised per voxel all the same, since their
-    scale decides how sharp the softmax is.
+    scaled_dot_product_attention never holds the N x N matrix (74 GiB against 5.7 at 64,256,256 elsewhere).
+    With norm `none` the queries are normalised all the same: their scale decides how sharp the softmax is.
     """
     def __init__(self, channels: int, norm: str = "none", norm_groups: int = 32, norm_eps: float = 1e-6,
                  head_channels: int = 64):
@@ -640,15 +562,13 @@ class Head(nn.Sequential):
         return lean(self.conv, x, self.norm, self.act)
 
 
-# These keep their input for backward and nothing else, so there is nothing to checkpoint.
-KEEP_THEIR_INPUT = (nn.Conv3d,) if lean is plain else (nn.Conv3d, Upsample3d, Head)
+KEEP_THEIR_INPUT = (nn.Conv3d,) if lean is plain else (nn.Conv3d, Upsample3d, Head)  # and nothing else
 
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (arXiv:1803.08494) that keeps x.dtype also under autocast; statistics are float32 or wider.
 
-    CUDA's autocast would widen the whole tensor to float32 and keep both copies: +26 % of a training step's
-    peak at (16,32,64).
+    CUDA's autocast would widen x to float32 and keep both copies: +26 % of a step's peak at (16,32,64).
     """
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -661,10 +581,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm (arXiv:1607.06450) over the channels of each voxel.
-
-    x (B, C, D, H, W) -> the same shape and dtype.
-    """
+    """LayerNorm (arXiv:1607.06450) over the channels of each voxel of x (B, C, D, H, W)."""
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.normalise(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

@@ -275,8 +275,7 @@ def test_a_group_of_one_rank_is_none(pool):
 @pytest.mark.parametrize("size, ranks", [((30, 70, 50), 2), ((64, 64, 68), 3), ((17, 40, 33), 8)])
 def test_no_rank_has_more_than_another_by_more_than_a_tile(size, ranks):
     vae = build(torch.float32)
-    vae3d.tile_engine()
-    ops, x = tile_plans.flatten(vae.encoder), torch.empty(1, 1, *size, device="meta")
+    ops, x = tile_plans.flatten(vae.memory("tile").encoder), torch.empty(1, 1, *size, device="meta")
     shares = [list(tiles.Stretch(ops, (4, 4, 4), None, SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))).tiles(x))
               for rank in range(ranks)]
     work = [[tiles.prod(s.source[1] - s.source[0] for s in tile) for tile in share] for share in shares]

@@ -508,7 +508,7 @@ def test_other_kinds_of_layers(case, step):
 
 @pytest.mark.parametrize("norm", ["none", "group"])
 def test_gradcheck_of_a_stretch(norm):
-    vae3d.tile_engine()                                          # its rows for ResBlock3d
+    build().memory("tile")                                       # brings the rows of our own layers
     layers = [ResBlock3d(2, 3, norm, 1).double(), nn.Conv3d(3, 2, 3, 2, 1, dtype=torch.float64)]
     x = torch.randn(1, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     parameters = [p for layer in layers for p in layer.parameters()]
