@@ -23,18 +23,19 @@ FOLDERS = ("volumes", "training", "tasks")
 
 # What people copy: each imports torch, and of ours what stands here, as it is loaded or through a door.
 TORCH_ONLY: dict[str, set[str]] = {
-    "vae3d": set(), "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
+    "vae3d": {"lean_conv"},          # taken where it lies beside it
+    "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
     "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
     "weights": {"vae3d", "unet"},
 }
 DOORS: dict[str, set[str]] = {
-    "vae3d": {"quantize", "lean_conv", "local_layers", "tiles", "tile_plans"},
+    "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
     "sparse": {"quantize", "tiles"},
 }
 LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
-MAIN_PATH = {"vae3d.py", "losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
+MAIN_PATH = {"losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
 
 
 # --------------------------------------------------------------------------------------- reading the house

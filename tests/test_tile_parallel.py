@@ -12,6 +12,8 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import tile_plans
+import tiles
 import training.config
 import training.memory
 import vae3d
@@ -64,8 +66,8 @@ def circumstances(case: str, setting: tuple) -> dict:
         p.requires_grad_(how != "input" and not (how == "encoder" and name.startswith("encoder")) and (how != "frozen" or i % 3 == 0))
     x.requires_grad_(how not in ("frozen", "encoder"))
     vae.memory(*setting)
-    ran, original = [], vae3d.run_tile
-    vae3d.run_tile = lambda *args: ran.append(1) or original(*args)
+    ran, original = [], tiles.run_tile
+    tiles.run_tile = lambda *args: ran.append(1) or original(*args)
     guard = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode(),
              "autocast": torch.autocast("cpu", torch.bfloat16)}.get(how, contextlib.nullcontext())
     try:
@@ -81,7 +83,7 @@ def circumstances(case: str, setting: tuple) -> dict:
                 if how == "twice":
                     total.backward()
     finally:
-        vae3d.run_tile = original
+        tiles.run_tile = original
     found |= {f"gradient of {name}": p.grad for name, p in [("input", x), *vae.named_parameters()] if p.grad is not None}
     if vae.quantizer is not None:
         vae.quantizer.update(torch.Generator().manual_seed(2))
@@ -91,7 +93,7 @@ def circumstances(case: str, setting: tuple) -> dict:
 
 def failures(group) -> dict[str, list[str]]:
     """What this rank is told where one of them fails; after each the group must still work."""
-    original, told = vae3d.run_tile, {}
+    original, told = tiles.run_tile, {}
     kinds = {"oom": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"),
              "cpu": (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
              "other": (ZeroDivisionError, "something else")}
@@ -110,9 +112,9 @@ def failures(group) -> dict[str, list[str]]:
                 raise error(text)
             return original(stretch, tile, *args)
 
-        vae3d.run_tile = failing
+        tiles.run_tile = failing
         try:
-            with vae3d.together(group, x):                       # as a step would: told once
+            with tiles.together(group, x):                       # as a step would: told once
                 out = vae(x, torch.Generator().manual_seed(1))
                 if call == "outside" and group.rank() == 1:      # before the others' backward
                     raise error(text)
@@ -120,9 +122,9 @@ def failures(group) -> dict[str, list[str]]:
             told[f"{kind} {call} {norm}"] = "nothing"
         except (RuntimeError, ZeroDivisionError) as caught:
             told[f"{kind} {call} {norm}"] = f"{type(caught).__name__}: {caught}"
-            assert kind == "other" or vae3d.is_out_of_memory(caught), caught                     # so all turn the dial
+            assert kind == "other" or tiles.is_out_of_memory(caught), caught                     # so all turn the dial
         finally:
-            vae3d.run_tile = original
+            tiles.run_tile = original
         agreed = torch.ones(())
         dist.all_reduce(agreed, group=group)
         assert agreed == group.size()                            # nobody is a collective ahead
@@ -169,7 +171,7 @@ def of_rank(folder: Path) -> None:
     found["progress"] = shares
     if rank == 0:                                                # memory prediction: one rank may do it alone
         with FakeTensorMode():
-            fake = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4, norm="group")).memory("tile", (4, 4, 4), "2", None, dist.group.WORLD)
+            fake = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4, norm="group")).memory("tile", (4, 4, 4), "2", None, dist.group.WORLD, True)
             fake(torch.empty(1, 1, 8, 8, 8)).recon.mean().backward()
     alone = copy.deepcopy(vae)
     found["copy"] = alone.group is None and vae.group is not None and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
@@ -237,9 +239,9 @@ def test_plans_count_the_ranks_and_agree(ranks):
     assert found[0] == found[1] == found[2]
     one = found[0]
     assert one["shared"][0][0] < 0.6 * one["alone"][0][0], one   # the untiled layers are not shared
-    count = [vae3d.prod(-(-n // t) for n, t in zip((64, 96, 96), one[name])) for name in ("plain", "roomy")]
+    count = [tiles.prod(-(-n // t) for n, t in zip((64, 96, 96), one[name])) for name in ("plain", "roomy")]
     assert count[0] < 3 <= count[1] <= 24, count                 # room for large tiles: one process takes them, three want a tile each
-    assert one["bound"] <= vae3d.WORK_BOUND * one["shared"][0][0]
+    assert one["bound"] <= tile_plans.WORK_BOUND * one["shared"][0][0]
     assert one["card_peak"] <= 1.5 * one["alone"][-1][1]         # what the rank with the least free memory can hold
 
 
@@ -277,9 +279,9 @@ def test_a_group_of_one_rank_is_none(pool):
 @pytest.mark.parametrize("size, ranks", [((30, 70, 50), 2), ((64, 64, 68), 3), ((17, 40, 33), 8)])
 def test_no_rank_has_more_than_another_by_more_than_a_tile(size, ranks):
     vae = build(torch.float32)
-    ops, x = vae3d.flatten(vae.encoder), torch.empty(1, 1, *size, device="meta")
-    shares = [list(vae3d.Stretch(ops, (4, 4, 4), None, SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))).tiles(x))
+    ops, x = tile_plans.flatten(vae.memory("tile").encoder), torch.empty(1, 1, *size, device="meta")
+    shares = [list(tiles.Stretch(ops, (4, 4, 4), None, SimpleNamespace(rank=partial(int, rank), size=partial(int, ranks))).tiles(x))
               for rank in range(ranks)]
-    work = [[vae3d.prod(s.source[1] - s.source[0] for s in tile) for tile in share] for share in shares]
+    work = [[tiles.prod(s.source[1] - s.source[0] for s in tile) for tile in share] for share in shares]
     assert max(map(sum, work)) - min(map(sum, work)) <= max(map(max, work)), [sum(w) for w in work]
-    assert {tile for share in shares for tile in share} == set(vae3d.Stretch(ops, (4, 4, 4)).tiles(x)) and sum(map(len, shares)) > ranks
+    assert {tile for share in shares for tile in share} == set(tiles.Stretch(ops, (4, 4, 4)).tiles(x)) and sum(map(len, shares)) > ranks

@@ -16,8 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lean_conv
+import local_layers
+import quantize
+import tile_plans
+import tiles
 import vae3d
-from vae3d import PRESETS, VAE3D, Attention3d, Cut, ResBlock3d, Stretch, VAEConfig
+from local_layers import Cut
+from tiles import Stretch
+from vae3d import PRESETS, VAE3D, Attention3d, ResBlock3d, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(base_channels=4, channel_mult=(1, 2, 2), norm_groups=2, z_channels=2)
@@ -163,12 +170,13 @@ def test_group_norm_equals_torchs_and_keeps_the_type():
     ours, theirs = vae3d.make_norm("group", 12, 4), nn.GroupNorm(4, 12, eps=1e-6)
     x = torch.randn(2, 12, 3, 4, 5) * 3 + 5
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
-    mean, var = vae3d.volume_statistics(iter(x.split(2, dim=4)), 4)
-    torch.testing.assert_close(ours.normalise(x, mean, var, ours.weight, ours.bias), theirs(x), rtol=1e-5, atol=1e-5)
+    mean, var = tiles.volume_statistics(iter(x.split(2, dim=4)), 4)
+    values = {"mean": mean, "var": var, **dict(ours.named_parameters())}
+    torch.testing.assert_close(local_layers.norm_run(ours, x, (), values), theirs(x), rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(x.bfloat16()).dtype == torch.bfloat16
     far = torch.randn(1, 2, 8, 8, 8) + 1e4                       # sum of squares minus squared mean would lose the variance in float32
-    _, var = vae3d.volume_statistics(iter(far.split(1, dim=2)), 2)
+    _, var = tiles.volume_statistics(iter(far.split(1, dim=2)), 2)
     torch.testing.assert_close(var.double(), far.double().var((2, 3, 4), correction=0), rtol=1e-3, atol=0)
 
 
@@ -212,8 +220,8 @@ def test_noise_is_the_same_in_every_mode_and_eval_draws_none():
     (lambda: VAEConfig(encoder_middle="yes"), "vae.encoder_middle must be one of none, blocks, attention"),
     (lambda: VAEConfig(upsample="bilinear"), "vae.upsample must be one of nearest, trilinear, transposed, transposed3"),
     (lambda: VAEConfig(up_strides=((2, 2, 2), (2, 2, 2))), "vae.up_strides must undo vae.strides"),
-    (lambda: vae3d.VectorQuantizer(8, 4)(torch.zeros(1, 3, 2, 2, 2)), "codes of 4 numbers, got z with 3 channels"),
-    (lambda: vae3d.FiniteScalarQuantizer((8, 5))(torch.zeros(1, 3, 2, 2, 2)), "2 levels, got z with 3 channels"),
+    (lambda: quantize.VectorQuantizer(8, 4).quantize_volume(torch.zeros(1, 3, 2, 2, 2)), "codes of 4 numbers, got z with 3 channels"),
+    (lambda: quantize.FiniteScalarQuantizer((8, 5)).quantize_volume(torch.zeros(1, 3, 2, 2, 2)), "2 levels, got z with 3 channels"),
     (lambda: VAE3D(VAEConfig()).memory("tiles"), "one of none, checkpoint, tile"),
     (lambda: VAE3D(VAEConfig()).memory("tile", (64, 64)), "three positive integers"),
     (lambda: VAE3D(VAEConfig()).memory("tile", (64, 64, 0)), "three positive integers"),
@@ -271,7 +279,8 @@ def test_intensity_range_is_a_map_before_and_after_the_same_network(mode):
 
 
 def test_works_copied_alone(tmp_path):
-    (tmp_path / "vae3d.py").write_text((ROOT / "vae3d.py").read_text())
+    for name in ("vae3d.py", "tiles.py", "tile_plans.py", "local_layers.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     code = ("import sys, torch, vae3d; vae = vae3d.VAE3D(vae3d.VAEConfig(base_channels=4)).memory('tile', (4, 4, 4));"
             "x = torch.randn(1, 1, 5, 8, 8); vae(x).recon.square().mean().backward();"
             "assert vae(x).recon.shape == x.shape and 'monai' not in sys.modules and 'yaml' not in sys.modules")
@@ -305,11 +314,11 @@ def test_saved_bytes_fall_along_the_dial():
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("norm, upsample", [("none", "nearest"), ("group", "trilinear"), ("layer", "nearest")])
 def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain_autograd(norm, upsample, amp, monkeypatch):
-    monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: False)
+    monkeypatch.setattr(lean_conv, "slow_on_cpu", lambda x: False)
     vae, found = build(torch.float32, norm=norm, norm_groups=2, upsample=upsample, up_narrows=True), []
     vae.encoder.level0_block0.norm1.requires_grad_(False)
     vae.decoder.head.conv.weight.requires_grad_(False)
-    for function in (vae3d.lean, lambda conv, x, *before: conv(vae3d.prepared(nn.Sequential(*before), x))):
+    for function in (vae3d.lean, lambda conv, x, *before: conv(lean_conv.prepared(nn.Sequential(*before), x))):
         monkeypatch.setattr(vae3d, "lean", function)
         x = torch.randn(1, 1, 5, 8, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -327,11 +336,11 @@ def test_what_precedes_a_convolution_is_not_kept_and_the_bits_are_those_of_plain
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("training", [True, False], ids=["step", "no gradient"])
 def test_one_small_float32_crop_on_a_cpu_takes_onednn(training, monkeypatch):
-    vae, x, real = build(torch.float32, base_channels=8), torch.randn(1, 1, 5, 8, 6), vae3d.slow_on_cpu
+    vae, x, real = build(torch.float32, base_channels=8), torch.randn(1, 1, 5, 8, 6), lean_conv.slow_on_cpu
 
     def run(layout, kernel):
         answers = []
-        monkeypatch.setattr(vae3d, "slow_on_cpu", lambda x: answers.append(kernel(x)) or answers[-1])
+        monkeypatch.setattr(lean_conv, "slow_on_cpu", lambda x: answers.append(kernel(x)) or answers[-1])
         with torch.set_grad_enabled(training):
             out = vae.to(memory_format=layout)(x.contiguous(memory_format=layout), torch.Generator().manual_seed(1))
         grads = torch.autograd.grad(out.recon.square().mean() + out.mu.mean(), list(vae.parameters())) if training else ()
@@ -368,7 +377,8 @@ def test_every_layer_is_checkpointed_that_keeps_more_than_its_input(monkeypatch)
     vae(x)
     for layer in (*vae.encoder, *vae.decoder):
         if layer not in seen:
-            y = torch.randn(1, vae3d.channels_in(layer), 8, 8, 8, requires_grad=True)
+            channels = next(m.in_channels for m in layer.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)))
+            y = torch.randn(1, channels, 8, 8, 8, requires_grad=True)
             assert saved_bytes(lambda layer=layer, y=y: layer(y)) <= y.untyped_storage().nbytes(), layer
     assert {type(layer).__name__ for layer in seen} == {"ResBlock3d", "Attention3d", "Sequential"}
 
@@ -434,7 +444,7 @@ def test_attention_is_never_tiled():
     for layers, segments in zip((vae.encoder, vae.decoder), plan.segments):
         assert [i for s in segments for i in range(s.start, s.stop)] == list(range(len(layers)))
         for s in segments:
-            assert (s.step is None) == any(isinstance(layer, Attention3d) for layer in layers[s.start:s.stop])
+            assert (s.tile_units is None) == any(isinstance(layer, Attention3d) for layer in layers[s.start:s.stop])
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -447,7 +457,7 @@ def test_random_configs(seed):
                 norm=r.choice(NORMED), attention=r.random() < 0.2)
     size, tile = [r.randint(1, 14) for _ in range(3)], [r.randint(2, 12) for _ in range(3)]
     x = torch.randn(r.randint(1, 2), vae.cfg.in_channels, *size, dtype=torch.float64)
-    assert_same(vae, x, ("tile", tile, r.choice(vae3d.compositions(3))), 1e-9, 1e-9)
+    assert_same(vae, x, ("tile", tile, r.choice(tile_plans.compositions(3))), 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("upsample", vae3d.UPSAMPLES)
@@ -487,7 +497,7 @@ def test_other_kinds_of_layers(case, step):
     whole = nn.Sequential(*layers)
     x = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
     want = whole(x)
-    got = vae3d.run_tiled(layers, step, x)
+    got = tiles.run_tiled(layers, step, x)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
     weight = torch.randn_like(want)
     inputs = [x, *whole.parameters()]
@@ -498,13 +508,14 @@ def test_other_kinds_of_layers(case, step):
 
 @pytest.mark.parametrize("norm", ["none", "group"])
 def test_gradcheck_of_a_stretch(norm):
+    build().memory("tile")                                       # brings the rows of our own layers
     layers = [ResBlock3d(2, 3, norm, 1).double(), nn.Conv3d(3, 2, 3, 2, 1, dtype=torch.float64)]
     x = torch.randn(1, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     parameters = [p for layer in layers for p in layer.parameters()]
     for p in parameters[2:] if norm == "none" else parameters[4:]:
         p.requires_grad_(False)                                  # numbers of evaluations; the rest is covered by equality
-    assert torch.autograd.gradcheck(lambda x, *_: vae3d.run_tiled(layers, (1, 1, 1), x), (x, *parameters), fast_mode=True)
-    assert torch.autograd.gradcheck(lambda x: vae3d.run_tiled(layers, (1, 1, 1), x), (x,))
+    assert torch.autograd.gradcheck(lambda x, *_: tiles.run_tiled(layers, (1, 1, 1), x), (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: tiles.run_tiled(layers, (1, 1, 1), x), (x,))
 
 
 # ------------------------------------------------------------------------------------------------ tile: circumstances
@@ -695,7 +706,7 @@ def test_plans_trade_work_for_memory_and_are_settings_of_the_dial():
     budget = plans[3].peak_bytes / 2 ** 30
     assert vae.memory("tile", budget=budget).tile_plan((96, 96, 96), 1, torch.float32) == plans[3]
     assert vae.memory("tile", budget=1e-9).tile_plan((96, 96, 96), 1, torch.float32) == plans[-1]
-    assert vae.memory("tile").tile_plan((96, 96, 96), 1, torch.float32).work <= vae3d.WORK_BOUND
+    assert vae.memory("tile").tile_plan((96, 96, 96), 1, torch.float32).work <= tile_plans.WORK_BOUND
     grouped = VAE3D.from_preset("high_res", norm="group").memory("tile", (32, 32, 32), "1")
     plain = vae.memory("tile", (32, 32, 32), "1")
     assert grouped.tile_plans((96, 96, 96))[0].work > 1.5 * plain.tile_plans((96, 96, 96))[0].work  # a pass more for each norm
@@ -713,15 +724,15 @@ def test_fake_tensors_run_each_kind_of_tile_once():
     """Memory prediction: a volume of any size takes as many operations as there are kinds of tiles."""
     ran = []
     with FakeTensorMode():
-        vae = VAE3D.from_preset("high_res", num_res_blocks=0).memory("tile", (64, 1024, 128), "1")
+        vae = VAE3D.from_preset("high_res", num_res_blocks=0).memory("tile", (64, 1024, 128), "1", rehearsal=True)
         x = torch.empty(1, 1, 1024, 1024, 1024, dtype=torch.bfloat16)
-        original, vae3d.run_tile = vae3d.run_tile, lambda *args: ran.append(1) or original(*args)
+        original, tiles.run_tile = tiles.run_tile, lambda *args: ran.append(1) or original(*args)
         try:
             with torch.autocast("cpu", torch.bfloat16):
                 out = vae(x)
             out.recon.backward(out.recon)
         finally:
-            vae3d.run_tile = original
+            tiles.run_tile = original
     assert out.recon.shape == x.shape and all(p.grad is not None for p in vae.parameters())
     assert len(ran) <= 2 * 2 * 4 * 4, len(ran)                   # sides, forward and backward, kinds along D and W; 2 x 2 x 128 tiles
 
@@ -730,20 +741,20 @@ def test_fake_tensors_run_each_kind_of_tile_once():
 def test_these_tests_notice_a_broken_engine(broken, monkeypatch):
     """One voxel of halo too few, halos that overwrite instead of adding, statistics of a tile: each must show."""
     if broken == "halo":
-        whole_pull = vae3d.pull
+        conv = local_layers.LOCAL[nn.Conv3d]
 
         def pull(op, axis, lo, hi, n):
-            start, stop, cut = whole_pull(op, axis, lo, hi, n)
-            if isinstance(op, nn.Conv3d) and op.stride[axis] == 1 and stop < n:
+            start, stop, cut = conv.pull(op, axis, lo, hi, n)
+            if op.stride[axis] == 1 and stop < n:
                 return start, stop - 1, Cut((1, 1), cut.crop if any(cut.pad) else 1, cut.length)
             return start, stop, cut
 
-        monkeypatch.setattr(vae3d, "pull", pull)
+        monkeypatch.setitem(local_layers.LOCAL, nn.Conv3d, dataclasses.replace(conv, pull=pull))
     elif broken == "overlap":
         monkeypatch.setattr(Stretch, "tiles", lambda self, x, end=None, whole=Stretch.tiles: list(whole(self, x, end))[1:])
     else:
-        whole_statistics = vae3d.volume_statistics
-        monkeypatch.setattr(vae3d, "volume_statistics", lambda parts, *rest: whole_statistics(iter(list(parts)[:1]), *rest))
+        whole_statistics = tiles.volume_statistics
+        monkeypatch.setattr(tiles, "volume_statistics", lambda parts, *rest: whole_statistics(iter(list(parts)[:1]), *rest))
     vae = build(norm="group" if broken == "statistics" else "none")
     with pytest.raises((AssertionError, RuntimeError)):
         assert_same(vae, torch.randn(1, 1, 8, 16, 8, dtype=torch.float64), ("tile", (4, 8, 8), "1"))
@@ -761,9 +772,9 @@ def test_progress_is_told_tile_by_tile():
 
 # ------------------------------------------------------------------------------------------------------------------ codebooks
 
-def quantizer(num_codes=16, code_dim=3, dtype=torch.float32, **options) -> vae3d.VectorQuantizer:
+def quantizer(num_codes=16, code_dim=3, dtype=torch.float32, **options) -> quantize.VectorQuantizer:
     torch.manual_seed(1)
-    vq = vae3d.VectorQuantizer(num_codes, code_dim, **options).to(dtype)
+    vq = quantize.VectorQuantizer(num_codes, code_dim, **options).to(dtype)
     with torch.no_grad():
         vq.codebook.copy_(vq.on_sphere(torch.randn_like(vq.codebook)))
         vq.code_sum.copy_(vq.codebook)
@@ -780,7 +791,7 @@ def test_vq_is_the_papers_formula_term_by_term(cosine):
     vq = quantizer(dtype=torch.float64, update="gradient", lambda_vq=0.7, lambda_commitment=0.3, cosine=cosine)
     z = torch.randn(2, 3, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(z)
-    codes = vq(z)
+    codes = vq.quantize_volume(z)
     (codes.vq_loss + (codes.z_q * weight).sum()).backward()
 
     z2, e = z.detach().clone().requires_grad_(), vq.codebook.detach().clone().requires_grad_()
@@ -809,7 +820,7 @@ def test_vq_agrees_with_vector_quantize_pytorch(cosine):
     for step in range(3):
         z = torch.randn(2, 4, 3, 5, 4)
         index = theirs(z.movedim(1, -1).flatten(1, 3))[1]
-        codes = vq(z)
+        codes = vq.quantize_volume(z)
         vq.update()
         assert torch.equal(codes.index.flatten(), index.flatten()), step
         difference = (vq.codebook - book.embed[0]).abs().max().item()
@@ -818,12 +829,12 @@ def test_vq_agrees_with_vector_quantize_pytorch(cosine):
 
 def test_search_equals_argmin_and_is_chunked(monkeypatch):
     rows, codes = torch.randn(700, 4, dtype=torch.float64), torch.randn(90, 4, dtype=torch.float64)
-    whole = vae3d.nearest(rows, codes, statistics=True)
+    whole = quantize.nearest(rows, codes, statistics=True)
     assert torch.equal(whole[0], slow_index(rows, codes))
     assert torch.equal(whole[1], torch.bincount(whole[0], minlength=90).double())
     torch.testing.assert_close(whole[2], torch.zeros_like(codes).index_add_(0, whole[0], rows))
-    monkeypatch.setattr(vae3d, "SEARCH_ELEMENTS", 90 * 33)
-    for a, b in zip(vae3d.nearest(rows, codes, statistics=True), whole):
+    monkeypatch.setattr(quantize, "SEARCH_ELEMENTS", 90 * 33)
+    for a, b in zip(quantize.nearest(rows, codes, statistics=True), whole):
         torch.testing.assert_close(a, b)
 
 
@@ -834,7 +845,7 @@ def test_search_of_a_radar_volume_stays_within_a_quarter_gib():
         counter = LiveStorages("cpu")
         rows, codes = torch.empty(408_576, 4), torch.empty(8192, 4)
         with counter:
-            found = vae3d.nearest(rows, codes, statistics=True)
+            found = quantize.nearest(rows, codes, statistics=True)
             outputs = sum(t.untyped_storage().nbytes() for t in found)
         peak = counter.peak()[0]
     assert 2 ** 26 < peak - outputs <= 0.25 * 2 ** 30, (peak - outputs) / 2 ** 30
@@ -850,7 +861,7 @@ def test_micro_batches_and_repeated_forwards_move_the_codebook_as_one_batch():
             g.manual_seed(seed)
         at = 0
         for n in parts:
-            vq(z[at:at + n], generators[at:at + n])
+            vq.quantize_volume(z[at:at + n], generators[at:at + n])
             at += n
         vq.update(torch.Generator().manual_seed(5))
         states.append(vq.state_dict())
@@ -859,7 +870,7 @@ def test_micro_batches_and_repeated_forwards_move_the_codebook_as_one_batch():
             torch.testing.assert_close(other[name], value, msg=name)
     vq = quantizer()
     before = vq.codebook.clone()
-    vq.eval()(z)
+    vq.eval().quantize_volume(z)
     vq.update()
     assert torch.equal(vq.codebook, before), "an evaluation moved the codebook"
 
@@ -872,10 +883,11 @@ def test_dead_codes_revive():
         vq.codebook.mul_(0.01).sub_(5)
         vq.code_sum.copy_(vq.codebook)
         for step in range(150):
-            vq(torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(step)), torch.Generator().manual_seed(step))
+            z = torch.randn(1, 2, 8, 8, 8, generator=torch.Generator().manual_seed(step))
+            vq.quantize_volume(z, torch.Generator().manual_seed(step))
             vq.update(torch.Generator().manual_seed(step))
     z = torch.randn(1, 2, 16, 16, 16)
-    used = [len(vq.eval()(z).index.unique()) for vq in (with_restart, without)]
+    used = [len(vq.eval().quantize_volume(z).index.unique()) for vq in (with_restart, without)]
     assert used[0] >= 60 and used[1] < 20, used
 
 
@@ -894,23 +906,23 @@ def test_codes_keep_float32_under_autocast():
     vq = quantizer(512, 4)
     z = torch.randn(1, 4, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        codes = vq(z)
-    assert codes.z_q.dtype == torch.float32 and torch.equal(codes.index, vq(z).index)
-    assert torch.equal(vq(z.bfloat16()).index, vq(z.bfloat16().float()).index)
+        codes = vq.quantize_volume(z)
+    assert codes.z_q.dtype == torch.float32 and torch.equal(codes.index, vq.quantize_volume(z).index)
+    assert torch.equal(vq.quantize_volume(z.bfloat16()).index, vq.quantize_volume(z.bfloat16().float()).index)
 
 
 def test_fsq_is_the_papers_formula_and_every_code_is_reached():
     """arXiv:2309.15505: values of each channel are the levels, evenly spaced; index <-> code is a bijection."""
     for levels in ((8, 5, 5, 5), (4, 3), (2, 7)):
-        fsq = vae3d.FiniteScalarQuantizer(levels)
+        fsq = quantize.FiniteScalarQuantizer(levels)
         z = (4 * torch.randn(1, len(levels), 20, 20, 20, dtype=torch.float64)).requires_grad_()
-        codes = fsq(z)
+        codes = fsq.quantize_volume(z)
         for channel, n in enumerate(levels):
             assert len(codes.z_q[:, channel].unique()) == n
         every = torch.arange(fsq.num_codes).view(1, -1, 1, 1)
-        points = fsq.lookup(every)
+        points = fsq.lookup_volume(every)
         assert len({tuple(p.tolist()) for p in points[0, :, :, 0, 0].T}) == fsq.num_codes and points.abs().max() <= 1
-        assert torch.equal(fsq.lookup(codes.index), codes.z_q.float())
+        assert torch.equal(fsq.lookup_volume(codes.index), codes.z_q.float())
         codes.z_q.sum().backward()
         for channel, n in enumerate(levels):                     # the gradient is that of the bounding function
             half, offset = (n - 1) * (1 + 1e-3) / 2, 0.5 if n % 2 == 0 else 0.0
@@ -983,7 +995,7 @@ def codebook_of_rank(folder: Path) -> None:
     vq = quantizer(16, 3, torch.float64, restart=0.5).train()
     for step in range(3):
         z = torch.randn(4, 3, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        vq(z[2 * rank:2 * rank + 2], [torch.Generator().manual_seed(10 * step + 2 * rank + i) for i in range(2)])
+        vq.quantize_volume(z[2 * rank:2 * rank + 2], [torch.Generator().manual_seed(10 * step + 2 * rank + i) for i in range(2)])
         vq.update(torch.Generator().manual_seed(step))
     torch.save(vq.state_dict(), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -994,7 +1006,7 @@ def test_codebook_is_the_same_on_two_processes_as_on_one(pool, tmp_path):
     vq = quantizer(16, 3, torch.float64, restart=0.5).train()
     for step in range(3):
         z = torch.randn(4, 3, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        vq(z, [torch.Generator().manual_seed(10 * step + i) for i in range(4)])
+        vq.quantize_volume(z, [torch.Generator().manual_seed(10 * step + i) for i in range(4)])
         vq.update(torch.Generator().manual_seed(step))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in vq.state_dict().items():

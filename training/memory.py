@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-import vae3d
+import tiles
 from training import ranks
 from training.config import MemoryConfig, TrainConfig
 from training.signals import RunStopped
@@ -131,7 +131,7 @@ def with_recovery(
 
     shape: (b, C, D, H, W) of what the network is given. `note` is told of each change. Raises RunStopped when
     there is no step left. The ranks turn the dial together, so each must call this alike, and `work` must end
-    with ranks.agreed, or have it inside; with memory.tile_parallel it is vae3d.together that carries one
+    with ranks.agreed, or have it inside; with memory.tile_parallel it is tiles.together that carries one
     rank's failure to the others."""
     while True:
         scaler = state.scaler.state_dict()
@@ -140,7 +140,7 @@ def with_recovery(
                 return work()
         # Torch.OutOfMemoryError is one; the CPU's allocator raises it plain.
         except RuntimeError as error:
-            if not state.dial.recover or not vae3d.is_out_of_memory(error):
+            if not state.dial.recover or not tiles.is_out_of_memory(error):
                 raise
             if state.updating:
                 raise RunStopped(
@@ -175,4 +175,4 @@ def with_recovery(
 
 def shared_failure(state: State) -> contextlib.AbstractContextManager:
     """With memory.tile_parallel what fails on one rank inside raises on all."""
-    return vae3d.together(getattr(state.model, "group", None), next(state.model.parameters()))
+    return tiles.together(getattr(state.model, "group", None), next(state.model.parameters()))
