@@ -186,6 +186,29 @@ def comment_lines(source: str) -> set[int]:
     return found
 
 
+def lines_of(path: str, name: str) -> int:
+    """Lines of a function, a class or a method, `Class.method`."""
+    node = ast.parse((ROOT / path).read_text())
+    for part in name.split("."):
+        node = next(inner for inner in node.body if getattr(inner, "name", "") == part)
+    return node.end_lineno - node.lineno + 1
+
+
+def main_path() -> dict[str, int]:
+    """What docs/READING.md tells a newcomer to read: file and names -> lines."""
+    found = {}
+    for row in re.findall(r"^\| \[(\S+)\]\(\.\./\S+\): (.*?) \|", (ROOT / "docs/READING.md").read_text(), re.M):
+        path, names = row
+        for name in re.findall(r"`([\w.]+)`", names):
+            found[f"{path}: {name}"] = lines_of(path, name)
+    return found
+
+
+def test_the_main_path_takes_a_quarter_of_an_hour():
+    found = main_path()
+    assert len(found) > 25 and sum(found.values()) <= 800, f"{sum(found.values())} lines: {found}"
+
+
 def table() -> None:
     print(f"{'room':30} lines  longest  mean  comments")
     for path in files():
@@ -195,6 +218,7 @@ def table() -> None:
         share = len(comment_lines(source)) / max(1, len(lines))
         mean = sum(lengths) / len(lengths)
         print(f"{place(path):30} {len(lines):5}  {max(lengths):7}  {mean:4.0f}  {share:7.0%}")
+    print(f"main path of docs/READING.md: {sum(main_path().values())} lines")
 
 
 if __name__ == "__main__":
