@@ -118,7 +118,10 @@ def our_step(
 class Theirs:
     """A MONAI network, its optimizer and the loop around them; loss weights and clipping are those of
     `cfg`."""
-    def __init__(self, name: str, cfg: training.config.TrainConfig, device: torch.device, dtype: torch.dtype | None):
+
+    def __init__(
+        self, name: str, cfg: training.config.TrainConfig, device: torch.device, dtype: torch.dtype | None
+    ):
         torch.manual_seed(cfg.train.seed)
         self.network, self.cfg, self.dtype = THEIRS[name]().to(device), cfg, dtype
         self.optimizer = torch.optim.AdamW(
@@ -264,7 +267,11 @@ def batches(
 
 
 def set_rate(
-    optimizer: torch.optim.Optimizer, cfg: training.config.TrainConfig, step: int, total: int, factor: float = 1.0
+    optimizer: torch.optim.Optimizer,
+    cfg: training.config.TrainConfig,
+    step: int,
+    total: int,
+    factor: float = 1.0,
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = factor * training.order.learning_rate(cfg.optim, step, total)
@@ -299,7 +306,9 @@ def race(
         set_rate(theirs.optimizer, cfg, step, steps, their_lr / cfg.optim.lr)
         set_rate(ours.optimizer, cfg, step, steps)
         spent["theirs"].append(seconds(lambda micro=micro: theirs.step(micro.image), device))
-        spent["ours"].append(seconds(lambda micro=micro: training.step.train_step(cfg, ours, [micro]), device))
+        spent["ours"].append(
+            seconds(lambda micro=micro: training.step.train_step(cfg, ours, [micro]), device)
+        )
         ours.step = step + 1
         if (step + 1) % max(1, steps // 4) == 0:
             curve.append(
@@ -320,7 +329,9 @@ def race(
     equal.amp_dtype = dtype
     for step, micro in batches(cfg, crops, longer, device):
         set_rate(equal.optimizer, cfg, step, longer)
-        spent["equal"].append(seconds(lambda micro=micro: training.step.train_step(cfg, equal, [micro]), device))
+        spent["equal"].append(
+            seconds(lambda micro=micro: training.step.train_step(cfg, equal, [micro]), device)
+        )
         equal.step = step + 1
     after = scores(equal.model, held_out, dtype)
     print(

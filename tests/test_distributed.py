@@ -20,9 +20,9 @@ import pytest
 import torch
 
 import data
+import quantize
 import tasks.vae
 import train
-import vae3d
 from processes import free_port
 from runs import CODES, CPU, ROOT, TIMES, load, rows
 from runs import TINY as TINY_OF_ONE
@@ -396,11 +396,11 @@ def restarted():
     """
     with ranks.started(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))):
         torch.manual_seed(0)
-        quantizer = vae3d.VectorQuantizer(16, 2, restart=9.0).double()
+        quantizer = quantize.VectorQuantizer(16, 2, restart=9.0).double()
         for step in range(2):
             z, places = torch.randn(5, 2, 3, 4, 5, dtype=torch.float64), ranks.shared(5)
             generators = [torch.Generator().manual_seed(100 * step + place) for place in places]
-            quantizer(z[places.start:places.stop], generators)
+            quantizer.quantize_volume(z[places.start:places.stop], generators)
             quantizer.update(torch.Generator().manual_seed(step))
         return quantizer.state_dict()
 

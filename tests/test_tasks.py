@@ -7,6 +7,7 @@ import torch
 
 import data
 import losses
+import quantize
 import unet
 import vae3d
 from runs import SEG, TINY, command, load_config, resume, rows, run
@@ -33,16 +34,16 @@ def test_a_codebook_from_data_is_kept_by_the_first_steps():
     """Its averages begin where they will be: a code that two crops do not use is not dead."""
     torch.manual_seed(0)
     latents = torch.randn(20_000, 2)
-    vq = vae3d.VectorQuantizer(128, 2).train()
+    vq = quantize.VectorQuantizer(128, 2).train()
     vq.fit(latents, "kmeans", torch.Generator().manual_seed(0), per_step=500)
 
     def error():
-        index = vae3d.nearest(latents, vq.codebook)[0]
+        index = quantize.nearest(latents, vq.codebook)[0]
         return float((latents - vq.codebook[index]).square().mean())
     start = error()
     for step in range(3):
         part = latents[500 * step:500 * step + 500]
-        vq(part.T.reshape(1, 2, 500, 1, 1), torch.Generator().manual_seed(step))
+        vq.quantize_volume(part.T.reshape(1, 2, 500, 1, 1), torch.Generator().manual_seed(step))
         vq.update(torch.Generator().manual_seed(step))
         assert error() < 1.15 * start
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data import brief, one_line
-from vae3d import is_out_of_memory
+from tiles import is_out_of_memory
 
 Weights = dict[str, Tensor]
 

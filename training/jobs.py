@@ -18,9 +18,9 @@ import numpy as np
 
 import data
 from data import DataError
+from tiles import is_out_of_memory
 from training import latents
 from training.console import clear_line, line_of, short_number
-from vae3d import is_out_of_memory
 
 PROGRAM = "predict.py"                                           # in front of its lines on stderr
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-import vae3d
+import tiles
 from training import ranks
 from training.config import MemoryConfig, TrainConfig
 from training.signals import RunStopped
@@ -143,7 +143,7 @@ def with_recovery(
     when there is no notch left.
 
     The ranks turn the dial together, so each must call this alike, and `work` must end with ranks.agreed, or
-    have it inside. With memory.tile_parallel it is vae3d.together that carries one rank's failure to the
+    have it inside. With memory.tile_parallel it is tiles.together that carries one rank's failure to the
     others.
     """
     while True:
@@ -153,7 +153,7 @@ def with_recovery(
                 return work()
         # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one.
         except RuntimeError as error:
-            if not state.dial.recover or not vae3d.is_out_of_memory(error):
+            if not state.dial.recover or not tiles.is_out_of_memory(error):
                 raise
             if state.updating:
                 raise RunStopped("out of memory while the weights were being updated, at "
@@ -188,4 +188,4 @@ def with_recovery(
 
 def shared_failure(state: State) -> contextlib.AbstractContextManager:
     """With memory.tile_parallel what fails on one rank inside raises on all."""
-    return vae3d.together(getattr(state.model, "group", None), next(state.model.parameters()))
+    return tiles.together(getattr(state.model, "group", None), next(state.model.parameters()))
