@@ -48,15 +48,12 @@ class OptimConfig:
     restarts: int = 4                         # cosine_restarts: number of equal periods
     gamma: float = 0.1                        # exponential: factor over the whole run;
                                               # step, plateau: factor of one drop
-    drops: int = 3                            # step: number of equal parts of the run, with a drop
-                                              # between them
+    drops: int = 3                            # step: number of equal parts of the run, a drop between them
     plateau_patience: int = 5                 # plateau: validations without improvement before a drop
-    grad_clip: float = 1.0                    # largest norm of the whole gradient, after unscaling;
-                                              # 0: no clipping
+    grad_clip: float = 1.0                    # largest norm of the whole, unscaled gradient; 0: no clipping
     clip_percentile: float = 0.0              # adaptive clipping: at this percentile of the last norms,
                                               # but never above grad_clip; 0: off
-    clip_window: int = 1000                   # how many finite norms that percentile is taken of;
-                                              # until there are so many, grad_clip holds
+    clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
 
     def __post_init__(self):
         one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
@@ -74,8 +71,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                    # run folder; none: runs/PRESET, or the next free
-                                              # runs/PRESET-N
+    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
     init: str | None = None                   # what to start from: a run folder, a checkpoint, or an
                                               # autoencoder made elsewhere (weights.py)
     init_hints: str | None = None             # what a file made elsewhere cannot say (weights.py's hints):
@@ -84,8 +80,7 @@ class RunConfig:
     stage: int = 0                            # 1: train the codebook alone (needs init); 2: train all,
                                               # going on from stage 1; 0: train all
     seed: int = 0                             # of weights, split, crops and noise
-    device: str = "auto"                      # auto (cuda, mps, cpu in that order) | cuda | cuda:1 |
-                                              # mps | cpu
+    device: str = "auto"                      # auto (first of cuda, mps, cpu) | cuda | cuda:1 | mps | cpu
     amp: bool = False                         # bf16 where the device has it, else fp16 with a GradScaler
     precision: str = "float32"                # of the weights: float32 | master16 (fp16 weights with
                                               # float32 masters and a loss scale)
@@ -94,22 +89,19 @@ class RunConfig:
     accum: int = 1                            # micro-batches an optimizer step of a rank
     steps: int | None = None                  # optimizer steps; with epochs too, whichever ends first
     epochs: int | None = None                 # passes of data.crops_per_volume crops of every volume
-    val_every: int = 50                       # steps between validations; there is one at step 0 and one
-                                              # at the end too
+    val_every: int = 50                       # steps between validations; others at step 0 and at the end
     val_crops: int = 8                        # fixed seeded crops over all held-out volumes
     val_whole: bool = False                   # validate on whole held-out volumes instead
     save_every: int = 50                      # steps between writes of last.pt; there is one at the end too
     keep: int = 0                             # how many older last.pt are kept, as step_XXXXXX.pt
-    ema: tuple[float, ...] = ()               # decays of averages of the weights; the first average is
-                                              # validated and shipped
+    ema: tuple[float, ...] = ()               # decays of averaged weights; the first is validated and shipped
     patience: int = 0                         # early stopping: validations without improvement; 0: off
     min_delta: float = 0.0                    # early stopping: improvement that counts
     metric: str = "auto"                      # what best.pt and early stopping look at: psnr | ssim | l1 |
                                               # loss | dice | explained ...; auto: the task's first
                                               # (psnr, dice, explained)
     nan_limit: int = 5                        # non-finite steps in a row that stop the run
-    latent_crops: int = 32                    # training crops over which the latent's mean and std are
-                                              # measured
+    latent_crops: int = 32                    # training crops by which the latent's mean and std are measured
     compile: bool = False                     # torch.compile the network
     deterministic: bool = True                # cuDNN's deterministic kernels, so that a resumed run on
                                               # CUDA is exact too
@@ -134,15 +126,13 @@ class RunConfig:
 class MemoryConfig:
     """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
     mode: str = "none"                        # none | checkpoint | tile
-    tile: tuple[int, int, int] | None = None  # tile: D,H,W in voxels of the input; auto: chosen by a
-                                              # cost model
+    tile: tuple[int, int, int] | None = None  # tile: D,H,W, voxels of the input; auto: by a cost model
     tile_parallel: bool = False               # tile: the ranks share the tiles of the same volumes,
                                               # instead of the batch
     stretch: str = "auto"                     # tile: how many levels each tiled stretch has, from the
                                               # finest down, such as 2+1; auto: chosen
     budget: float | None = None               # tile: GiB that a step may take; none: what the card has free
-    recover: bool = True                      # after out of memory, turn the dial further and repeat the
-                                              # optimizer step
+    recover: bool = True                      # after out of memory, turn the dial and repeat the step
     expandable_segments: bool = True          # CUDA allocator: less fragmentation
     max_split_size_mb: int = 0                # CUDA allocator: largest block that is split; 0: no limit
 
