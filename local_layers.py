@@ -40,7 +40,13 @@ class Join(NamedTuple):
     skip: nn.Module
 
 
-Op = nn.Module | Fork | Join
+class UpConv(NamedTuple):
+    """Nearest upsampling and the 3x3x3 convolution behind it, run as one transposed convolution."""
+    scale: tuple[int, int, int]
+    conv: nn.Conv3d
+
+
+Op = nn.Module | Fork | Join | UpConv
 Pads = Sequence[tuple[int, int]]                 # of a tile along D, H, W: the Cut's `pad`
 Values = dict[str, Tensor]                       # parameter's name in the layer -> tensor to compute with
 
@@ -162,6 +168,39 @@ def upsample_pull(op: nn.Upsample, axis: int, lo: int, hi: int, n: int) -> tuple
     return start, stop, Cut((0, 0), lo - start * factor, hi - lo)
 
 
+def up_conv_pull(op: UpConv, axis: int, lo: int, hi: int, n: int) -> tuple[int, int, Cut]:
+    """Input i feeds outputs i * s - 1 ... i * s + s: a transposed kernel of s + 2, padded by 1."""
+    s = op.scale[axis]
+    start, stop = max(0, -(-lo // s) - 1), min(n, hi // s + 1)
+    return start, stop, Cut((0, 0), lo - (start * s - 1), hi - lo)
+
+
+def up_conv_run(op: UpConv, x: Tensor, pads: Pads, values: Values) -> Tensor:
+    return F.conv_transpose3d(x, folded_kernel(values["weight"], op.scale), values.get("bias"), op.scale)
+
+
+def folded_kernel(weight: Tensor, scale: Sequence[int]) -> Tensor:  # same as lean_conv.folded_kernel
+    """(O, I, 3, 3, 3) behind nearest upsampling by s -> (I, O, s0 + 2, s1 + 2, s2 + 2), transposed, stride s.
+
+    An input voxel becomes s equal ones, and each of their outputs takes the taps that meet them: by 2,
+    (w0, w1, w2) -> (w2, w1 + w2, w0 + w1, w0). Tap t adds to places 2 - t ... 1 - t + s.
+    """
+    for axis, s in enumerate(scale, 2):
+        places = weight.new_zeros(s + 2, 3)
+        for tap in range(3):
+            places[2 - tap:2 - tap + s, tap] = 1
+        weight = torch.tensordot(weight, places, dims=([axis], [1])).movedim(-1, axis)
+    return weight.transpose(0, 1)
+
+
+def folds(up: nn.Module, conv: nn.Module) -> bool:  # same as lean_conv.folds
+    """Whether these two layers are nearest upsampling and a 3x3x3 convolution that keeps the size."""
+    if type(up) is not nn.Upsample or up.mode != "nearest" or type(conv) is not nn.Conv3d:
+        return False
+    plain = conv.kernel_size == (3, 3, 3) and conv.padding == conv.stride == conv.dilation == (1, 1, 1)
+    return plain and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
 def pads_of(op: nn.ConstantPad3d, axis: int) -> tuple[int, int]:
     return op.padding[4 - 2 * axis], op.padding[5 - 2 * axis]    # F.pad counts from the last axis
 
@@ -212,6 +251,10 @@ LOCAL: dict[type, Local] = {
     nn.Upsample: Local(
         rate=lambda op, axis: (int(op.scale_factor[axis]), 1),
         pull=upsample_pull),
+    UpConv: Local(
+        rate=lambda op, axis: (op.scale[axis], 1),
+        pull=up_conv_pull, run=up_conv_run, channels=lambda op, channels: op.conv.out_channels,
+        taps=lambda op: op.conv.in_channels * prod((s + 2) / s for s in op.scale)),
     nn.ConstantPad3d: Local(
         size=lambda op, axis, n: n + sum(pads_of(op, axis)),
         pull=pad_pull, run=pad_run),
@@ -236,8 +279,19 @@ def unroll(layer: Op) -> list[Op] | None:
         inner = unroll(part)
         if inner is None:
             return None
+        if ops and len(inner) == 1 and folds(ops[-1], inner[0]):
+            inner = [UpConv(tuple(map(int, ops.pop().scale_factor)), inner[0])]
         ops += inner
     return ops
+
+
+def module_of(op: Op) -> nn.Module:
+    """The layer of an operation: what has its parameters."""
+    if isinstance(op, Join):
+        return op.skip
+    if isinstance(op, UpConv):
+        return op.conv
+    return op if isinstance(op, nn.Module) else nn.Identity()
 
 
 # -------------------------------------------------------------------------- Which input a tile's output needs

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from local_layers import Fork, Join, Op, Span, row, sizes_along, spans, unroll
+from local_layers import Fork, Join, Op, Span, module_of, row, sizes_along, spans, unroll
 
 Tile = tuple[Span, Span, Span]
 Group = "torch.distributed.ProcessGroup | None"  # ranks that share the tiles; None: this process has them all
@@ -91,8 +91,7 @@ class Stretch(NamedTuple):
         return [i for i, op in enumerate(self.ops) if row(op).groups is not None]
 
     def parameters(self) -> list[nn.Parameter]:
-        modules = [op.skip if isinstance(op, Join) else op for op in self.ops]
-        return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+        return [p for op in self.ops for p in module_of(op).parameters()]
 
 
 # --------------------------------------------------------------------------------------------------- One tile
@@ -131,9 +130,9 @@ def run_tile(stretch: Stretch, tile: Tile, x: Tensor, weights: Weights, stats: S
     return x
 
 
-def values_of(op: nn.Module, weights: Weights) -> dict[str, Tensor]:
+def values_of(op: Op, weights: Weights) -> dict[str, Tensor]:
     """Parameter's name in the layer -> tensor to compute with."""
-    return {name: weights[p] for name, p in op.named_parameters()}
+    return {name: weights[p] for name, p in module_of(op).named_parameters()}
 
 
 def run_pointwise(layer: nn.Module, x: Tensor, weights: Weights) -> Tensor:

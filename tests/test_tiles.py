@@ -24,6 +24,7 @@ from networks import (
     peak,
     relative,
 )
+from pieces import assert_copies
 from tiles import Stretch
 from vae3d import PRESETS, VAE3D, Attention3d, ResBlock3d
 
@@ -591,3 +592,7 @@ def test_progress_is_told_tile_by_tile():
             and 0 < shares[0]
             and {t for _, t, n in seen if n == part} == {len(layers)}
         )
+
+
+def test_copies_are_the_same():
+    assert assert_copies("local_layers.py") == 2
