@@ -281,6 +281,15 @@ class FiniteScalarQuantizer(Quantizer):
         return torch.stack(values, 1).movedim(1, -1)             # in memory channels come second: latents do
 
 
+def from_config(cfg) -> VectorQuantizer | FiniteScalarQuantizer:
+    """The quantiser of a config with the fields of vae3d.VAEConfig: bottleneck vq or fsq, and what follows."""
+    if cfg.bottleneck == "fsq":
+        return FiniteScalarQuantizer(cfg.fsq_levels)
+    return VectorQuantizer(
+        cfg.num_codes, cfg.z_channels, cfg.codebook_update, cfg.codebook_decay, cfg.codebook_cosine,
+        cfg.codebook_restart, cfg.lambda_vq, cfg.lambda_commitment)
+
+
 def nearest(rows: Tensor, codes: Tensor,
             statistics: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Index (N,) of the nearest of codes (K, Z) for each of rows (N, Z).

@@ -81,7 +81,7 @@ def flatten(layers: Sequence[nn.Module]) -> tuple[Op, ...]:
 
 def levels(layers: Sequence[nn.Module]) -> list[int]:
     """Level of each layer by the finer of its two grids, 0 the finest: a down-convolution goes with what is
-    before.
+    before. What only moves voxels (pixel unshuffle) goes with its coarser one: it is no level of its own.
     """
     before = prod(rates(flatten(layers), axis)[0] for axis in range(3))
     finest = []
@@ -90,7 +90,8 @@ def levels(layers: Sequence[nn.Module]) -> list[int]:
         for axis in range(3):
             rate = rates(ops, axis)
             after = after * rate[-1] // rate[0]
-        finest.append(max(before, after))
+        moves = not any(row(op).taps(op) for op in ops)
+        finest.append(min(before, after) if moves else max(before, after))
         before = after
     order = sorted(set(finest), reverse=True)
     return [order.index(f) for f in finest]
@@ -374,7 +375,8 @@ class TileMode:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"group": None}   # for copy and pickle, which know no process groups
 
-    def plans(self, size: Sequence[int], batch: int, dtype: torch.dtype) -> list[TilePlan]:
+    def plans(self, size: Sequence[int], batch: int = 1,
+              dtype: torch.dtype = torch.float32) -> list[TilePlan]:
         """By rising work and falling peak, for inputs of `size`, rounded up to what the strides need.
 
         dtype: of the activations; bfloat16 under AMP.

@@ -578,13 +578,13 @@ def reasons_against(cfg: VAEConfig, groups: set[int], layout: str) -> list[str]:
     if "attention" in middles:
         attended.add(cfg.widths[-1])
     upsamples = ("nearest", "transposed") if layout == "monai" else ("trilinear", "transposed3")
-    strides = (*cfg.strides, *cfg.up_strides)
     table = (
         (cfg.bottleneck != "kl", f"vae.bottleneck is {cfg.bottleneck}, not kl"),
         (cfg.norm != "group", f"vae.norm is {cfg.norm}, not group"),
         (len(groups) > 1, f"vae.norm_groups={cfg.norm_groups} gives {sorted(groups)} groups for the widths "
                           f"{cfg.widths}, not one number"),
-        (any(s != (2, 2, 2) for s in strides), f"vae.strides are {cfg.strides}, not 2,2,2 each"),
+        (cfg.unshuffle != (1, 1, 1), f"vae.unshuffle is {cfg.unshuffle}, not 1,1,1"),
+        ({*cfg.strides, *cfg.up_strides} - {(2, 2, 2)}, f"vae.strides are {cfg.strides}, not 2,2,2 each"),
         (cfg.down_padding != "end", f"vae.down_padding is {cfg.down_padding}, not end"),
         (cfg.upsample not in upsamples, f"vae.upsample is {cfg.upsample}, not {' or '.join(upsamples)}"),
         (cfg.up_narrows, "vae.up_narrows is set"),

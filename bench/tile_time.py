@@ -71,7 +71,7 @@ def main() -> int:
         step = make_step(cfg, of(TASKS, cfg), "cpu")
         step()
         pairs = [(seconds(base_step), seconds(step)) for _ in range(options.pairs)]
-        plan = training.memory.set_dial(vae3d.VAE3D(cfg.vae), cfg.memory).tile_plan(
+        plan = training.memory.set_dial(vae3d.VAE3D(cfg.vae), cfg.memory).tiling().plan(
             cfg.data.patch, 1, torch.float32
         )
         rows.append(

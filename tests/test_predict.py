@@ -91,9 +91,9 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
 def test_default_tiles_depend_on_the_size_alone():
     """So that encode and decode, run apart, compute the same bits; and a large volume is cut."""
     network = vae.set_tiles(vae3d.VAE3D.from_preset("ultra_lightweight"))
-    plan = network.tile_plan((160, 512, 512), 1, torch.float32)
+    plan = network.tiling().plan((160, 512, 512), 1, torch.float32)
     assert plan.peak_bytes <= BUDGET * 2 ** 30
-    assert plan == network.tile_plan((160, 512, 512), 1, torch.float32, "cuda")
+    assert plan == network.tiling().plan((160, 512, 512), 1, torch.float32, "cuda")
 
 
 def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):

@@ -179,14 +179,14 @@ def planning(group) -> dict:
     """Plans with the ranks counted; the least free memory of them decides."""
     vae, size = vae3d.VAE3D.from_preset("high_res"), (64, 96, 96)
     alone, shared = (
-        [(p.work, p.peak_bytes) for p in vae.memory("tile", group=g).tile_plans(size)] for g in (None, group)
+        [(p.work, p.peak_bytes) for p in vae.memory("tile", group=g).tiling().plans(size)] for g in (None, group)
     )
     plain, originals = (
-        vae.memory("tile", budget=1e3).tile_plan(size, 1, torch.float32),
+        vae.memory("tile", budget=1e3).tiling().plan(size, 1, torch.float32),
         (torch.cuda, torch.tensor),
     )
-    roomy = vae.memory("tile", budget=1e3, group=group).tile_plan(size, 1, torch.float32)
-    bound = vae.memory("tile", group=group).tile_plan(size, 1, torch.float32).work
+    roomy = vae.memory("tile", budget=1e3, group=group).tiling().plan(size, 1, torch.float32)
+    bound = vae.memory("tile", group=group).tiling().plan(size, 1, torch.float32).work
     torch.cuda = SimpleNamespace(
         is_available=lambda: True,
         memory_reserved=lambda device: 0,
@@ -194,7 +194,7 @@ def planning(group) -> dict:
     )
     torch.tensor = lambda *args, device=None, tensor=torch.tensor: tensor(*args)
     try:
-        card = vae.tile_plan(size, 1, torch.float32, "cuda")
+        card = vae.tiling().plan(size, 1, torch.float32, "cuda")
     finally:
         torch.cuda, torch.tensor = originals
     return {

@@ -66,7 +66,7 @@ def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:
 
 def tile_plans(network: torch.nn.Module, size: Sequence[int], batch: int, dtype: torch.dtype) -> list:
     """TilePlan by rising work, none above MOST_WORK, for volumes of `size`."""
-    plans = network.memory("tile").tile_plans(size, batch, dtype)
+    plans = network.memory("tile").tiling().plans(size, batch, dtype)
     return [p for p in plans if p.work <= MOST_WORK] or plans[:1]
 
 

@@ -47,7 +47,7 @@ def modes_of(network: torch.nn.Module) -> tuple[str, ...]:
 
     Exact tiles where it can plan them, checkpoints where it has a dial at all.
     """
-    if hasattr(network, "tile_plans"):
+    if hasattr(network, "tiling"):
         return MODES
     if hasattr(network, "memory"):
         return MODES[:2]
@@ -100,7 +100,7 @@ def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[
     if dial.mode != "tile" or (dial.tile is not None and dial.stretch != "auto"):
         return dial
     planner = set_dial(state.task.build(cfg), dial)
-    plan = planner.tile_plan(shape[2:], shape[0], state.activations, state.device)
+    plan = planner.tiling().plan(shape[2:], shape[0], state.activations, state.device)
     return dataclasses.replace(dial, tile=plan.tile, stretch=plan.stretch)
 
 
@@ -117,8 +117,8 @@ def next_dial(cfg: TrainConfig, state: State, shape: Sequence[int]) -> MemoryCon
 
     # In tiles already: the plan of least work among those that are predicted to take clearly less.
     batch, size = shape[0], shape[2:]
-    now = state.model.tile_plan(size, batch, state.activations, state.device).peak_bytes
-    plans = set_dial(state.task.build(cfg), free).tile_plans(size, batch, state.activations)
+    now = state.model.tiling().plan(size, batch, state.activations, state.device).peak_bytes
+    plans = set_dial(state.task.build(cfg), free).tiling().plans(size, batch, state.activations)
     smaller = [plan for plan in plans if plan.peak_bytes <= SMALLER * now]
     if not smaller:
         return None
