@@ -282,7 +282,7 @@ class FiniteScalarQuantizer(Quantizer):
 
 
 def from_config(cfg) -> VectorQuantizer | FiniteScalarQuantizer:
-    """The quantiser of a config with the fields of vae3d.VAEConfig: bottleneck vq or fsq, and what follows."""
+    """The quantiser of a config with the fields of vae3d.VAEConfig: bottleneck (vq or fsq) and the rest."""
     if cfg.bottleneck == "fsq":
         return FiniteScalarQuantizer(cfg.fsq_levels)
     return VectorQuantizer(
