@@ -20,8 +20,8 @@ from unet import (
     TimeEmbedding,
     UNet,
     UNetConfig,
-    from_pytorch_unet,
 )
+from unet_weights import from_pytorch_unet
 
 TINY = dict(channels=(4, 6, 8), norm_groups=2)
 FLAT = dict(kernels=((1, 3, 3),), strides=((1, 2, 2),))
