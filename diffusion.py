@@ -67,7 +67,8 @@ class DiffusionConfig:
     beta_end: float = 0.0195           # its end; with these a is still 0.0119 at the last level
     zero_terminal_snr: bool = False    # make that 0 (arXiv:2305.08891, Algorithm 1); needs prediction v
     # sampling
-    steps: int = 30                    # from noise to data; heun asks the network twice a step
+    steps: int = 18                    # from noise to data (arXiv:2206.00364, small images); heun asks the
+                                       # network twice a step
     solver: str = "heun"               # euler (DDIM) | heun (second order) | heun_u (the same in x / a)
     guidance: float = 1.0              # w in F_u + w (F_c - F_u); 1: conditional, 0: unconditional
     guidance_interval: tuple[float, float] | None = None  # lowest, highest b / a that is guided
