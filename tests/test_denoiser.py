@@ -4,7 +4,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import diffusion
 import unet
 from control import Controlled, ControlNet, bit_planes, level_widths
 from pieces import ROOT, run_alone
@@ -138,6 +140,23 @@ def test_vector_conditions():
     hidden = vector @ net.vector[0].weight.T + net.vector[0].bias
     added = (hidden * hidden.sigmoid()) @ net.vector[2].weight.T + net.vector[2].bias
     assert (net.encode(x, t, vector)[1] - (net.time(t) + added)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", diffusion.KINDS)
+def test_training_and_sampling_run_on_fake_tensors(kind):
+    """So that memtest.py can predict their memory: nothing looks at a value."""
+    cfg = diffusion.DiffusionConfig(kind=kind, steps=2, guidance=2.0, guidance_interval=(0.1, 50.0))
+    with FakeTensorMode():
+        net = UNet(UNetConfig(**TINY, vector_channels=3))
+
+        def network(x, t, vector):
+            return net(x, t, vector).logits
+        x = torch.empty(2, 2, 8, 8, 8)
+        cond, none = dict(vector=torch.ones(2, 3)), dict(vector=torch.zeros(2, 3))
+        kept = diffusion.drop_conditions(cfg, torch.rand(2), cond, none)
+        diffusion.loss(cfg, network, x, torch.randn_like(x), torch.rand(2), kept).mean().backward()
+        assert net.stem.weight.grad.shape == net.stem.weight.shape
+        assert diffusion.sample(cfg, network, x, cond, none).shape == x.shape
 
 
 @pytest.mark.parametrize("call, message", [
