@@ -433,6 +433,16 @@ def test_guidance():
             assert (found - (u + 2.5 * (c - u))).abs().max() < 1e-12
 
 
+def test_guidance_is_float32_for_a_network_in_bfloat16():
+    def network(x, t, label):
+        return (x + label.view(-1, 1)).to(torch.bfloat16)
+    x, cfg = normal(3, 2, dtype=torch.float32), DiffusionConfig()
+    cond, uncond = dict(label=torch.ones(3)), dict(label=torch.zeros(3))
+    low, high = (network(x, None, **c).float() for c in (uncond, cond))
+    found = diffusion.denoise(cfg, network, x, Level(0.5, 0.5, 0.5), cond, uncond, 3.3)
+    assert (found.x - (x - 0.5 * (low + 3.3 * (high - low)))).abs().max() < 1e-5
+
+
 def test_guidance_interval():
     cfg = DiffusionConfig(steps=8, shift=1.0, solver="euler", guidance=2.0, guidance_interval=(0.2, 1.0))
     network, cond, uncond = Called(), dict(label=torch.ones(3)), dict(label=torch.zeros(3))
