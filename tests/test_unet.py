@@ -20,8 +20,8 @@ from unet import (
     TimeEmbedding,
     UNet,
     UNetConfig,
-    from_pytorch_unet,
 )
+from unet_weights import from_pytorch_unet
 
 TINY = dict(channels=(4, 6, 8), norm_groups=2)
 FLAT = dict(kernels=((1, 3, 3),), strides=((1, 2, 2),))
@@ -652,6 +652,9 @@ CHANGES = [
     dict(deep_supervision=1),
     dict(time_channels=4),
     dict(attention=True),
+    dict(attention_levels=2),
+    dict(residual=True),
+    dict(zero_head=True),
 ]
 
 
@@ -670,7 +673,7 @@ def test_every_config_field_changes_something(change):
 def test_fields_are_all_tested_and_plain():
     assert {f.name for f in dataclasses.fields(UNetConfig)} == {
         key for change in CHANGES for key in change
-    } | {"head_channels"}
+    } | {"head_channels", "vector_channels"}                     # vector_channels: tests/test_denoiser.py
     assert {f.type for f in dataclasses.fields(UNetConfig)} <= {
         "int",
         "str",
