@@ -24,9 +24,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402 (the one beside this folder, not this file)
-from volumes.config import DataConfig
-from volumes.dataset import open_data
-from volumes.intensities import normalise
 
 SIZE, CROP = (256, 256, 128), 96  # X, Y, Z; voxels
 ROUNDS, OURS_A_ROUND = 12, 200    # crops of ours in a round, to time them well: one takes less than a millisecond
@@ -43,7 +40,7 @@ def make_volume(path: Path) -> None:
 def decode_each_time(path: Path) -> Callable[[int], torch.Tensor]:
     """What a loader without a cache does for every crop."""
     def crop(index: int) -> torch.Tensor:
-        array, _ = normalise(data.read_volume(path).array, "ct")
+        array, _ = data.normalise(data.read_volume(path).array, "ct")
         rng = np.random.default_rng(index)
         d, h, w = (int(rng.integers(0, n - CROP + 1)) for n in array.shape[1:])
         return torch.from_numpy(array[:, d:d + CROP, h:h + CROP, w:w + CROP].copy())
@@ -51,8 +48,8 @@ def decode_each_time(path: Path) -> Callable[[int], torch.Tensor]:
 
 
 def our_cache(path: Path, folder: Path) -> Callable[[int], torch.Tensor]:
-    cfg = DataConfig(path=str(path), cache_dir=str(folder / "ours"), patch=(CROP,) * 3, modality="ct")
-    crops = data.Crops(open_data(cfg, 0, lambda line: None), 0)
+    cfg = data.DataConfig(path=str(path), cache_dir=str(folder / "ours"), patch=(CROP,) * 3, modality="ct")
+    crops = data.Crops(data.open_data(cfg, 0, lambda line: None), 0)
     return lambda index: crops[index][0]
 
 

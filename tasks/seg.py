@@ -32,9 +32,6 @@ from training.ready import Ready, run_network
 from training.state import State
 from training.task import Objective, Picture, Scored, nothing
 from unet import UNet, UNetConfig
-from volumes.config import DataConfig
-from volumes.dataset import Data
-from volumes.grids import resample
 
 PRESETS = unet.PRESETS
 METRICS = {"dice": True, "loss": False}
@@ -46,7 +43,7 @@ FOREGROUND = 0.33
 # -------------------------------------------------------------------------------- the config
 
 def sections(preset: UNetConfig) -> dict:
-    return {"unet": preset, "data": DataConfig(foreground=FOREGROUND)}
+    return {"unet": preset, "data": data.DataConfig(foreground=FOREGROUND)}
 
 
 def check(cfg: TrainConfig) -> None:
@@ -55,7 +52,7 @@ def check(cfg: TrainConfig) -> None:
                          "bits already")
 
 
-def resolve(cfg: TrainConfig, dataset: Data) -> TrainConfig:
+def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Channels and classes from the data. ValueError where the config asks for others."""
     # One logit is enough for two classes; the default stands for "as the data say".
     has_one_logit = cfg.unet.out_channels == 1 and dataset.classes == 2
@@ -147,7 +144,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def counts(
-    cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: Data
+    cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: data.Data
 ) -> dict[str, Tensor]:
     """Of one crop: what Dice is made of, (2, K), and in which classes its label has voxels, (K,)."""
     found, label = predicted_classes(out.logits).cpu(), micro.label.cpu()
@@ -196,7 +193,7 @@ def describe(cfg: TrainConfig) -> str:
     return f"U-Net of {classes(cfg)} classes"
 
 
-def prepare(ready: Ready, options: argparse.Namespace, cfg: DataConfig) -> None:
+def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
     """Raises ValueError for flags that do not fit the network's classes."""
     count = classes(ready.cfg)
     if options.mask_threshold is not None:
@@ -258,7 +255,7 @@ def classes_on(scores: Tensor, size: Sequence[int]) -> np.ndarray:
     """
     best, found = None, np.zeros(size, dtype=np.int16)
     for k in range(len(scores)):
-        score = resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
+        score = data.resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
         if best is None:                                         # class 0, which `found` holds already
             best = score
             continue

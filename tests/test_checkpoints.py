@@ -15,7 +15,6 @@ import torch
 
 from test_imports import files
 from training import checkpoints
-from volumes.files import write_atomic
 
 
 def test_every_load_is_weights_only():
@@ -157,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        write_atomic(path, broken)
+        checkpoints.write_atomic(path, broken)
     assert checkpoints.read(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 

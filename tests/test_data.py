@@ -19,22 +19,7 @@ import pytest
 import torch
 
 import data
-import volumes.load
-import volumes.points
-from data import Crops, read_volume
-from volumes.cache import cache_folder
-from volumes.config import DataConfig
-from volumes.dataset import Data, open_data
-from volumes.entries import Entry, open_array
-from volumes.files import DataError
-from volumes.find import Item, list_items
-from volumes.format_nibabel import write_nifti
-from volumes.formats import read_source
-from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, denormalise, guess_modality, normalise
-from volumes.load import load
-from volumes.points import POINTS, foreground_points
-from volumes.volume import Request
+from data import Crops, DataConfig, DataError, Item, open_data, read_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("VAE3D_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -259,11 +244,11 @@ def test_ct_windows():
     hu = np.array([-3024, -1350, -1000, -600, -5, 0, 75, 150, 1000, 3000], np.float32).reshape(1, 1, 1, -1)
     for window, (width, level) in {"lung": (1500, -600), "bone": (1500, 300), "soft_tissue": (400, 50), "brain": (80, 35)}.items():
         cfg = DataConfig(window=window)
-        out, _ = normalise(hu, "ct", cfg.hu_limits())
+        out, _ = data.normalise(hu, "ct", cfg.hu_limits())
         np.testing.assert_allclose(out, ((hu - level) / (width / 2)).clip(-1, 1), atol=1e-6)
-    out, intensity = normalise(hu, "ct", DataConfig().hu_limits())
+    out, intensity = data.normalise(hu, "ct", DataConfig().hu_limits())
     np.testing.assert_allclose(out, hu.clip(-1000, 1000) / 1000, atol=1e-7)
-    np.testing.assert_allclose(denormalise(out, intensity), hu.clip(-1000, 1000), atol=1e-3)
+    np.testing.assert_allclose(data.denormalise(out, intensity), hu.clip(-1000, 1000), atol=1e-3)
     assert intensity.background == -1
     assert DataConfig(hu_range=(-100, 300)).hu_limits() == (-100, 300)
 
@@ -273,11 +258,11 @@ def test_mr_percentiles_are_chosen(folder_of_one_mr, tmp_path):
     path, array = folder_of_one_mr
     low, high = array.min(), np.percentile(array, 99.5)
     maisi = dict(percentiles=(0.0, 99.5), percentiles_of="all")
-    out, intensity = normalise(array[None], "mr", **maisi)
+    out, intensity = data.normalise(array[None], "mr", **maisi)
     np.testing.assert_allclose((out[0] + 1) / 2, (array - low) / (high - low), atol=1e-6)
-    np.testing.assert_allclose(denormalise(out, intensity)[0], array, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(data.denormalise(out, intensity)[0], array, rtol=1e-5, atol=1e-3)
     cfg = dict(path=str(path), modality="mr", val_fraction=0.0, patch=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
-    highs = [open_data(DataConfig(**cfg, **more), 0, print).train[0].intensity.high[0] for more in ({}, maisi, {})]
+    highs = [data.open_data(DataConfig(**cfg, **more), 0, print).train[0].intensity.high[0] for more in ({}, maisi, {})]
     assert highs[1] == pytest.approx(high) and highs[0] == highs[2] == pytest.approx(np.percentile(array[array > 0], 99.5)) != highs[1]
     for bad in ((99.5, 0.5), (0.0, 101.0)):
         with pytest.raises(ValueError, match="data.percentiles is .* from 0 to 100"):
@@ -297,40 +282,40 @@ def test_mr_percentiles_of_the_foreground():
     rng = np.random.default_rng(0)
     array = np.where(rng.random((2, 10, 20, 30)) < 0.4, 0, rng.gamma(2, 100, (2, 10, 20, 30))).astype(np.float32)
     array[1] *= 7
-    out, intensity = normalise(array, "mr")
+    out, intensity = data.normalise(array, "mr")
     for channel, result in zip(array, out):
         low, high = np.percentile(channel[channel > 0], (0.5, 99.5))
         expected = np.maximum(2 * (channel - low) / (high - low) - 1, -1)
         np.testing.assert_allclose(result, expected, atol=1e-5)
     assert out.max() > 1.0 and out.min() == -1, "clipped below only"
-    back = denormalise(out, intensity)
+    back = data.denormalise(out, intensity)
     inside = out > -1
     np.testing.assert_allclose(back[inside], array[inside], rtol=1e-4)
     mask = (array > 0).astype(np.float32)                      # two values only: the percentiles coincide
-    assert set(np.unique(normalise(mask, "mr")[0])) == {-1, 1}
+    assert set(np.unique(data.normalise(mask, "mr")[0])) == {-1, 1}
 
 
 def test_voxel_grids_keep_zero_at_zero():
     array = np.zeros((3, 4, 5, 6), np.float32)
     array[0, 1, 1, 1], array[1, 2, 2, 2], array[1, 0, 0, 0] = 4, -20, 10
-    out, intensity = normalise(array, "radar")
+    out, intensity = data.normalise(array, "radar")
     assert intensity.background == 0 and ((out == 0) == (array == 0)).all()
     assert out[0, 1, 1, 1] == 1 and out[1, 2, 2, 2] == -1 and out[1, 0, 0, 0] == 0.5
-    np.testing.assert_allclose(denormalise(out, intensity), array, rtol=1e-6)
-    assert normalise(array, "voxel", voxel_scale=(8, 10, 1))[0][1, 2, 2, 2] == -2
-    assert not normalise(array * 0, "voxel")[0].any(), "an empty frame is a frame"
+    np.testing.assert_allclose(data.denormalise(out, intensity), array, rtol=1e-6)
+    assert data.normalise(array, "voxel", voxel_scale=(8, 10, 1))[0][1, 2, 2, 2] == -2
+    assert not data.normalise(array * 0, "voxel")[0].any(), "an empty frame is a frame"
     with pytest.raises(DataError):
-        normalise(array, "voxel", voxel_scale=(1, 2))
+        data.normalise(array, "voxel", voxel_scale=(1, 2))
 
 
 def test_constant_and_unscalable_volumes_are_refused():
     for modality in ("auto", "ct", "mr"):
         with pytest.raises(DataError, match="every voxel is 0"):
-            normalise(np.zeros((1, 3, 3, 3), np.float32), modality)
+            data.normalise(np.zeros((1, 3, 3, 3), np.float32), modality)
     array = np.full((1, 3, 3, 3), -3.4e38, np.float32)
     array[0, 0] = 3.4e38
     with pytest.raises(DataError, match="float32"):
-        normalise(array, "voxel", voxel_scale=(1e-3,))
+        data.normalise(array, "voxel", voxel_scale=(1e-3,))
 
 
 @needs_real
@@ -342,7 +327,7 @@ def test_modality_is_guessed_from_the_values():
         files = sorted(REAL.glob(pattern))
         assert files, pattern
         for path in files:
-            assert guess_modality(read_volume(path).array) == modality, path.name
+            assert data.guess_modality(read_volume(path).array) == modality, path.name
 
 
 # --------------------------------------------------------------------------------------------------------------------- grids
@@ -353,7 +338,7 @@ def test_resampling_keeps_places_and_means(tmp_path):
     mm = np.stack([x, y, z, np.ones_like(x)], -1) @ affine.T
     array = (mm[..., 0] + 2 * mm[..., 1] - 3 * mm[..., 2]).astype(np.float32).transpose(2, 1, 0)[None]
     for size in ((24, 40, 32), (6, 10, 8), (12, 30, 8), (5, 20, 16), (12, 7, 11)):
-        out, grid = resample(array, affine, size)
+        out, grid = data.resample(array, affine, size)
         assert out.shape == (1, *size)
         z, y, x = np.meshgrid(*(np.arange(n) for n in size), indexing="ij")
         mm = np.stack([x, y, z, np.ones_like(x)], -1) @ grid.T
@@ -367,7 +352,7 @@ def test_resampling_keeps_places_and_means(tmp_path):
         np.testing.assert_allclose(new, corners, atol=1e-9)
     noise = np.random.default_rng(0).standard_normal((1, 32, 32, 32), dtype=np.float32)
     for size, limit in (((8, 8, 8), 0.1), ((8, 32, 32), 0.5), ((32, 8, 8), 0.25)):
-        spread = resample(noise, np.eye(4), size)[0].std()  # without the wider kernel: 0.35, 0.71 and 0.5
+        spread = data.resample(noise, np.eye(4), size)[0].std()  # without the wider kernel: 0.35, 0.71 and 0.5
         assert spread < limit, f"{size}: noise of 1 comes out as {spread}, so it is aliased"
 
 
@@ -397,17 +382,17 @@ def test_folder_is_searched_once_and_safely(tmp_path):
     (root / "b/again.nii.gz").symlink_to(root / "b/one.nii.gz")
     (root / "b/broken.nii").symlink_to(root / "nowhere")
     os.mkfifo(root / "b/pipe.nii")
-    names = [item.path.name for item in list_items(root)["training"]]
+    names = [item.path.name for item in data.list_items(root)["training"]]
     assert names == ["pair.hdr", "points.bin", "ü space.nii", "again.nii.gz", "broken.nii", "two.NII"], "each file once, sorted"
     with pytest.raises(DataError) as error:
-        list_items(tmp_path / "absent")
+        data.list_items(tmp_path / "absent")
     one_line(error, "absent", "no such file or folder")
 
 
 def test_datalists(folder, tmp_path):
     def lists(content: object, name: str = "list.json") -> dict[str, list[Item]]:
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-        return list_items(folder / name)
+        return data.list_items(folder / name)
 
     found = lists({"name": "Task", "numTraining": 2, "training": [{"image": "./case0.nii.gz", "label": "./l.nii.gz"}, "case1.nii.gz"],
                    "test": ["./case2.nii.gz"]})                # Decathlon
@@ -515,12 +500,12 @@ def test_crop_equals_the_slice_of_the_normalised_volume(opened):
         assert whole.dtype == np.float32 and whole.flags.writeable
         region = (slice(1, 5), slice(2, 6), slice(0, 3))
         assert np.array_equal(entry.read(region), whole[:, 1:5, 2:6, 0:3])
-        np.testing.assert_allclose(denormalise(whole, entry.intensity), source, atol=1e-3)
+        np.testing.assert_allclose(data.denormalise(whole, entry.intensity), source, atol=1e-3)
 
 
 def test_second_start_decodes_nothing(folder, tmp_path, monkeypatch):
     first = open_data(config(folder, tmp_path), 0, quiet)
-    monkeypatch.setattr(volumes.load, "read_source", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("decoded again"))
     second = open_data(config(folder, tmp_path), 0, quiet)
     for a, b in zip(first.train + first.val, second.train + second.val):
         assert (a.name, a.store, a.intensity, a.shape, a.spacing) == (b.name, b.store, b.intensity, b.shape, b.spacing)
@@ -559,7 +544,7 @@ def test_damaged_cache_is_rebuilt(folder, tmp_path):
     for damage in (lambda: record.write_text("{"), lambda: record.write_text("[]"), lambda: Path(entry.store).unlink(),
                    lambda: os.truncate(entry.store, 200)):
         damage()
-        open_array.cache_clear()
+        data._open_array.cache_clear()
         assert np.array_equal(open_data(cfg, 0, quiet).train[0].read(), expected)
     assert not list((tmp_path / "cache").glob(".*.tmp")), "a temporary file was left"
 
@@ -594,10 +579,10 @@ def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch)
 
 def test_default_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder(DataConfig()) == tmp_path / "xdg" / "vae3d"
+    assert data.cache_folder(DataConfig()) == tmp_path / "xdg" / "vae3d"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder(DataConfig()) == tmp_path / "home" / ".cache" / "vae3d"
+    assert data.cache_folder(DataConfig()) == tmp_path / "home" / ".cache" / "vae3d"
 
 
 # --------------------------------------------------------------------------------------------------------------------- crops
@@ -718,7 +703,7 @@ def test_foreground_crops_of_sparse_grids(tmp_path):
     for number in range(4):
         sparse_grid(tmp_path / "in" / f"{number}.npy", number)
 
-    def crops(foreground: float) -> tuple[list[torch.Tensor], Data]:
+    def crops(foreground: float) -> tuple[list[torch.Tensor], data.Data]:
         opened = open_data(config(tmp_path / "in", tmp_path, foreground=foreground, patch=(8, 8, 8), modality="radar"), 0, quiet)
         dataset = Crops(opened, 1)
         return [dataset[i][0] for i in range(200)], opened
@@ -748,27 +733,27 @@ def test_foreground_places_are_bounded_even_and_kept(tmp_path, monkeypatch):
     cfg = config(tmp_path / "a.npy", tmp_path, foreground=1, modality="voxel")
     entry = open_data(cfg, 0, quiet).train[0]
     assert sorted(map(tuple, np.load(entry.points)[0])) == [(4, 3, x) for x in range(5, 25)], "each voxel once, D H W"
-    monkeypatch.setattr(volumes.points, "foreground_points", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(data, "foreground_points", lambda *_: pytest.fail("made again"))
     assert open_data(cfg, 0, quiet).train[0].points == entry.points
     monkeypatch.undo()
     os.truncate(entry.points, 50)
     assert np.load(open_data(cfg, 0, quiet).train[0].points).shape == (1, 20, 3), "a damaged one is made again"
-    dense = Entry("dense", None, (1, 20, 50, 60), (1, 1, 1), np.eye(4), Intensity("voxel", (-1,), (1,)),
+    dense = data.Entry("dense", None, (1, 20, 50, 60), (1, 1, 1), np.eye(4), data.Intensity("voxel", (-1,), (1,)),
                        np.ones((1, 20, 50, 60), np.float32))
-    points = foreground_points(dense)
-    assert points.shape == (1, POINTS, 3) and len(np.unique(points[0], axis=0)) > 0.99 * POINTS
+    points = data.foreground_points(dense)
+    assert points.shape == (1, data.POINTS, 3) and len(np.unique(points[0], axis=0)) > 0.99 * data.POINTS
     np.testing.assert_allclose(points[0].mean(0), (9.5, 24.5, 29.5), atol=0.6)
     empty = dataclasses.replace(dense, store=dense.store * 0)
-    assert data.point_in(dataclasses.replace(empty, points=foreground_points(empty)), (0.5, 0.5)) is None
+    assert data._point(dataclasses.replace(empty, points=data.foreground_points(empty)), (0.5, 0.5)) is None
 
 
 def test_foreground_places_do_not_depend_on_the_slabs(monkeypatch):
     rng = np.random.default_rng(0)
     array = (rng.random((1, 12, 9, 10)) < 0.3).astype(np.float32)
-    entry = Entry("a", None, array.shape, (1, 1, 1), np.eye(4), Intensity("voxel", (-1,), (1,)), array)
-    whole = foreground_points(entry)
-    monkeypatch.setattr(volumes.points.math, "prod", lambda *_: 2**21)   # slabs of 2
-    assert np.array_equal(foreground_points(entry), whole)
+    entry = data.Entry("a", None, array.shape, (1, 1, 1), np.eye(4), data.Intensity("voxel", (-1,), (1,)), array)
+    whole = data.foreground_points(entry)
+    monkeypatch.setattr(data.math, "prod", lambda *_: 2**21)   # slabs of 2
+    assert np.array_equal(data.foreground_points(entry), whole)
 
 
 @needs_real
@@ -804,7 +789,7 @@ def matches(image: torch.Tensor, label: torch.Tensor, largest: int = 3) -> bool:
     return label.dtype == torch.int64 and torch.equal((image[0] * largest).round().long(), label)
 
 
-def said_and_data(path: Path, tmp_path: Path, **fields) -> tuple[list[str], Data]:
+def said_and_data(path: Path, tmp_path: Path, **fields) -> tuple[list[str], data.Data]:
     said: list[str] = []
     fields = {"labels": True, "modality": "voxel", **fields}
     return said, open_data(config(path, tmp_path, **fields), 0, said.append)
@@ -822,7 +807,7 @@ def test_pairs_in_every_form(tmp_path):
     np.savez(root / "both_seg.npz", vol=image, seg=label.astype(np.float64))
     np.save(root / "f_image.npy", image)
     np.save(root / "f_label.npy", label)
-    items = list_items(root, labels=True)["training"]
+    items = data.list_items(root, labels=True)["training"]
     found = {str(item.path.relative_to(root)): str(item.label.relative_to(root)) for item in items}
     assert found == {**names, "both_seg.npz": "both_seg.npz", "f_image.npy": "f_label.npy"} and not any(item.fault for item in items)
     said, opened = said_and_data(root, tmp_path)
@@ -832,10 +817,10 @@ def test_pairs_in_every_form(tmp_path):
         assert np.array_equal(entry.read_label(), expected) and entry.read_label().dtype == np.int64, entry.name
         assert np.load(entry.label, mmap_mode="r").dtype == np.uint8 and entry.label_ids == (0, 1, 2, 3)
     for name in ("d/X_image.nii.gz", "both_seg.npz", "images/a.nii.gz", "d/Y.nii.gz"):  # a file by itself finds its label
-        (item,) = list_items(root / name, labels=True)["training"]
+        (item,) = data.list_items(root / name, labels=True)["training"]
         assert item.label.name == Path(found[name]).name and not item.fault
     (root / "list.json").write_text(json.dumps({"training": [{"image": "d/X_image.nii.gz", "label": "labels/a.nii.gz"}, "both_seg.npz"]}))
-    items = list_items(root / "list.json", labels=True)["training"]
+    items = data.list_items(root / "list.json", labels=True)["training"]
     assert [str(item.label.relative_to(root)) for item in items] == ["labels/a.nii.gz", "both_seg.npz"]
 
 
@@ -952,7 +937,7 @@ def test_classes_ignored_label_and_label_values(tmp_path):
     save(tmp_path / "in" / "a_label.nii.gz", stored)
     expected = label.transpose(2, 1, 0).astype(np.int64)
 
-    def opened(**fields) -> Data:
+    def opened(**fields) -> data.Data:
         return said_and_data(tmp_path / "in", tmp_path, **fields)[1]
 
     plain = opened()
@@ -1046,7 +1031,7 @@ def test_resampled_labels_against_a_slow_loop():
     for old, new in ((7, 3), (3, 7), (10, 5), (5, 5), (4, 9), (1, 4)):
         label = rng.integers(0, 9, (old, 3, 2)).astype(np.int16)
         expected = np.stack([label[min(old - 1, int((i + 0.5) * old / new))] for i in range(new)])
-        assert np.array_equal(resample_label(label, (new, 3, 2)), expected)
+        assert np.array_equal(data.resample_label(label, (new, 3, 2)), expected)
 
 
 def test_foreground_crops_see_rare_classes(tmp_path):
@@ -1084,11 +1069,11 @@ def test_label_cache_follows_the_label(tmp_path, monkeypatch):
     save(tmp_path / "in" / "a_label.nii.gz", label)
     _, first = said_and_data(tmp_path / "in", tmp_path, foreground=1)
     with monkeypatch.context() as patch:
-        patch.setattr(volumes.load, "read_source", lambda *_, **__: pytest.fail("decoded again"))
+        patch.setattr(data, "_read", lambda *_, **__: pytest.fail("decoded again"))
         _, again = said_and_data(tmp_path / "in", tmp_path, foreground=1)
     assert again.train[0].label == first.train[0].label and again.train[0].points == first.train[0].points
     os.truncate(first.train[0].label, 150)
-    open_array.cache_clear()
+    data._open_array.cache_clear()
     mended = said_and_data(tmp_path / "in", tmp_path)[1].train[0]
     assert np.array_equal(mended.read_label(), label.transpose(2, 1, 0)), "a damaged one is made again"
     save(tmp_path / "in" / "a_label.nii.gz", label // 2)
@@ -1170,12 +1155,12 @@ def test_pictures_are_read_as_they_are(tmp_path):
         volume = read_volume(tmp_path / name)
         assert volume.array.dtype == np.float32 and np.array_equal(volume.array[:, 0], expected), name
         assert volume.spacing == (1, 1, 1) and np.array_equal(volume.affine, np.eye(4))
-        item = load(Item(tmp_path / name), DataConfig())
+        item = data.load(Item(tmp_path / name), DataConfig())
         top = 65535 if name == "d.png" else 255
         normal, intensity = item.volumes[0]
         np.testing.assert_allclose(normal[:, 0], expected / top * 2 - 1, atol=1e-6)
         assert (intensity.modality, intensity.background, item.guessed) == ("picture", -1, False)
-        np.testing.assert_allclose(denormalise(normal, intensity), volume.array, atol=0.01)
+        np.testing.assert_allclose(data.denormalise(normal, intensity), volume.array, atol=0.01)
     smooth = np.broadcast_to(np.arange(0, 160, 5, dtype=np.uint8)[:, None, None], (32, 24, 3)).copy()
     image.fromarray(smooth).save(tmp_path / "c.jpg", quality=95)
     assert abs(read_volume(tmp_path / "c.jpg").array[:, 0] - smooth.transpose(2, 0, 1)).max() < 4
@@ -1220,7 +1205,7 @@ def test_palette_masks(tmp_path):
         picture = image.fromarray(index)
         picture.putpalette(palette)
         picture.save(tmp_path / name)
-        found = read_source(tmp_path / name, Request(max_gib=1.0, label=True)).volume.array
+        found = data._read(tmp_path / name, None, "error", None, 1.0, label=True).volume.array
         assert found.shape == (1, 1, 2, 2) and tuple(np.unique(found)) == expected, name
         assert len(read_volume(tmp_path / name).array) == 3, "as an image it is its colours"
 
@@ -1408,10 +1393,9 @@ def test_command_line_on_the_odd_files(capfd):
     assert sum(row.rstrip().endswith("  ok") for row in rows) == 34 and sum("  refused: " in row for row in rows) == 10
 
 
-def test_works_copied_with_its_folder(tmp_path):
+def test_works_copied_alone(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path / "data.py")
-    shutil.copytree(ROOT / "volumes", tmp_path / "volumes")
-    script = ("import data; from volumes.config import DataConfig; from volumes.dataset import open_data; d = open_data(DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "
+    script = ("import data; d = data.open_data(data.DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "
               "print(data.Crops(d, 0)[0][0].shape)")
     env = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
@@ -1424,57 +1408,13 @@ def test_write_nifti_puts_a_crop_where_it_was(tmp_path):
     affine = np.array([[2.0, 0, 0, -10], [0, 3, 0, 5], [0, 0, 4, 7], [0, 0, 0, 1]])
     for n in range(2):
         nib.save(nib.Nifti1Image((rng.random((9, 10, 11)) * 100).astype(np.float32), affine), tmp_path / f"v{n}.nii.gz")
-    cfg = DataConfig(path=str(tmp_path), patch=(4, 5, 6), modality="mr", cache_dir=str(tmp_path / "cache"))
-    opened = open_data(cfg, 0, say=lambda _: None)
+    cfg = data.DataConfig(path=str(tmp_path), patch=(4, 5, 6), modality="mr", cache_dir=str(tmp_path / "cache"))
+    opened = data.open_data(cfg, 0, say=lambda _: None)
     crop = data.val_crops(opened, 0, 1)[0]
-    write_nifti(tmp_path / "out.nii.gz", crop.image.numpy(), crop.affine)
+    data.write_nifti(tmp_path / "out.nii.gz", crop.image.numpy(), crop.affine)
     back = data.read_volume(tmp_path / "out.nii.gz")
     assert np.array_equal(back.array, crop.image.numpy()) and back.spacing == (4, 3, 2)
     x, y, z = np.round(np.linalg.inv(affine) @ back.affine[:, 3]).astype(int)[:3]
     assert np.array_equal(crop.entry.read()[:, z:z + 4, y:y + 5, x:x + 6], back.array)
     whole = list(data.WholeVolumes(opened))
     assert [c.image.shape for c in whole] == [(1, 11, 10, 9)] and np.array_equal(whole[0].affine, opened.val[0].affine)
-
-
-def test_every_field_is_in_the_caches_key_or_changes_no_voxel():
-    """A new field of section `data` fails here until somebody says which of the two it is."""
-    from volumes.config import NOT_IN_THE_CACHE, VoxelSettings
-    in_key = {field.name for field in dataclasses.fields(VoxelSettings)} - {"kind"}
-    assert not in_key & NOT_IN_THE_CACHE
-    assert {field.name for field in dataclasses.fields(DataConfig)} == in_key | NOT_IN_THE_CACHE
-
-
-def raw_read(path, request):
-    """A made-up format: three sizes as int32, then voxels as uint8."""
-    from volumes.volume import Source, Volume
-    content = path.read_bytes()
-    size = np.frombuffer(content[:12], np.int32)
-    voxels = np.frombuffer(content[12:], np.uint8).reshape(1, *size).astype(np.float32)
-    return Source(Volume(voxels, (1.0, 1.0, 1.0), np.eye(4)), False, "uint8", "-")
-
-
-def raw_write(file, array, origin, slope, inter):
-    file.write(np.array(array.shape[1:], np.int32).tobytes() + array.astype(np.uint8).tobytes())
-
-
-def test_a_format_of_ones_own_is_one_row_of_the_table(tmp_path, monkeypatch):
-    """Found, read, cached, cropped, and written back on its own grid: by a row from outside."""
-    from volumes import formats
-    from volumes.results import write_result
-    monkeypatch.setattr(formats, "TABLE", [*formats.TABLE, formats.Format((".raw8",), raw_read, raw_write)])
-    rng = np.random.default_rng(0)
-    for n in range(3):
-        array = rng.integers(0, 256, (1, 6, 8, 10))
-        with open(tmp_path / f"v{n}.raw8", "wb") as file:
-            raw_write(file, array, None, 1, 0)
-    cfg = DataConfig(path=str(tmp_path), modality="mr", patch=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
-    found = open_data(cfg, 0, lambda line: None)
-    assert len(found.train) == 2 and Crops(found, 0)[0][0].shape == (1, 4, 4, 4)
-    assert ".raw8" in formats.known_endings()
-    loaded = load(Item(tmp_path / "v2.raw8"), cfg)
-    origin = formats.origin_of(tmp_path / "v2.raw8", loaded.source, None)
-    out = tmp_path / f"out{formats.ending_out(tmp_path / 'v2.raw8')}"
-    write_result(out, loaded.volumes, loaded.affine, origin)
-    written, stored = read_volume(out).array, read_volume(tmp_path / "v2.raw8").array
-    low = np.asarray(loaded.volumes[0][1].low)                   # what lies below the percentile was clipped
-    assert np.abs(written - np.maximum(stored, np.rint(low))).max() <= 1

@@ -19,18 +19,16 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import quantize
 import tasks.vae
 import train
-import volumes.cache
 from processes import free_port
 from runs import CODES, CPU, ROOT, TIMES, load, rows
 from runs import TINY as TINY_OF_ONE
 from training import memory, ranks
 from training.devices import to_device
 from training.step import train_step
-from volumes.cache import one_at_a_time
-from volumes.files import DataError
 
 # 9 crops an epoch: its last step is short of every global batch below.
 TINY = [*TINY_OF_ONE, "--train.val_crops", "3", "--log.samples", "1"]
@@ -265,7 +263,7 @@ def test_running_statistics_are_the_same_on_all_ranks(pool, tmp_path):
 def breaks(patch, rank):
     def broken(cfg, state, batches):
         if rank == 1 and state.step == 2:
-            raise DataError("scan7.npy: the disk is gone")
+            raise data.DataError("scan7.npy: the disk is gone")
         return train_step(cfg, state, batches)
     patch.setattr(train, "train_step", broken)
 
@@ -415,14 +413,14 @@ def test_codes_start_anew_from_the_same_latents_on_any_number_of_ranks(pool):
 
 
 def counting(patch, rank):
-    original = volumes.cache.load
+    original = data.load
 
     def load_and_count(item, cfg):
         with open(os.environ["COUNT"], "a") as file:
             file.write(f"{rank} {item.path.name}\n")
         time.sleep(0.3)                                          # as a volume takes: the other rank comes by
         return original(item, cfg)
-    patch.setattr(volumes.cache, "load", load_and_count)
+    patch.setattr(data, "load", load_and_count)
 
 
 def in_folder(folder, flags):
@@ -455,11 +453,11 @@ def test_a_builder_that_dies_is_not_waited_for(tmp_path):
     record, held = tmp_path / "scan.json", tmp_path / ".scan.lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(held)], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    with one_at_a_time(record, wait=False) as mine:
+    with data._one_at_a_time(record, wait=False) as mine:
         assert not mine
     holder.kill()
     holder.wait()
-    with one_at_a_time(record, wait=True) as mine, open(held) as file:
+    with data._one_at_a_time(record, wait=True) as mine, open(held) as file:
         assert mine
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,14 +12,13 @@ import unet
 import vae3d
 from runs import SEG, TINY, command, load_config, resume, rows, run
 from tasks import seg
-from volumes.dataset import open_data
 
 # -------------------------------------------------------------------------------------------- tasks/vae.py
 
 def test_latent_statistics_are_stored(tmp_path):
     assert run("--steps", "2", out=tmp_path / "r") == 0
     cfg = load_config(TINY)
-    crops = data.Crops(open_data(cfg.data, 0, say=lambda _: None), 0)
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
     best = torch.load(tmp_path / "r/best.pt", weights_only=True)
     vae = vae3d.VAE3D(cfg.vae).eval()
     vae.load_state_dict(best["model"])

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import data
 from training import checkpoints, ranks
 from training.config import TrainConfig, config_dict
 from training.facts import facts_of
 from training.foreign import load_foreign
 from training.state import State
-from volumes.dataset import Data
-from volumes.files import brief
 
 # Fields of State that last.pt holds under their own name.
 COUNTERS = (
@@ -39,7 +38,7 @@ COUNTERS = (
 
 # -------------------------------------------------------------------------------- what last.pt holds
 
-def checkpoint_of(cfg: TrainConfig, state: State, dataset: Data) -> dict:
+def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     """The content of last.pt: tensors and plain values only.
 
     It holds nothing that differs between two runs of the same command.
@@ -151,7 +150,7 @@ def check_counters(state: State, checkpoint: dict, path: Path) -> None:
     for name, fits in possible.items():
         if not fits:
             raise ValueError(f"{path} ({name}): does not fit this run, found "
-                             f"{brief(checkpoint[name])}; use the config that made it")
+                             f"{data.brief(checkpoint[name])}; use the config that made it")
 
 
 def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source: str) -> None:

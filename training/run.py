@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 import data
-from training import ranks
+from training import checkpoints, ranks
 from training.config import TrainConfig, to_yaml
 from training.log import Log
 from training.memory import with_recovery
 from training.signals import Stopped
 from training.state import State
-from volumes.dataset import Data
-from volumes.files import write_atomic
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Run:
     cfg: TrainConfig
     state: State
     device: torch.device
-    dataset: Data
+    dataset: data.Data
     crops: data.Crops
     held_out: Sequence[data.Crop]
     out: Path
@@ -44,7 +42,7 @@ class Run:
 def save_config(run: Run) -> None:
     if ranks.first():
         text = to_yaml(run.settings)
-        write_atomic(run.out / "config.yaml", lambda file: file.write(text.encode()))
+        checkpoints.write_atomic(run.out / "config.yaml", lambda file: file.write(text.encode()))
 
 
 def stop_if_signalled(run: Run) -> None:
