@@ -24,7 +24,6 @@ import torch
 
 import peaks
 import pictures
-from data import DataError
 from peaks import GIB, LEFT_OUT, SPARE, MakeStep, Size
 from tasks import TASKS
 from training import fit
@@ -34,6 +33,7 @@ from training.fit import memory_settings, memory_text, network_of, size_text
 from training.flags import Parser, load_config
 from training.memory import modes_of
 from training.task import Task, of
+from volumes.files import DataError
 
 # In the YAML of a plan these stand also where they are the default.
 SAID = {("data", "patch"), ("train", "amp"), ("train", "batch"), ("memory", "mode")}

@@ -29,7 +29,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")              # before torch loads; train.py says why
 
 import argparse
-import dataclasses
 import json
 import math
 import signal
@@ -43,9 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import pictures
-from data import DataError
 from tasks import TASKS
 from training import evaluation, jobs, latents, report
 from training.cases import Case, label_of, read_case
@@ -57,7 +54,11 @@ from training.jobs import Job
 from training.order import seed_of
 from training.ready import BUDGET, Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
-from training.source_grid import save, write_result, write_volume
+from volumes import formats
+from volumes.config import DataConfig
+from volumes.files import DataError, bare_name, show, write_atomic
+from volumes.grids import resample_label
+from volumes.results import write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
@@ -86,7 +87,7 @@ def reconstruct(options: argparse.Namespace) -> bool:
         return f"{speed} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
-    todo = jobs.make_jobs(items, options.input, options.output, jobs.ending_of_result)
+    todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
     return jobs.run_jobs(todo, work, options.overwrite)
 
 
@@ -124,7 +125,7 @@ def decode(options: argparse.Namespace) -> bool:
     def work(job: Job) -> str:
         found, tick = latents.read(job.item.path, ready), jobs.show_progress(job.item.path)
         if found.fingerprint != ready.fingerprint:
-            print(f"{data.show(job.item.path)}: was encoded with other weights than {ready.path}")
+            print(f"{show(job.item.path)}: was encoded with other weights than {ready.path}")
         started = time.monotonic()
         volumes = [ready.task.decode(ready, array, found.size, tick) for array in found.arrays]
         speed = jobs.speed(volumes, started)
@@ -162,7 +163,7 @@ def segment(options: argparse.Namespace) -> bool:
             save_overlay(viz_path(job.output), case, found[0])
         if not options.no_save:
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
-            write_volume(job.output, labels, dataclasses.replace(case.origin, key=data.LABEL_KEYS[0]))
+            formats.write_label(job.output, labels, case.origin)
         text += f"; {shares_text(found, values)}"
         return text if options.no_save else f"{text} -> {job.output}"
 
@@ -170,22 +171,21 @@ def segment(options: argparse.Namespace) -> bool:
     if options.output is None:
         todo = [Job(item, Path()) for item in items]
     else:
-        todo = jobs.make_jobs(items, options.input, options.output, jobs.ending_of_result)
+        todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
     return jobs.run_jobs(todo, work, options.overwrite or options.no_save)
 
 
 def save_overlay(path: Path, case: Case, found: np.ndarray) -> None:
     """Slices of the first volume beside the same slices with a colour for each class. found (D, H, W)."""
     volume = case.arrays[0]
-    found = data.resample_label(found, volume.shape[1:])
+    found = resample_label(found, volume.shape[1:])
     picture = pictures.label_comparison(torch.from_numpy(volume), [torch.from_numpy(found)], case.spacing,
                                         case.is_picture)
-    save(path, lambda file: file.write(pictures.png(picture)))
+    write_atomic(path, lambda file: file.write(pictures.png(picture)))
 
 
 def viz_path(output: Path) -> Path:
-    ending = "".join(data._suffix(output))
-    return output.with_name(output.name.removesuffix(ending) + "_viz.png")
+    return output.with_name(bare_name(output.name) + "_viz.png")
 
 
 def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
@@ -230,7 +230,7 @@ def evaluate(options: argparse.Namespace) -> bool:
                         part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
                     which = f" volume {t}" if len(case.arrays) > 1 else ""
-                    name = f"[{number}/{len(items)}] {data.show(item.path)}{which}"
+                    name = f"[{number}/{len(items)}] {show(item.path)}{which}"
                     print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
 
         # Then all of them together: a table, the figures as JSON, a page with the worst, median and best.
@@ -238,12 +238,12 @@ def evaluate(options: argparse.Namespace) -> bool:
         evaluation.print_table(result)
         if options.json:
             text = json.dumps(evaluation.finite(result), indent=1) + "\n"
-            save(Path(options.json), lambda file: file.write(text.encode()))
+            write_atomic(Path(options.json), lambda file: file.write(text.encode()))
         if options.report and rows:
             chosen = evaluation.worst_median_best(rows, *evaluation.ranked_by(ready, rows))
             parts = {name: part_file(folder, row).read_text(encoding="utf-8") for name, row in chosen.items()}
             page = report.evaluation_page(ready, result, parts, options.data)
-            save(Path(options.report), lambda file: file.write(page.encode()))
+            write_atomic(Path(options.report), lambda file: file.write(page.encode()))
     return jobs.tell_failures(failed, len(items))
 
 
@@ -260,7 +260,7 @@ def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
 
 # -------------------------------------------------------------------------------- what they share
 
-def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, data.DataConfig]:
+def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, DataConfig]:
     """The network with the command's flags put on it, and how its volumes are prepared.
 
     needs: names of training.task.Task, of which the network's task must have one. Raises ValueError for a
@@ -277,7 +277,7 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, da
 
 def data_changes(options: argparse.Namespace) -> dict:
     """The fields of the section `data` that flags give."""
-    hints = typing.get_type_hints(data.DataConfig)
+    hints = typing.get_type_hints(DataConfig)
     changes = {}
     for field in (*DATA_FLAGS, "label_values"):
         value = getattr(options, f"data_{field}", None)
@@ -362,7 +362,7 @@ def add_flags(command: str, add: Callable) -> None:
     add("--amp", action="store_true", help="16-bit autocast: faster, no longer exact")
 
     # How the volumes are prepared, where that is not as the run prepared its own.
-    comments = field_comments(data.DataConfig)
+    comments = field_comments(DataConfig)
     fields = (*DATA_FLAGS, "label_values") if of_unet else DATA_FLAGS
     for field in fields:
         text = comments.get(field, "").replace("%", "%%")
@@ -413,10 +413,10 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"goes on from there")
         return SIGNALS[number]
     except (ValueError, DataError) as error:
-        print(f"predict.py: {data.show(explained(error))}", file=sys.stderr)
+        print(f"predict.py: {show(explained(error))}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"predict.py: {data.show(explained(error))}", file=sys.stderr)
+        print(f"predict.py: {show(explained(error))}", file=sys.stderr)
         return EXIT_ERROR
 
 

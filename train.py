@@ -41,7 +41,6 @@ import torch
 
 import data
 import peaks
-from data import DataError
 from tasks import TASKS
 from training import checkpoints, memory, ranks
 from training.adversary import disc_rate
@@ -62,6 +61,7 @@ from training.state import State, tensors_of
 from training.step import train_step
 from training.task import Task, metric_of, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
+from volumes.files import DataError, StoreError
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
@@ -99,7 +99,7 @@ def command(argv: Sequence[str]) -> int:
         return SIGNALS[number]
     except ranks.Elsewhere:
         return ranks.exit_code(EXIT_ERROR)
-    except (RunStopped, data.StoreError) as error:
+    except (RunStopped, StoreError) as error:
         return told(line_of(error), EXIT_ERROR)
     except OSError as error:
         return told(disk_text(error, None), EXIT_ERROR)

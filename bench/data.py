@@ -24,6 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402 (the one beside this folder, not this file)
+from volumes.config import DataConfig  # noqa: E402
+from volumes.intensities import normalise  # noqa: E402
 
 SIZE, CROP = (256, 256, 128), 96  # X, Y, Z; voxels
 ROUNDS, OURS_A_ROUND = 12, 200    # crops of ours in a round, to time them well: one takes less than a millisecond
@@ -40,7 +42,7 @@ def make_volume(path: Path) -> None:
 def decode_each_time(path: Path) -> Callable[[int], torch.Tensor]:
     """What a loader without a cache does for every crop."""
     def crop(index: int) -> torch.Tensor:
-        array, _ = data.normalise(data.read_volume(path).array, "ct")
+        array, _ = normalise(data.read_volume(path).array, "ct")
         rng = np.random.default_rng(index)
         d, h, w = (int(rng.integers(0, n - CROP + 1)) for n in array.shape[1:])
         return torch.from_numpy(array[:, d:d + CROP, h:h + CROP, w:w + CROP].copy())
@@ -48,7 +50,7 @@ def decode_each_time(path: Path) -> Callable[[int], torch.Tensor]:
 
 
 def our_cache(path: Path, folder: Path) -> Callable[[int], torch.Tensor]:
-    cfg = data.DataConfig(path=str(path), cache_dir=str(folder / "ours"), patch=(CROP,) * 3, modality="ct")
+    cfg = DataConfig(path=str(path), cache_dir=str(folder / "ours"), patch=(CROP,) * 3, modality="ct")
     crops = data.Crops(data.open_data(cfg, 0, lambda line: None), 0)
     return lambda index: crops[index][0]
 

@@ -32,6 +32,8 @@ from training.ready import Ready, run_network
 from training.state import State
 from training.task import Objective, Picture, Scored, nothing
 from unet import UNet, UNetConfig
+from volumes.config import DataConfig
+from volumes.grids import resample
 
 PRESETS = unet.PRESETS
 METRICS = {"dice": True, "loss": False}
@@ -43,7 +45,7 @@ FOREGROUND = 0.33
 # -------------------------------------------------------------------------------- the config
 
 def sections(preset: UNetConfig) -> dict:
-    return {"unet": preset, "data": data.DataConfig(foreground=FOREGROUND)}
+    return {"unet": preset, "data": DataConfig(foreground=FOREGROUND)}
 
 
 def check(cfg: TrainConfig) -> None:
@@ -193,7 +195,7 @@ def describe(cfg: TrainConfig) -> str:
     return f"U-Net of {classes(cfg)} classes"
 
 
-def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+def prepare(ready: Ready, options: argparse.Namespace, cfg: DataConfig) -> None:
     """Raises ValueError for flags that do not fit the network's classes."""
     count = classes(ready.cfg)
     if options.mask_threshold is not None:
@@ -255,7 +257,7 @@ def classes_on(scores: Tensor, size: Sequence[int]) -> np.ndarray:
     """
     best, found = None, np.zeros(size, dtype=np.int16)
     for k in range(len(scores)):
-        score = data.resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
+        score = resample(scores[k:k + 1].numpy(), np.eye(4), tuple(size))[0][0]
         if best is None:                                         # class 0, which `found` holds already
             best = score
             continue

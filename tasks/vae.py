@@ -44,6 +44,7 @@ from training.state import State
 from training.task import Objective, Picture, Scored
 from training.validation import load_best
 from vae3d import VAE3D, VAEConfig
+from volumes.config import DataConfig
 from weights import LAYOUTS
 
 PRESETS = vae3d.PRESETS
@@ -316,7 +317,7 @@ def describe(cfg: TrainConfig) -> str:
     return f"autoencoder ({cfg.vae.bottleneck})"
 
 
-def prepare(ready: Ready, options: argparse.Namespace, cfg: data.DataConfig) -> None:
+def prepare(ready: Ready, options: argparse.Namespace, cfg: DataConfig) -> None:
     """Exact tiles, as --tile and --memory say. ValueError for --sample where there is no noise."""
     if getattr(options, "sample", False):
         check_has_noise(ready)

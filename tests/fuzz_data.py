@@ -51,6 +51,10 @@ import train  # noqa: E402
 import training.config  # noqa: E402
 import training.console  # noqa: E402
 from training import checkpoints  # noqa: E402
+from volumes.config import DataConfig  # noqa: E402
+from volumes.files import DataError, show  # noqa: E402
+from volumes.format_arrays import DENSE_KEYS  # noqa: E402
+from volumes.volume import spacing_of  # noqa: E402
 
 MAX_GIB = 1 / 32      # data.max_gib of every case
 MEMORY = 200          # MiB that a case may take on top: six times what max_gib lets a volume have as float32
@@ -596,10 +600,10 @@ def check_line(error: BaseException | str, *names: str, limit: int = 1500) -> No
 
 
 def judge_volume(path: Path, rng: random.Random) -> str:
-    shown = tuple(data.show(other) for other in (path, *path.parent.glob("*")))
+    shown = tuple(show(other) for other in (path, *path.parent.glob("*")))
     try:
         volume = data.read_volume(path, max_gib=MAX_GIB)
-    except data.DataError as error:
+    except DataError as error:
         check_line(error, *shown)
         outcome = "refused"
     else:
@@ -609,7 +613,7 @@ def judge_volume(path: Path, rng: random.Random) -> str:
         sizes = all(0 < mm < math.inf for mm in volume.spacing)
         if not (sizes and np.isfinite(volume.affine).all() and np.linalg.det(volume.affine[:3, :3])):
             raise Failed(f"accepted spacing {volume.spacing}, affine {volume.affine.tolist()}")
-        if np.abs(np.array(data._spacing(volume.affine)) / volume.spacing - 1).max() > 1e-6:
+        if np.abs(np.array(spacing_of(volume.affine)) / volume.spacing - 1).max() > 1e-6:
             raise Failed(f"spacing {volume.spacing} is not that of the affine {volume.affine.tolist()}")
         expected = reference(path)
         if expected is not None:
@@ -619,7 +623,7 @@ def judge_volume(path: Path, rng: random.Random) -> str:
                 raise Failed(f"accepted values {found[:3]} .. {found[-3:]} ({len(found)}), in the file are {expected[:3]} .. "
                              f"{expected[-3:]} ({len(expected)})")
     out, err = io.StringIO(), io.StringIO()
-    config = functools.partial(data.DataConfig, max_gib=MAX_GIB)
+    config = functools.partial(DataConfig, max_gib=MAX_GIB)
     with unittest.mock.patch.object(data, "DataConfig", config), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = data.main(["--", str(path)])
     lines = out.getvalue().splitlines()
@@ -628,7 +632,7 @@ def judge_volume(path: Path, rng: random.Random) -> str:
         return outcome
     if code not in (0, 1) or err.getvalue() or len(lines) != 3 or not all(line.isprintable() for line in lines):
         raise Failed(f"data.py ended with {code}: {lines} {err.getvalue()!r}")
-    if code == 0 and (outcome == "refused" or any(word in lines[1].split(data.show(path))[-1].split() for word in ("nan", "inf"))):
+    if code == 0 and (outcome == "refused" or any(word in lines[1].split(show(path))[-1].split() for word in ("nan", "inf"))):
         raise Failed(f"data.py took it: {lines[1]!r}")
     return outcome
 
@@ -642,7 +646,7 @@ def reference(path: Path) -> np.ndarray | None:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:               # numpy's own reader wants the file to begin with it
                 names = {member.removesuffix(".npy"): member for member in archive.namelist()}
-                keys = [key for key in data.DENSE_KEYS if key in names] or list(names)[:len(names) == 1]
+                keys = [key for key in DENSE_KEYS if key in names] or list(names)[:len(names) == 1]
                 return np.lib.format.read_array(archive.open(names[keys[0]]), allow_pickle=False) if keys else None
         stem = path.name.lower().removesuffix(".gz")
         other = {".hdr": ".img", ".img": ".hdr"}.get(stem[-4:])
@@ -681,13 +685,13 @@ def nifti_voxels(head: bytes, voxel_file: Callable) -> np.ndarray | None:
 
 def judge_json(path: Path, rng: random.Random) -> str:
     said: list[str] = []
-    cfg = data.DataConfig(path=str(path), cache_dir=str(path.parent.parent / "cache"), max_gib=MAX_GIB, patch=(4, 4, 4),
+    cfg = DataConfig(path=str(path), cache_dir=str(path.parent.parent / "cache"), max_gib=MAX_GIB, patch=(4, 4, 4),
                           labels=rng.random() < 0.4, strict=rng.random() < 0.1, foreground=rng.choice((0.0, 0.5)))
-    shown = (data.show(path), *(data.show(other) for other in (path.parent.parent / "volumes").glob("*")), data.show(path.parent),
+    shown = (show(path), *(show(other) for other in (path.parent.parent / "volumes").glob("*")), show(path.parent),
              os.path.expanduser("~"), "/dev/")
     try:
         opened = data.open_data(cfg, 0, said.append)
-    except data.DataError as error:
+    except DataError as error:
         check_line(error, *shown, limit=6000)                    # a path in the list may be long
         outcome = "refused"
     else:

@@ -15,6 +15,7 @@ import torch
 
 from test_imports import files
 from training import checkpoints
+from volumes.files import write_atomic
 
 
 def test_every_load_is_weights_only():
@@ -156,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.write_atomic(path, broken)
+        write_atomic(path, broken)
     assert checkpoints.read(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import quantize
 import tasks.vae
 import train
@@ -29,6 +28,8 @@ from runs import TINY as TINY_OF_ONE
 from training import memory, ranks
 from training.devices import to_device
 from training.step import train_step
+from volumes import cache
+from volumes.files import DataError
 
 # 9 crops an epoch: its last step is short of every global batch below.
 TINY = [*TINY_OF_ONE, "--train.val_crops", "3", "--log.samples", "1"]
@@ -263,7 +264,7 @@ def test_running_statistics_are_the_same_on_all_ranks(pool, tmp_path):
 def breaks(patch, rank):
     def broken(cfg, state, batches):
         if rank == 1 and state.step == 2:
-            raise data.DataError("scan7.npy: the disk is gone")
+            raise DataError("scan7.npy: the disk is gone")
         return train_step(cfg, state, batches)
     patch.setattr(train, "train_step", broken)
 
@@ -413,14 +414,14 @@ def test_codes_start_anew_from_the_same_latents_on_any_number_of_ranks(pool):
 
 
 def counting(patch, rank):
-    original = data.load
+    original = cache.load
 
     def load_and_count(item, cfg):
         with open(os.environ["COUNT"], "a") as file:
             file.write(f"{rank} {item.path.name}\n")
         time.sleep(0.3)                                          # as a volume takes: the other rank comes by
         return original(item, cfg)
-    patch.setattr(data, "load", load_and_count)
+    patch.setattr(cache, "load", load_and_count)
 
 
 def in_folder(folder, flags):
@@ -453,11 +454,11 @@ def test_a_builder_that_dies_is_not_waited_for(tmp_path):
     record, held = tmp_path / "scan.json", tmp_path / ".scan.lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(held)], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    with data._one_at_a_time(record, wait=False) as mine:
+    with cache.one_at_a_time(record, wait=False) as mine:
         assert not mine
     holder.kill()
     holder.wait()
-    with data._one_at_a_time(record, wait=True) as mine, open(held) as file:
+    with cache.one_at_a_time(record, wait=True) as mine, open(held) as file:
         assert mine
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

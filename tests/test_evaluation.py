@@ -10,12 +10,12 @@ import torch
 
 import predict
 import train
-from data import Item
 from predictions import TINY, ct_file, use
 from tasks import TASKS, vae
 from training import evaluation
 from training.cases import read_case
 from training.ready import data_config, load
+from volumes.find import Item
 
 
 def test_evaluate_json_table_and_report(tmp_path, runs, capsys):

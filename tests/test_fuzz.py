@@ -19,8 +19,12 @@ import fuzz_data
 import runs
 import train
 import training.config
-from data import DataConfig, DataError, read_volume
+from data import read_volume
 from training import checkpoints
+from volumes.config import DataConfig
+from volumes.entries import open_array
+from volumes.files import DataError
+from volumes.find import list_items
 
 
 @pytest.mark.parametrize("name, count", [("nii", 120), ("nii.gz", 100), ("pair", 100), ("npy", 100), ("npz", 100), ("json", 60),
@@ -160,9 +164,9 @@ def test_datalists_that_lie(tmp_path):
                        ('{"training": [{"image": "a.nii.gz", "class": [1]}]}', "has the class [1]"),
                        ('{"training": [{"image": ' + "[" * 900 + "]" * 900 + "}]}", "training[0] is")):
         path.write_text(text)
-        refused(lambda: data.list_items(path), "d.json", word)
+        refused(lambda: list_items(path), "d.json", word)
     path.write_bytes(b"\xef\xbb\xbf" + b'{"training": ["a.nii.gz"]}')  # as Windows editors write it
-    assert [item.path.name for item in data.list_items(path)["training"]] == ["a.nii.gz"]
+    assert [item.path.name for item in list_items(path)["training"]] == ["a.nii.gz"]
 
 
 # ------------------------------------------------------------------------------------------------- a cache that changes, a dead worker
@@ -175,7 +179,7 @@ def cached(tmp_path):
              "--batch", "1", "--train.val_crops", "1", "--train.latent_crops", "1", "--device", "cpu", "--log.sample_every", "0", "--steps",
              "400", "--train.save_every", "1", "--train.val_every", "400", "--out", str(tmp_path / "run")]
     yield flags, tmp_path / "cache"
-    data._open_array.cache_clear()
+    open_array.cache_clear()
 
 
 def disturbed(monkeypatch, flags: list[str], deed) -> int:
@@ -200,14 +204,14 @@ def test_cache_that_changes_under_a_run_ends_it_in_a_line(cached, damage, worker
                 os.truncate(file, 200)
             else:
                 file.unlink()
-                data._open_array.cache_clear()
+                open_array.cache_clear()
             if damage == "another shape":
                 np.save(file, np.zeros((1, 2, 2, 2), np.float32))
     assert disturbed(monkeypatch, [*flags, "--workers", workers], deed) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the cache changed under the run" in error and ".npy" in error and "Traceback" not in error, error
     assert checkpoints.load(cache.parent / "run/last.pt", "vae3d.train")["step"] >= 3
-    data._open_array.cache_clear()
+    open_array.cache_clear()
     opened = data.open_data(runs.load_config(flags).data, 0, lambda _: None)  # the next start rebuilds it
     assert all(np.isfinite(entry.read()).all() and entry.read().shape == entry.shape for entry in opened.train)
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 import data
-from data import Item
 from predictions import ct_file, use
 from tasks import TASKS
 from training.cases import read_case
 from training.ready import data_config, load
+from volumes.find import Item
 
 
 def test_encode_writes_the_mean_unless_asked_to_sample(tmp_path, runs):

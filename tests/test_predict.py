@@ -15,13 +15,13 @@ import predict
 import toy_task
 import train
 import vae3d
-from data import Item
 from predictions import ROOT, TINY, ct_file, failed_line, oriented, same_grid, use
 from tasks import TASKS, vae
 from training import latents
 from training.cases import read_case
 from training.ready import BUDGET, Ready, data_config, load
 from training.task import named
+from volumes.find import Item
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq", "fsq"])

@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-import data
-from data import DataError, Intensity
 from training.console import clear_line
 from training.ready import Ready
-from training.source_grid import Origin, origin_of
+from volumes import formats
+from volumes.config import DataConfig
+from volumes.files import DataError, show
+from volumes.find import Item
+from volumes.intensities import Intensity
+from volumes.loading import load
+from volumes.volume import Origin
 
 
 class Case(NamedTuple):
@@ -34,13 +38,13 @@ class Case(NamedTuple):
         return self.origin.kind == ".png"
 
 
-def read_case(item: data.Item, ready: Ready, cfg: data.DataConfig) -> Case:
+def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
     """Raises DataError, one line that names the file, where it cannot be read or does not fit the network."""
-    loaded = data.load(item, cfg)
+    loaded = load(item, cfg)
     first, intensity = loaded.volumes[0]
     if loaded.guessed and cfg.modality == "auto":
         clear_line()
-        print(f"{data.show(item.path)}: taken for {intensity.modality} by its values; --data.modality says "
+        print(f"{show(item.path)}: taken for {intensity.modality} by its values; --data.modality says "
               f"otherwise")
     found, wanted = len(first), ready.task.channels(ready.cfg)
     if found != wanted:
@@ -48,11 +52,11 @@ def read_case(item: data.Item, ready: Ready, cfg: data.DataConfig) -> Case:
         raise DataError(f"{item.path}: {found} {channels}, the checkpoint takes {wanted}; use "
                         f"--data.select_channel or --data.four_d, or a checkpoint for such files")
     labels = [class_numbers(label, item, ready, cfg) for label in loaded.labels]
-    origin = origin_of(item.path, loaded.source, cfg)
+    origin = formats.origin_of(item.path, loaded.source, cfg.channel_axis)
     return Case(loaded.volumes, loaded.affine, loaded.spacing, labels, origin)
 
 
-def class_numbers(label: np.ndarray, item: data.Item, ready: Ready, cfg: data.DataConfig) -> np.ndarray:
+def class_numbers(label: np.ndarray, item: Item, ready: Ready, cfg: DataConfig) -> np.ndarray:
     """Values on disk (D, H, W) -> class numbers int64; the ignored value stays as it is.
 
     Raises DataError for a value that is no class.

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from data import brief, one_line
 from tiles import is_out_of_memory
+from volumes.files import brief, one_line, write_atomic
 
 Weights = dict[str, Tensor]
 
@@ -136,34 +136,6 @@ PASSING = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, err
 
 
 # -------------------------------------------------------------------------------- writing
-
-def write_atomic(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
-    """Write beside `path`, flush to the disk, then rename: a kill at any moment leaves the old file or the
-    new one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        # A vanished folder, a disk that is read-only by now.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError leaves with the file's name: that of a full disk has none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from None
-
 
 def place(source: Path, target: Path) -> None:
     """`target` becomes the same file as `source`, atomically.

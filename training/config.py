@@ -21,13 +21,13 @@ from typing import Any
 
 import yaml
 
-import data
 import vae3d
-from data import DataConfig
 from losses import LossConfig
 from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
+from volumes.config import DataConfig
+from volumes.files import brief, one_line
 
 MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
 SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
@@ -190,7 +190,7 @@ def one_of(name: str, value, choices: Sequence) -> None:
     """Raises ValueError where the value is none of the choices."""
     if value not in choices:
         known = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {known}, got {data.brief(value, 200)}")
+        raise ValueError(f"{name} must be one of {known}, got {brief(value, 200)}")
 
 
 def at_least(section: str, config, **bounds: float) -> None:
@@ -212,7 +212,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """
     origin = typing.get_origin(hint)
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"{name} must be free of NUL, got {data.brief(value, 200)}")
+        raise ValueError(f"{name} must be free of NUL, got {brief(value, 200)}")
     if origin in (typing.Union, types.UnionType):
         return convert_to_one_of(value, typing.get_args(hint), name)
     if origin is tuple:
@@ -247,7 +247,7 @@ def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
         value = [value]
     if parts[-1] is not Ellipsis and len(value) != len(parts):
         order = " (D,H,W)" if len(parts) == 3 else ""
-        raise ValueError(f"{name} needs {len(parts)} values{order}, got {data.brief(value, 200)}")
+        raise ValueError(f"{name} needs {len(parts)} values{order}, got {brief(value, 200)}")
     return tuple(convert(part, parts[0], name) for part in value)
 
 
@@ -268,7 +268,7 @@ def convert_to_single(value: Any, kind: type, name: str) -> Any:
         if kind is float and str(value).lower() == "nan":
             raise ValueError(f"{name} must be a number, got nan")
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-    raise ValueError(f"{name} must be {wanted}, got {data.brief(value, 200)}")
+    raise ValueError(f"{name} must be {wanted}, got {brief(value, 200)}")
 
 
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
@@ -286,19 +286,19 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
         # All other keys are sections, which hold fields.
         if key not in [f.name for f in SECTIONS]:
             known = [f.name for f in dataclasses.fields(base)]
-            raise ValueError(f"{source}: unknown key {data.one_line(key)}{closest(str(key), known, '')}")
+            raise ValueError(f"{source}: unknown key {one_line(key)}{closest(str(key), known, '')}")
         if value is None:                                        # a section without any line
             continue
         if not isinstance(value, dict):
             raise ValueError(f"{source}: section {key} must hold `field: value` lines, got "
-                             f"{data.brief(value, 200)}")
+                             f"{brief(value, 200)}")
 
         current = getattr(base, key)
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
                 near = closest(str(name), hints, f"{key}.")
-                raise ValueError(f"{source}: unknown key {key}.{data.one_line(name)}{near}")
+                raise ValueError(f"{source}: unknown key {key}.{one_line(name)}{near}")
         fields = {name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()}
         result[key] = dataclasses.replace(current, **fields)
     return dataclasses.replace(base, **result)
@@ -333,7 +333,7 @@ class ConfigLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
-            raise yaml.YAMLError(f"the key {data.brief(twice, 200)} stands twice in one section")
+            raise yaml.YAMLError(f"the key {brief(twice, 200)} stands twice in one section")
         return super().construct_mapping(node, deep)
 
 

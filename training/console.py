@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-import data
+from volumes.files import one_line
 
 
 def line_of(error: object) -> str:
@@ -15,7 +15,7 @@ def line_of(error: object) -> str:
     text = str(error)
     if "in DataLoader worker process" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
-    return data.one_line(text, 1000) or type(error).__name__
+    return one_line(text, 1000) or type(error).__name__
 
 
 def tell(text: str, end: str = "\n") -> None:

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import losses
-from data import Intensity
 from training.cases import Case
 from training.console import short_number
 from training.devices import peak_gib
 from training.ready import Ready
 from training.task import Scored
+from volumes.files import sizes, stem_of
+from volumes.find import Item
+from volumes.intensities import Intensity
 
 # Key of a row -> heading and format.
 COLUMNS = {
@@ -52,7 +53,7 @@ OVER_ALL = ("codebook_usage", "perplexity")
 NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
 
 
-def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
+def held_out(items: Sequence[Item], ready: Ready) -> list[Item]:
     """Those of the items that the run did not train on, by their names.
 
     Raises ValueError when there are none, or where the checkpoint has no names.
@@ -64,7 +65,7 @@ def held_out(items: Sequence[data.Item], ready: Ready) -> list[data.Item]:
     # Volume 3 of a 4-D file X is X_t003 there. A file of which one volume was trained on is not held out.
     files = {re.sub(r"_t\d{3,}$", "", name) for name in names}
     trained = files | set(names)
-    left = [item for item in items if data._stem(item.path) not in trained]
+    left = [item for item in items if stem_of(item.path) not in trained]
     if not left:
         raise ValueError(f"--split held-out: all of {len(items)} files were trained on; leave the flag out")
     return left
@@ -112,7 +113,7 @@ def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
     }
 
 
-def row_of(item: data.Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
+def row_of(item: Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
     """All that is known of volume `number` of a file; the number is named where the file has several."""
     volume = case.arrays[number]
     row = {"file": str(item.path)}
@@ -237,7 +238,7 @@ def means_of(result: dict) -> dict:
 def row_text(row: dict) -> str:
     """One volume in one line."""
     pace = short_number(row["voxels_per_second"])
-    parts = [data._sizes(row["shape"]), f"{row['seconds']:.1f} s", f"{pace} voxels/s"]
+    parts = [sizes(row["shape"]), f"{row['seconds']:.1f} s", f"{pace} voxels/s"]
     parts += [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
     return ", ".join(parts)
 

@@ -16,35 +16,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-import data
-from data import DataError
 from tiles import is_out_of_memory
 from training import latents
 from training.console import clear_line, line_of, short_number
+from volumes import formats
+from volumes.files import DataError, show, sizes, stem_of
+from volumes.find import Item, list_items
 
 PROGRAM = "predict.py"                                           # in front of its lines on stderr
 
 
 class Job(NamedTuple):
-    item: data.Item                                              # the source
+    item: Item                                              # the source
     output: Path
 
 
 # -------------------------------------------------------------------------------- which files
 
 def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
-                output: str | None = None) -> list[data.Item]:
+                output: str | None = None) -> list[Item]:
     """Files, folders and datalists -> items, each once. Raises DataError when there are none.
 
     labels: items with their labels. split: a list of a datalist, or all. Of a folder, latents are left out,
     and so is the output folder where it lies inside: what a first run wrote is no input of the next.
     """
-    found: dict[str, data.Item] = {}
+    found: dict[str, Item] = {}
     results = None if output is None else Path(os.path.realpath(output))
     for path in paths:
         is_folder = os.path.isdir(path)
         has_results = is_folder and results is not None and Path(os.path.realpath(path)) in results.parents
-        for name, items in data.list_items(path, labels, print).items():
+        for name, items in list_items(path, labels, print).items():
             if split not in ("all", name):
                 continue
             for item in items:
@@ -55,33 +56,25 @@ def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
                     found.setdefault(real, item)
     if not found:
         where = "" if split == "all" else f" in the list {split}"
-        raise DataError(f"{', '.join(paths)}: no volumes found{where}; looked for {data.FORMATS}")
+        raise DataError(f"{', '.join(paths)}: no volumes found{where}; looked for {formats.known_endings()}")
     return list(found.values())
 
 
-def list_latents(paths: Sequence[str]) -> list[data.Item]:
+def list_latents(paths: Sequence[str]) -> list[Item]:
     """Latent files, folders of them and datalists -> items. Raises DataError when there are none."""
     found = []
     for path in paths:
         if os.path.isdir(path):
-            found += [data.Item(file) for file in sorted(Path(path).rglob(f"*{latents.ENDING}"))]
+            found += [Item(file) for file in sorted(Path(path).rglob(f"*{latents.ENDING}"))]
         else:
-            for items in data.list_items(path).values():
+            for items in list_items(path).values():
                 found += items
     if not found:
         raise DataError(f"{', '.join(paths)}: no *{latents.ENDING} files; predict.py encode writes them")
     return found
 
 
-def ending_of_result(path: Path) -> str:
-    """Of what is made of a source: arrays and pictures (as PNG) stay such, what nibabel reads is NIfTI."""
-    kind = data._suffix(path)[0]
-    if kind in (".npy", ".npz"):
-        return kind
-    return ".png" if kind in data.PICTURES else ".nii.gz"
-
-
-def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str,
+def make_jobs(items: Sequence[Item], inputs: Sequence[str], output: str,
               ending: Callable[[Path], str]) -> list[Job]:
     """Each item with the file that is made of it, in the folder `output`, which is made with its subfolders.
 
@@ -99,7 +92,7 @@ def make_jobs(items: Sequence[data.Item], inputs: Sequence[str], output: str,
     taken, jobs = set(), []
     for item in items:
         # First the name: subfolder, stem, ending, and a number where it is taken.
-        stem, end = data._stem(item.path), ending(item.path)
+        stem, end = stem_of(item.path), ending(item.path)
         if item.path.name.endswith(latents.ENDING):
             stem = stem.removesuffix("_latent")
         parent = Path(os.path.realpath(item.path)).parent
@@ -133,7 +126,7 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -
     for number, job in enumerate(todo, 1):
         started = time.monotonic()
         with failures_in(failed, job.item.path):
-            name = f"[{number}/{len(todo)}] {data.show(job.item.path)}"
+            name = f"[{number}/{len(todo)}] {show(job.item.path)}"
             if sys.stdout.isatty():
                 print(f"{name} ...", end="", flush=True)
             text = work(job)
@@ -158,13 +151,13 @@ def failures_in(failed: list[dict], path: Path) -> Iterator[None]:
         text = f"{path}: out of memory; use a smaller --tile, --memory or --window, or --device cpu"
     failed.append({"file": str(path), "error": text})
     clear_line()
-    print(f"{data.show(path)}: failed, see the end", flush=True)
+    print(f"{show(path)}: failed, see the end", flush=True)
 
 
 def tell_failures(failed: Sequence[dict], total: int) -> bool:
     """A line for each on stderr. Returns whether there are none."""
     for row in failed:
-        print(f"{PROGRAM}: {data.show(row['error'])}", file=sys.stderr)
+        print(f"{PROGRAM}: {show(row['error'])}", file=sys.stderr)
     if failed:
         print(f"{PROGRAM}: {len(failed)} of {total} failed", file=sys.stderr)
     return not failed
@@ -180,7 +173,7 @@ def show_progress(path: Path) -> Callable[..., None]:
         nonlocal shown
         if sys.stdout.isatty() and time.monotonic() - shown > 0.5:
             shown = time.monotonic()
-            print(f"\r{data.show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
+            print(f"\r{show(path.name)}: {part} {100 * done / total:.0f} %\x1b[K", end="", flush=True)
     return tick
 
 
@@ -189,4 +182,4 @@ def speed(volumes: Sequence[np.ndarray], started: float) -> str:
     seconds = max(time.monotonic() - started, 1e-9)
     voxels = sum(volume[0].size for volume in volumes)
     many = f"{len(volumes)} x " if len(volumes) > 1 else ""
-    return f"{many}{data._sizes(volumes[0].shape[1:])}, {short_number(voxels / seconds)} voxels/s"
+    return f"{many}{sizes(volumes[0].shape[1:])}, {short_number(voxels / seconds)} voxels/s"

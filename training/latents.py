@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import data
-from data import DataError, Intensity
 from training.cases import Case
 from training.console import line_of
 from training.ready import Ready
-from training.source_grid import Origin, save
+from volumes.files import DataError, sizes, write_atomic
+from volumes.intensities import Intensity
+from volumes.volume import Origin
 
 ENDING = "_latent.npz"                                           # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds
@@ -74,7 +74,7 @@ def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> 
         "high": np.array([intensity.high for intensity in latents.intensities]),
         "about": np.array(json.dumps(about)),
     }
-    save(path, lambda file: np.savez_compressed(file, **content))
+    write_atomic(path, lambda file: np.savez_compressed(file, **content))
 
 
 def read(path: Path, ready: Ready) -> Latents:
@@ -102,7 +102,7 @@ def read(path: Path, ready: Ready) -> Latents:
     wanted = (len(low), *kind.shape(size))
     if stack.shape != wanted or stack.dtype.kind not in ("f" if kind.codes is None else "iu"):
         raise DataError(f"{path}: holds {about.get('bottleneck')} latents {stack.dtype} {stack.shape}, this "
-                        f"checkpoint ({kind.name}) makes {wanted} of {data._sizes(size)}; decode it with the "
+                        f"checkpoint ({kind.name}) makes {wanted} of {sizes(size)}; decode it with the "
                         f"checkpoint that encoded it")
     if kind.codes is not None:
         stack = stack.astype(np.int64)

@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 import losses
-from training import checkpoints, ranks
+from training import ranks
 from training.config import TrainConfig, config_dict
 from training.console import shown, tell
 from training.state import State
+from volumes.files import naming, write_atomic
 
 # What the console shows of a row, in this order, where the row has it.
 VAL_SHOWN = ("psnr", "ssim", "l1", "iou", "sharpness", "dice", "explained", "loss")
@@ -59,13 +60,13 @@ class Log:
             lines = self.path.read_text().splitlines()
             rows = [line for line in lines if is_before(line, start, validated)]
             content = "".join(row + "\n" for row in rows).encode()
-            checkpoints.write_atomic(self.path, lambda file: file.write(content))
+            write_atomic(self.path, lambda file: file.write(content))
         path = self.path if ranks.first() else os.devnull
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
-        with checkpoints.naming(self.path):
+        with naming(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
 
@@ -117,7 +118,7 @@ class Log:
     def close(self) -> None:
         try:
             # Closing writes once more what a full disk did not take.
-            with checkpoints.naming(self.path):
+            with naming(self.path):
                 self.file.close()
         finally:
             for sink in self.sinks:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import data
 from training import checkpoints
 from training.config import TrainConfig, config_from
 from training.devices import on_device, pick_device, pick_precision, to_device
 from training.foreign import load_foreign
 from training.resume import check_keys
 from training.task import Task, serving, task_of
+from volumes.config import DataConfig
 
 BUDGET = 4.0                                                     # GiB for which tiles of whole volumes are
                                                                  # chosen, the same whoever chooses
@@ -106,7 +106,7 @@ def fingerprint_of(model: nn.Module, more: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def data_config(ready: Ready, labels: bool = False, **changes) -> data.DataConfig:
+def data_config(ready: Ready, labels: bool = False, **changes) -> DataConfig:
     """How the run prepared its volumes. labels: that they are wanted; changes: fields that are not None."""
     cfg, facts = ready.cfg.data, ready.facts["data"]
     modality = cfg.modality

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import pictures
 from training.console import short_number
 from training.evaluation import FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
 from training.ready import Ready, describe
+from volumes.files import show
 
 MOST_CARDS = 8                                                   # figures on top of the page
 
@@ -67,7 +67,7 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 
 def text(value: object) -> str:
     """Any text as HTML that shows it, whatever characters it has."""
-    return html.escape(data.show(str(value)))
+    return html.escape(show(str(value)))
 
 
 def page(title: str, headline: str, notes: Sequence[str], cards: Sequence[tuple[str, str]], body: str) -> str:

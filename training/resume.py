@@ -17,6 +17,7 @@ from training.config import TrainConfig, config_dict
 from training.facts import facts_of
 from training.foreign import load_foreign
 from training.state import State
+from volumes.files import brief
 
 # Fields of State that last.pt holds under their own name.
 COUNTERS = (
@@ -150,7 +151,7 @@ def check_counters(state: State, checkpoint: dict, path: Path) -> None:
     for name, fits in possible.items():
         if not fits:
             raise ValueError(f"{path} ({name}): does not fit this run, found "
-                             f"{data.brief(checkpoint[name])}; use the config that made it")
+                             f"{brief(checkpoint[name])}; use the config that made it")
 
 
 def check_keys(ours: dict[str, Tensor], theirs: dict[str, Tensor] | None, source: str) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 import data
-from training import checkpoints, ranks
+from training import ranks
 from training.config import TrainConfig, to_yaml
 from training.log import Log
 from training.memory import with_recovery
 from training.signals import Stopped
 from training.state import State
+from volumes.files import write_atomic
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Run:
 def save_config(run: Run) -> None:
     if ranks.first():
         text = to_yaml(run.settings)
-        checkpoints.write_atomic(run.out / "config.yaml", lambda file: file.write(text.encode()))
+        write_atomic(run.out / "config.yaml", lambda file: file.write(text.encode()))
 
 
 def stop_if_signalled(run: Run) -> None:

@@ -11,7 +11,6 @@ import time
 
 import torch
 
-import data
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
@@ -24,6 +23,8 @@ from training.resume import full_weights, shared_config
 from training.run import Run, recovered, stop_if_signalled
 from training.state import State
 from training.task import metric_of
+from volumes.files import naming, write_atomic
+from volumes.format_nibabel import write_nifti
 
 
 def validation(run: Run, epoch: int) -> None:
@@ -229,10 +230,10 @@ def save_samples(run: Run) -> None:
         picture = task.picture(cfg, crop, out)
         stem = f"step_{state.step:06d}_{name}"
         content = pictures.png(picture.image)
-        checkpoints.write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
+        write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
         path = folder / f"{stem}_{picture.kind}.nii.gz"
-        with checkpoints.naming(path):
-            data.write_nifti(path, picture.volume, crop.affine)
+        with naming(path):
+            write_nifti(path, picture.volume, crop.affine)
         for sink in run.log.sinks:
             sink.picture(f"samples/{name}", picture.image, state.step)
     model.train()

@@ -7,12 +7,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import data
-from data import DataConfig, Intensity, Item
 from predictions import REAL, ct_file, needs_real, oriented, same_grid, use
 from training.cases import read_case
-from training.jobs import ending_of_result, make_jobs
-from training.source_grid import Origin, in_stored_type, to_source_grid, write_result
+from training.jobs import make_jobs
+from volumes.config import DataConfig
+from volumes.find import Item
+from volumes.formats import ending_out
+from volumes.intensities import Intensity, denormalise
+from volumes.loading import load
+from volumes.results import in_stored_type, to_source_grid, write_result
+from volumes.volume import Origin
 
 
 def reader(channels):
@@ -23,11 +27,11 @@ def reader(channels):
 def through_files(path, out, modality="ct", **fields):
     """Read as predict.py does and write back as it does, with the identity in place of the network."""
     cfg = DataConfig(modality=modality, **fields)
-    channels = data.load(Item(path), cfg).volumes[0][0].shape[0]
+    channels = load(Item(path), cfg).volumes[0][0].shape[0]
     ready = reader(channels)
     case = read_case(Item(path), ready, cfg)
     out.mkdir(exist_ok=True)
-    job, = make_jobs([Item(path)], [str(path)], str(out), ending_of_result)
+    job, = make_jobs([Item(path)], [str(path)], str(out), ending_out)
     write_result(job.output, case.volumes, case.affine, case.origin)
     return job.output
 
@@ -158,4 +162,4 @@ def test_denormalised_values_are_those_of_data():
     intensity = Intensity("mr", (0.0, 10.0), (5.0, 400.0))
     origin = Origin(".npy", (5, 4, 3, 2), "float32", (3, 4, 5))
     assert np.array_equal(to_source_grid([(volume, intensity)], np.eye(4), origin),
-                          data.denormalise(volume, intensity))
+                          denormalise(volume, intensity))

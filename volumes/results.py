@@ -1,0 +1,60 @@
+"""What a network made of a file, written as the file is: on its grid, in its scale and in its type of
+numbers.
+
+Intensities in [-1, 1] on the network's grid go in. Shapes: C channels, D H W, T volumes of a 4-D file.
+Version 1.0.
+"""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from volumes.formats import write_volume
+from volumes.grids import resample
+from volumes.intensities import Intensity, denormalise
+from volumes.volume import Origin
+
+
+def write_result(path: Path, volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.ndarray,
+                 origin: Origin) -> None:
+    """Network intensities -> a file like its source: intensities, number type, grid."""
+    stored = in_stored_type(to_source_grid(volumes, affine, origin), origin)
+    if stored.dtype.kind in "iu":
+        write_volume(path, stored, origin, origin.slope, origin.inter)
+    else:
+        write_volume(path, stored, origin)
+
+
+def to_source_grid(volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.ndarray,
+                   origin: Origin) -> np.ndarray:
+    """Network intensities -> the file's scale and grid.
+
+    T times (C, D, H, W) on the network's grid, whose affine is given -> (T * C, D, H, W) float32.
+    """
+    out = np.empty((sum(len(volume) for volume, _ in volumes), *origin.size), dtype=np.float32)
+    at = 0
+    for volume, intensity in volumes:
+        if volume.shape[1:] != origin.size:
+            volume, _ = resample(volume, affine, origin.size)
+        for d in range(origin.size[0]):  # slice by slice: denormalise works in float64
+            out[at:at + len(volume), d:d + 1] = denormalise(volume[:, d:d + 1], intensity)
+        at += len(volume)
+    return out
+
+
+def in_stored_type(array: np.ndarray, origin: Origin) -> np.ndarray:
+    """Values -> what stands for them on disk: rounded and clipped to a whole type, else float32."""
+    dtype = np.dtype(origin.dtype)
+    if dtype.kind not in "iub":
+        return array
+    low, high = 0.0, 1.0
+    if dtype.kind != "b":
+        low, high = float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+        if int(high) > np.iinfo(dtype).max:  # 2^63 - 1 is no float64
+            high = float(np.nextafter(high, 0))
+    out = np.empty(array.shape, dtype.newbyteorder("="))
+    for d in range(array.shape[1]):
+        # stored = (value - inter) / slope
+        stored = (array[:, d].astype(np.float64) - origin.inter) / origin.slope
+        out[:, d] = np.clip(np.rint(stored), low, high)
+    return out
