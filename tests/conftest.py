@@ -9,7 +9,8 @@ from processes import Pool
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("runs", "pieces", "volume_files")                 # so that their asserts tell what they found
+# So that their asserts tell what they found.
+pytest.register_assert_rewrite("runs", "pieces", "volume_files")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,13 @@ def test_second_start_decodes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "read_source", lambda *_: pytest.fail("decoded again"))
     second = open_data(config(folder, tmp_path), 0, quiet)
     for a, b in zip(first.train + first.val, second.train + second.val):
-        assert (a.name, a.store, a.intensity, a.shape, a.spacing) == (b.name, b.store, b.intensity, b.shape, b.spacing)
+        assert (a.name, a.store, a.intensity, a.shape, a.spacing) == (
+            b.name,
+            b.store,
+            b.intensity,
+            b.shape,
+            b.spacing,
+        )
         assert np.array_equal(a.affine, b.affine)
 
 
@@ -44,12 +50,21 @@ def test_changed_file_or_setting_makes_a_new_cache(folder, tmp_path):
     save(folder / "case0.nii.gz", changed, np.diag([1.0, 1.5, 2.0, 1]))
     after = open_data(cfg, 0, quiet).train[0]
     assert after.store != before.store
-    np.testing.assert_allclose(after.read()[0], changed.transpose(2, 1, 0).clip(-1000, 1000) / 1000, atol=1e-6)
+    np.testing.assert_allclose(
+        after.read()[0], changed.transpose(2, 1, 0).clip(-1000, 1000) / 1000, atol=1e-6
+    )
     stat = os.stat(folder / "case0.nii.gz")
     os.utime(folder / "case0.nii.gz", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     stores = {after.store, open_data(cfg, 0, quiet).train[0].store}
-    for fields in ({"window": "lung"}, {"hu_range": (-500.0, 500.0)}, {"modality": "mr"}, {"spacing": "2,2,2"}, {"resize": (8, 8, 8)},
-                   {"nan": "zero"}, {"select_channel": 0}):
+    for fields in (
+        {"window": "lung"},
+        {"hu_range": (-500.0, 500.0)},
+        {"modality": "mr"},
+        {"spacing": "2,2,2"},
+        {"resize": (8, 8, 8)},
+        {"nan": "zero"},
+        {"select_channel": 0},
+    ):
         stores.add(open_data(config(folder / "case0.nii.gz", tmp_path, **fields), 0, quiet).train[0].store)
     assert len(stores) == 9
 
@@ -66,8 +81,12 @@ def test_damaged_cache_is_rebuilt(folder, tmp_path):
     cfg = config(folder / "case0.nii.gz", tmp_path)
     entry = open_data(cfg, 0, quiet).train[0]
     expected, record = entry.read(), next((tmp_path / "cache").glob("*.json"))
-    for damage in (lambda: record.write_text("{"), lambda: record.write_text("[]"), lambda: Path(entry.store).unlink(),
-                   lambda: os.truncate(entry.store, 200)):
+    for damage in (
+        lambda: record.write_text("{"),
+        lambda: record.write_text("[]"),
+        lambda: Path(entry.store).unlink(),
+        lambda: os.truncate(entry.store, 200),
+    ):
         damage()
         open_array.cache_clear()
         assert np.array_equal(open_data(cfg, 0, quiet).train[0].read(), expected)
@@ -112,7 +131,10 @@ def test_default_cache_folder(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_removed_after_a_day(folder, tmp_path):
     (tmp_path / "cache").mkdir()
-    old, young, other = (tmp_path / "cache" / name for name in (f".a.npy.{'0' * 32}.tmp", f".b.npy.{'1' * 32}.tmp", ".mine.tmp"))
+    old, young, other = (
+        tmp_path / "cache" / name
+        for name in (f".a.npy.{'0' * 32}.tmp", f".b.npy.{'1' * 32}.tmp", ".mine.tmp")
+    )
     for file in (old, young, other):
         file.write_bytes(b"half")
     for file in (old, other):

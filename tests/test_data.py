@@ -20,13 +20,19 @@ from volumes.files import DataError
 
 def test_split_is_by_file_seeded_and_complete(tmp_path):
     for number in range(6):
-        series = np.stack([ct_like((8, 8, 8), 10 * number + t) for t in range(3)], -1) if number % 2 else ct_like((8, 8, 8), number)
+        series = (
+            np.stack([ct_like((8, 8, 8), 10 * number + t) for t in range(3)], -1)
+            if number % 2
+            else ct_like((8, 8, 8), number)
+        )
         save(tmp_path / "in" / f"{number}.nii.gz", series)
     splits = {}
     for seed in range(8):
         opened = open_data(config(tmp_path / "in", tmp_path, val_fraction=0.4), seed, quiet)
         train, val = ({entry.path for entry in entries} for entries in (opened.train, opened.val))
-        assert not train & val and len(train | val) == 6 and len(val) == 2, "all volumes of a 4-D file on one side"
+        assert not train & val and len(train | val) == 6 and len(val) == 2, (
+            "all volumes of a 4-D file on one side"
+        )
         assert len(opened.train) + len(opened.val) == 12
         names = [entry.name for entry in opened.train + opened.val]
         assert len(set(names)) == 12 and {"1_t000", "1_t002", "2"} <= set(names)
@@ -36,7 +42,9 @@ def test_split_is_by_file_seeded_and_complete(tmp_path):
     assert len({tuple(val) for val in splits.values()}) > 1, "the seed does not matter"
     channels = open_data(config(tmp_path / "in" / "1.nii.gz", tmp_path, four_d="channels"), 0, quiet)
     assert channels.channels == 3 and channels.train == channels.val
-    picked = open_data(config(tmp_path / "in" / "1.nii.gz", tmp_path, four_d="channels", select_channel=2), 0, quiet)
+    picked = open_data(
+        config(tmp_path / "in" / "1.nii.gz", tmp_path, four_d="channels", select_channel=2), 0, quiet
+    )
     assert np.array_equal(picked.train[0].read(), channels.train[0].read()[2:])
 
 
@@ -61,7 +69,11 @@ def test_one_bad_file_among_good_ones(folder, tmp_path):
     opened = open_data(config(folder, tmp_path), 0, said.append)
     assert len(opened.train) + len(opened.val) == 5
     refused = [line for line in said if line.startswith("data: refused")]
-    assert len(refused) == 2 and "broken.nii.gz" in refused[0] and "2 channels, the first accepted volume has 1" in refused[1]
+    assert (
+        len(refused) == 2
+        and "broken.nii.gz" in refused[0]
+        and "2 channels, the first accepted volume has 1" in refused[1]
+    )
     with pytest.raises(DataError) as error:
         open_data(config(folder, tmp_path, strict=True), 0, quiet)
     one_line(error, "broken.nii.gz", "strict")
@@ -75,7 +87,11 @@ def test_one_bad_file_among_good_ones(folder, tmp_path):
 
 
 def test_class_beats_modality_beats_the_guess(folder, tmp_path):
-    items = [{"image": "case0.nii.gz", "class": "MRI"}, {"image": "case1.nii.gz"}, {"image": "case3.nii.gz", "class": "liver"}]
+    items = [
+        {"image": "case0.nii.gz", "class": "MRI"},
+        {"image": "case1.nii.gz"},
+        {"image": "case3.nii.gz", "class": "liver"},
+    ]
     (folder / "list.json").write_text(json.dumps({"training": items, "validation": ["case4.nii.gz"]}))
     said = []
     opened = open_data(config(folder / "list.json", tmp_path), 0, said.append)
@@ -89,14 +105,23 @@ def test_class_beats_modality_beats_the_guess(folder, tmp_path):
 @needs_real
 def test_radar_folder_trains_on_its_grids(tmp_path):
     said = []
-    names = ("fmcw_cube_complex.npz", "radhar_boxing_points.npy", "radhar_boxing_voxel_4d.npz", "tj4d_070070.bin",
-             "tj4d_070070_voxel_dense.npz", "tj4d_070070_voxel_small.npy")
+    names = (
+        "fmcw_cube_complex.npz",
+        "radhar_boxing_points.npy",
+        "radhar_boxing_voxel_4d.npz",
+        "tj4d_070070.bin",
+        "tj4d_070070_voxel_dense.npz",
+        "tj4d_070070_voxel_small.npy",
+    )
     for name in names:
         (tmp_path / "in").mkdir(exist_ok=True)
         shutil.copy(REAL / "radar" / name, tmp_path / "in" / name)
     opened = open_data(config(tmp_path / "in", tmp_path), 0, said.append)
     assert opened.channels == 4 and opened.background == 0
-    assert {entry.name for entry in opened.train + opened.val} == {"tj4d_070070_voxel_dense", "tj4d_070070_voxel_small"}
+    assert {entry.name for entry in opened.train + opened.val} == {
+        "tj4d_070070_voxel_dense",
+        "tj4d_070070_voxel_small",
+    }
     assert sum(line.startswith("data: refused") for line in said) == 4
 
 
@@ -115,7 +140,9 @@ def test_an_item_is_a_function_of_seed_and_index(folder, tmp_path):
     assert same_items(expected, [items[i] for i in indices]), "the order of access matters"
     assert not same_items(expected, [Crops(opened, 6)[i] for i in indices])
     for workers in (0, 2):
-        loader = torch.utils.data.DataLoader(Crops(opened, 5), sampler=indices, batch_size=None, num_workers=workers)
+        loader = torch.utils.data.DataLoader(
+            Crops(opened, 5), sampler=indices, batch_size=None, num_workers=workers
+        )
         assert same_items(expected, list(loader)), f"{workers} workers"
     assert len({image.numpy().tobytes() for image, _ in expected}) == len(expected)
     assert all(image.shape == (1, 8, 10, 12) and image.dtype == torch.float32 for image, _ in expected)
@@ -133,7 +160,11 @@ def test_an_epoch_covers_every_volume_exactly(opened):
 def test_crops_are_regions_of_their_volume_and_reach_both_ends(tmp_path):
     array = np.arange(9 * 8 * 7, dtype=np.float32).reshape(9, 8, 7)       # every value tells its place
     save(tmp_path / "a.nii", array)
-    opened = open_data(config(tmp_path / "a.nii", tmp_path, patch=(4, 4, 4), modality="voxel", crops_per_volume=300), 0, quiet)
+    opened = open_data(
+        config(tmp_path / "a.nii", tmp_path, patch=(4, 4, 4), modality="voxel", crops_per_volume=300),
+        0,
+        quiet,
+    )
     crops, starts = Crops(opened, 1), set()
     whole = opened.train[0].read()[0]
     for i in range(300):
@@ -157,16 +188,32 @@ def test_small_volumes_lie_centred_in_their_background(tmp_path):
 
 def test_augmentations_change_only_what_they_say(folder, tmp_path):
     def crops(**fields) -> list[np.ndarray]:
-        return [Crops(open_data(config(folder, tmp_path, **fields), 0, quiet), 0)[i][0].numpy() for i in range(24)]
+        return [
+            Crops(open_data(config(folder, tmp_path, **fields), 0, quiet), 0)[i][0].numpy() for i in range(24)
+        ]
 
-    plain, flipped, jittered, zoomed = crops(), crops(flip="W"), crops(jitter=0.3), crops(spacing="random", zoom=(0.5, 0.7))
+    plain, flipped, jittered, zoomed = (
+        crops(),
+        crops(flip="W"),
+        crops(jitter=0.3),
+        crops(spacing="random", zoom=(0.5, 0.7)),
+    )
     changed = [not np.array_equal(a, b) for a, b in zip(plain, flipped)]
-    assert 0 < sum(changed) < 24 and all(np.array_equal(a[..., ::-1], b) for a, b, c in zip(plain, flipped, changed) if c)
+    assert 0 < sum(changed) < 24 and all(
+        np.array_equal(a[..., ::-1], b) for a, b, c in zip(plain, flipped, changed) if c
+    )
     for a, b in zip(plain, jittered):
         factors = ((b + 1)[a > -1] / (a + 1)[a > -1])[b[a > -1] < 1]
-        assert 0.69 < factors.min() and factors.max() < 1.31 and np.ptp(factors) < 1e-2 and ((b == -1) | (a > -1)).all()
+        assert (
+            0.69 < factors.min()
+            and factors.max() < 1.31
+            and np.ptp(factors) < 1e-2
+            and ((b == -1) | (a > -1)).all()
+        )
     assert len({round(float(b.mean()), 4) for b in jittered}) > 20
-    assert not any(np.array_equal(a, b) for a, b in zip(plain, zoomed)) and {b.shape for b in zoomed} == {(1, 8, 10, 12)}
+    assert not any(np.array_equal(a, b) for a, b in zip(plain, zoomed)) and {b.shape for b in zoomed} == {
+        (1, 8, 10, 12)
+    }
 
 
 def test_validation_crops_are_fixed_and_spread(folder, tmp_path):
@@ -175,7 +222,7 @@ def test_validation_crops_are_fixed_and_spread(folder, tmp_path):
     few, many = val_crops(opened, 4, 3), val_crops(opened, 4, 8)
     assert all(torch.equal(a.image, b.image) and a.entry is b.entry for a, b in zip(few, many))
     assert {crop.entry.name for crop in many} == {entry.name for entry in opened.val}
-    for crop in many:                                          # never augmented: the affine says where in the volume it lies
+    for crop in many:  # never augmented: the affine says where in the volume it lies
         start = np.round(np.linalg.inv(crop.entry.affine) @ crop.affine[:, 3])[:3].astype(int)[::-1]
         whole = crop.entry.read()[0]
         box = tuple(slice(max(0, s), min(s + n, m)) for s, n, m in zip(start, opened.patch, whole.shape))
@@ -192,19 +239,29 @@ def digest(arrays: list[np.ndarray]) -> str:
 
 
 def test_crops_of_a_seed_are_those_of_version_1(folder, tmp_path):
-    """Recorded before foreground crops, labels and pictures came in; IEEE operations voxel by voxel, so the same on any machine."""
+    """Recorded before foreground crops, labels and pictures came in; IEEE operations voxel by voxel, so the
+    same on any machine.
+    """
     for fields, expected in (({}, "93d8ec7bf8418041"), ({"flip": "DHW", "jitter": 0.2}, "4f0ba9bf5faf76e0")):
         opened = open_data(config(folder, tmp_path, **fields), 3, quiet)
         crops = Crops(opened, 5)
-        images = [crops[i][0].numpy() for i in range(40)] + [crop.image.numpy() for crop in val_crops(opened, 5, 6)]
+        images = [crops[i][0].numpy() for i in range(40)] + [
+            crop.image.numpy() for crop in val_crops(opened, 5, 6)
+        ]
         assert digest(images) == expected, fields
     for kind, sums in (("ct", (-24561.74, -25629.18)), ("radar", (5194.166, 5227.592))):
-        opened = open_data(DataConfig(synthetic=kind, synthetic_count=3, synthetic_size=(24, 48, 40)), 0, quiet)
-        np.testing.assert_allclose([entry.read().sum(dtype=np.float64) for entry in opened.train], sums, rtol=1e-5)
+        opened = open_data(
+            DataConfig(synthetic=kind, synthetic_count=3, synthetic_size=(24, 48, 40)), 0, quiet
+        )
+        np.testing.assert_allclose(
+            [entry.read().sum(dtype=np.float64) for entry in opened.train], sums, rtol=1e-5
+        )
 
 
 def run(capfd, *arguments: object) -> tuple[int, list[str], str]:
-    """Exit code, lines of standard output, standard error of `python data.py ...`, in this process: importing torch takes seconds."""
+    """Exit code, lines of standard output, standard error of `python data.py ...`, in this process: importing
+    torch takes seconds.
+    """
     try:
         code = data.main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -216,7 +273,9 @@ def run(capfd, *arguments: object) -> tuple[int, list[str], str]:
 def test_command_line(folder, tmp_path, capfd):
     code, rows, err = run(capfd, folder)
     assert (code, len(rows), err) == (0, 7, "")
-    assert all(word in rows[1] for word in ("12,24,20", "2,1.5,1", "RAS", "int16", "ct", "-1000 .. 899", "ok"))
+    assert all(
+        word in rows[1] for word in ("12,24,20", "2,1.5,1", "RAS", "int16", "ct", "-1000 .. 899", "ok")
+    )
     os.rename(folder / "case0.nii.gz", folder / "a\nb.nii.gz")
     (folder / "broken.nii.gz").write_bytes(b"not gzip")
     np.save(folder / "two.npy", np.random.default_rng(0).random((9, 9, 9, 2)))
@@ -227,7 +286,9 @@ def test_command_line(folder, tmp_path, capfd):
     for arguments in ((), (tmp_path / "absent",), (folder, tmp_path / "absent"), (tmp_path / "empty",)):
         code, rows, err = run(capfd, *arguments)
         assert code == 2 and rows == [] and err and "Traceback" not in err
-    done = subprocess.run([sys.executable, "data.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "data.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and done.stderr == "" and len(done.stdout.splitlines()) == 9
 
 
@@ -235,7 +296,9 @@ def test_command_line(folder, tmp_path, capfd):
 def test_command_line_on_pairs(capfd, tmp_path):
     code, rows, err = run(capfd, REAL / "seg")
     assert (code, err, len(rows)) == (0, "", 10) and "left out 9 label files" in rows[0]
-    assert sum("ok, 2 labels 0 .. 1" in row for row in rows) == 4 and any("ok, 32 labels 0 .. 117" in row for row in rows)
+    assert sum("ok, 2 labels 0 .. 1" in row for row in rows) == 4 and any(
+        "ok, 32 labels 0 .. 117" in row for row in rows
+    )
     image, label = pair_like((9, 9, 9))
     save(tmp_path / "a_image.nii.gz", image)
     save(tmp_path / "a_label.nii.gz", label + 0.5)
@@ -247,14 +310,21 @@ def test_command_line_on_pairs(capfd, tmp_path):
 def test_command_line_on_the_odd_files(capfd):
     code, rows, err = run(capfd, REAL / "odd")
     assert code == 1 and err == "" and len(rows) == 46
-    assert sum(row.rstrip().endswith("  ok") for row in rows) == 34 and sum("  refused: " in row for row in rows) == 10
+    assert (
+        sum(row.rstrip().endswith("  ok") for row in rows) == 34
+        and sum("  refused: " in row for row in rows) == 10
+    )
 
 
 def test_works_copied_with_its_folder(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path / "data.py")
     shutil.copytree(ROOT / "volumes", tmp_path / "volumes")
-    script = ("import data; d = data.open_data(data.DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "
-              "print(data.Crops(d, 0)[0][0].shape)")
+    script = (
+        "import data; d = data.open_data(data.DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "
+        "print(data.Crops(d, 0)[0][0].shape)"
+    )
     env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0 and "torch.Size([1, 8, 16, 16])" in done.stdout, done.stderr

@@ -26,7 +26,9 @@ def test_folder_is_searched_once_and_safely(tmp_path):
     (root / "b/broken.nii").symlink_to(root / "nowhere")
     os.mkfifo(root / "b/pipe.nii")
     names = [item.path.name for item in list_items(root)["training"]]
-    assert names == ["pair.hdr", "points.bin", "ü space.nii", "again.nii.gz", "broken.nii", "two.NII"], "each file once, sorted"
+    assert names == ["pair.hdr", "points.bin", "ü space.nii", "again.nii.gz", "broken.nii", "two.NII"], (
+        "each file once, sorted"
+    )
     with pytest.raises(DataError) as error:
         list_items(tmp_path / "absent")
     one_line(error, "absent", "no such file or folder")
@@ -37,16 +39,46 @@ def test_datalists(folder, tmp_path):
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
         return list_items(folder / name)
 
-    found = lists({"name": "Task", "numTraining": 2, "training": [{"image": "./case0.nii.gz", "label": "./l.nii.gz"}, "case1.nii.gz"],
-                   "test": ["./case2.nii.gz"]})                # Decathlon
-    assert [[item.path.name for item in items] for items in found.values()] == [["case0.nii.gz", "case1.nii.gz"], [], ["case2.nii.gz"]]
-    found = lists({"training": [{"image": str(folder / "case0.nii.gz"), "class": "CT"}], "validation": ["case1.nii.gz", "case2.nii.gz"]})
+    found = lists(
+        {
+            "name": "Task",
+            "numTraining": 2,
+            "training": [{"image": "./case0.nii.gz", "label": "./l.nii.gz"}, "case1.nii.gz"],
+            "test": ["./case2.nii.gz"],
+        }
+    )  # Decathlon
+    assert [[item.path.name for item in items] for items in found.values()] == [
+        ["case0.nii.gz", "case1.nii.gz"],
+        [],
+        ["case2.nii.gz"],
+    ]
+    found = lists(
+        {
+            "training": [{"image": str(folder / "case0.nii.gz"), "class": "CT"}],
+            "validation": ["case1.nii.gz", "case2.nii.gz"],
+        }
+    )
     assert found["training"][0].kind == "CT"
     opened = open_data(config(folder / "list.json", tmp_path), 0, quiet)
-    assert [entry.name for entry in opened.train] == ["case0"] and [entry.name for entry in opened.val] == ["case1", "case2"]
-    for content in ("{", "[" * 100_000, "[1]", "3", {"training": 5}, {"training": [5]}, {"training": [{"label": "x"}]}, {"validation": []},
-                    {"training": [{"image": ["a", "b"]}]}, {"training": [""]}, {"training": ["a\0b"]}, {"training": [], "testing": "x"},
-                    "\xff\xfe"):
+    assert [entry.name for entry in opened.train] == ["case0"] and [entry.name for entry in opened.val] == [
+        "case1",
+        "case2",
+    ]
+    for content in (
+        "{",
+        "[" * 100_000,
+        "[1]",
+        "3",
+        {"training": 5},
+        {"training": [5]},
+        {"training": [{"label": "x"}]},
+        {"validation": []},
+        {"training": [{"image": ["a", "b"]}]},
+        {"training": [""]},
+        {"training": ["a\0b"]},
+        {"training": [], "testing": "x"},
+        "\xff\xfe",
+    ):
         with pytest.raises(DataError) as error:
             lists(content, "bad.json")
         one_line(error, "bad.json")
@@ -55,9 +87,15 @@ def test_datalists(folder, tmp_path):
 def test_pairs_in_every_form(tmp_path):
     image, label = pair_like((9, 10, 11))
     root = tmp_path / "in"
-    names = {"images/a.nii.gz": "labels/a.nii.gz", "images/deep/b.nii": "labels/deep/b_seg.nii.gz", "imgs/c.nii.gz": "masks/c_mask.nii.gz",
-             "c/images/x_image.nii": "c/labels/x_label.nii", "d/X_image.nii.gz": "d/X_label.nii.gz", "d/Y.nii.gz": "d/Y_seg.nii.gz",
-             "e/Q_IMAGE.nii.gz": "e/Q_Label.nii.gz"}
+    names = {
+        "images/a.nii.gz": "labels/a.nii.gz",
+        "images/deep/b.nii": "labels/deep/b_seg.nii.gz",
+        "imgs/c.nii.gz": "masks/c_mask.nii.gz",
+        "c/images/x_image.nii": "c/labels/x_label.nii",
+        "d/X_image.nii.gz": "d/X_label.nii.gz",
+        "d/Y.nii.gz": "d/Y_seg.nii.gz",
+        "e/Q_IMAGE.nii.gz": "e/Q_Label.nii.gz",
+    }
     for number, (a, b) in enumerate(names.items()):
         save(root / a, image + 0, np.diag([1, 1, 1 + number, 1.0]))
         save(root / b, label, np.diag([1, 1, 1 + number, 1.0]))
@@ -66,17 +104,28 @@ def test_pairs_in_every_form(tmp_path):
     np.save(root / "f_label.npy", label)
     items = list_items(root, labels=True)["training"]
     found = {str(item.path.relative_to(root)): str(item.label.relative_to(root)) for item in items}
-    assert found == {**names, "both_seg.npz": "both_seg.npz", "f_image.npy": "f_label.npy"} and not any(item.fault for item in items)
+    assert found == {**names, "both_seg.npz": "both_seg.npz", "f_image.npy": "f_label.npy"} and not any(
+        item.fault for item in items
+    )
     said, opened = said_and_data(root, tmp_path)
-    assert len(opened.train) + len(opened.val) == 9 and opened.classes == 4 and not any("refused" in line for line in said)
+    assert (
+        len(opened.train) + len(opened.val) == 9
+        and opened.classes == 4
+        and not any("refused" in line for line in said)
+    )
     expected = label.transpose(2, 1, 0)
     for entry in opened.train + opened.val:
-        assert np.array_equal(entry.read_label(), expected) and entry.read_label().dtype == np.int64, entry.name
+        assert np.array_equal(entry.read_label(), expected) and entry.read_label().dtype == np.int64, (
+            entry.name
+        )
         assert np.load(entry.label, mmap_mode="r").dtype == np.uint8 and entry.label_ids == (0, 1, 2, 3)
-    for name in ("d/X_image.nii.gz", "both_seg.npz", "images/a.nii.gz", "d/Y.nii.gz"):  # a file by itself finds its label
+    # A file by itself finds its label.
+    for name in ("d/X_image.nii.gz", "both_seg.npz", "images/a.nii.gz", "d/Y.nii.gz"):
         (item,) = list_items(root / name, labels=True)["training"]
         assert item.label.name == Path(found[name]).name and not item.fault
-    (root / "list.json").write_text(json.dumps({"training": [{"image": "d/X_image.nii.gz", "label": "labels/a.nii.gz"}, "both_seg.npz"]}))
+    (root / "list.json").write_text(
+        json.dumps({"training": [{"image": "d/X_image.nii.gz", "label": "labels/a.nii.gz"}, "both_seg.npz"]})
+    )
     items = list_items(root / "list.json", labels=True)["training"]
     assert [str(item.label.relative_to(root)) for item in items] == ["labels/a.nii.gz", "both_seg.npz"]
 
@@ -92,7 +141,12 @@ def test_files_without_a_partner_are_a_line_each_and_the_others_train(tmp_path):
     assert {entry.name for entry in opened.train + opened.val} == {"X_image", "a"}
     refused = [line for line in said if line.startswith("data: refused")]
     assert len(refused) == 4 and all("\n" not in line for line in refused)
-    for name, word in (("Z_image", "no label"), ("b", "no label"), ("torso_3mm_label", "without its image"), ("c", "without its image")):
+    for name, word in (
+        ("Z_image", "no label"),
+        ("b", "no label"),
+        ("torso_3mm_label", "without its image"),
+        ("c", "without its image"),
+    ):
         assert sum(f"/{name}.nii.gz" in line and word in line for line in refused) == 1, name
     with pytest.raises(DataError) as error:
         said_and_data(root, tmp_path, strict=True)
@@ -122,4 +176,6 @@ def test_labels_of_pairs_do_not_train_a_vae(tmp_path):
     assert [line for line in said if "left out 4 label files" in line]
     assert len(Crops(opened, 0)[0]) == 2 and val_crops(opened, 0, 1)[0].label is None
     plain = open_data(config(root / "d" / "X_image.nii.gz", tmp_path, modality="voxel"), 0, quiet)
-    assert plain.train[0].store in {entry.store for entry in opened.train + opened.val}, "the same cache with and without pairs around"
+    assert plain.train[0].store in {entry.store for entry in opened.train + opened.val}, (
+        "the same cache with and without pairs around"
+    )

@@ -9,18 +9,26 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data import WholeVolumes, open_data, read_volume, val_crops
+from data import Crops, WholeVolumes, open_data, read_volume, val_crops
 from volume_files import REAL, needs_real, one_line, save
+from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError
+from volumes.find import Item
 from volumes.format_nibabel import write_nifti
+from volumes.loading import load
+from volumes.results import write_result
+from volumes.volume import Source, Volume
 
 
 def world_values(path: Path) -> dict[tuple[float, ...], float]:
     """Slow, obvious reference: {place in mm: stored value}, voxel by voxel."""
     image = nib.load(path)
     values, affine = np.asarray(image.dataobj), image.affine
-    return {tuple(np.round(affine @ (*index, 1), 3)[:3]): float(values[index]) for index in np.ndindex(values.shape)}
+    return {
+        tuple(np.round(affine @ (*index, 1), 3)[:3]): float(values[index])
+        for index in np.ndindex(values.shape)
+    }
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "AIL", "SPR", "PIR", "IRP"])
@@ -49,28 +57,58 @@ def test_eight_axis_orders_of_one_head_are_one_array():
     volumes = [read_volume(path) for path in sorted((REAL / "odd").glob("orient_*.nii.gz"))]
     assert len(volumes) == 8
     for volume in volumes[1:]:
-        assert np.array_equal(volume.array, volumes[0].array), f"maximum difference {abs(volume.array - volumes[0].array).max()}"
+        assert np.array_equal(volume.array, volumes[0].array), (
+            f"maximum difference {abs(volume.array - volumes[0].array).max()}"
+        )
         np.testing.assert_allclose(volume.affine, volumes[0].affine, atol=1e-3)
         np.testing.assert_allclose(volume.spacing, volumes[0].spacing, rtol=1e-5)
 
 
 SHAPES = {  # (C, D, H, W) by the README of the data: shape turned to Z, Y, X
-    "big_endian_float.nii": (1, 22, 26, 21), "big_endian_int16.nii": (1, 25, 41, 33), "big_endian_zstat.nii.gz": (1, 21, 64, 64),
-    "ct_angio_clipped_uint8.nii.gz": (1, 154, 242, 256), "dwi_65vol_tiny.nii": (65, 10, 10, 10), "epi_4d_oblique.nii.gz": (2, 24, 96, 128),
-    "float64_2d.nii": (1, 1, 8, 8), "float64_oblique.nii.gz": (1, 24, 58, 58), "freesurfer.mgz": (2, 3, 4, 5),
-    "functional_4d_scl.nii": (20, 3, 21, 17), "gantry_shear_affine.nii.gz": (1, 54, 422, 306),
-    "int8_4d_big_endian.nii.gz": (10, 91, 109, 91), "label_4d.nii.gz": (3, 60, 96, 96),
-    "little_endian_zstat.nii.gz": (1, 21, 64, 64), "nifti2.nii.gz": (2, 12, 20, 32),
-    "pair_big_endian.hdr": (1, 10, 64, 64), "pair_big_endian.img": (1, 10, 64, 64), "single_slice.nii.gz": (1, 192, 192, 1),
-    "singleton_depth_4d.nii.gz": (3, 1, 256, 256), "tiny_7x5x3.nii.gz": (1, 3, 5, 7), "tiny_anisotropic.nii.gz": (1, 7, 5, 4),
-    "trailing_dim_zero_pixdim.nii.gz": (1, 151, 191, 161), **{f"orient_{codes}.nii.gz": (1, 67, 79, 64) for codes in
-                                                              ("RAS", "AIL", "ASL", "SPR", "LPS", "PIR", "RSA", "IRP")},
-    **{f"tiny27_{kind}.nii": (1, 3, 3, 3) for kind in ("float64", "int16", "int64", "int8", "uint32", "uint8")}}
+    "big_endian_float.nii": (1, 22, 26, 21),
+    "big_endian_int16.nii": (1, 25, 41, 33),
+    "big_endian_zstat.nii.gz": (1, 21, 64, 64),
+    "ct_angio_clipped_uint8.nii.gz": (1, 154, 242, 256),
+    "dwi_65vol_tiny.nii": (65, 10, 10, 10),
+    "epi_4d_oblique.nii.gz": (2, 24, 96, 128),
+    "float64_2d.nii": (1, 1, 8, 8),
+    "float64_oblique.nii.gz": (1, 24, 58, 58),
+    "freesurfer.mgz": (2, 3, 4, 5),
+    "functional_4d_scl.nii": (20, 3, 21, 17),
+    "gantry_shear_affine.nii.gz": (1, 54, 422, 306),
+    "int8_4d_big_endian.nii.gz": (10, 91, 109, 91),
+    "label_4d.nii.gz": (3, 60, 96, 96),
+    "little_endian_zstat.nii.gz": (1, 21, 64, 64),
+    "nifti2.nii.gz": (2, 12, 20, 32),
+    "pair_big_endian.hdr": (1, 10, 64, 64),
+    "pair_big_endian.img": (1, 10, 64, 64),
+    "single_slice.nii.gz": (1, 192, 192, 1),
+    "singleton_depth_4d.nii.gz": (3, 1, 256, 256),
+    "tiny_7x5x3.nii.gz": (1, 3, 5, 7),
+    "tiny_anisotropic.nii.gz": (1, 7, 5, 4),
+    "trailing_dim_zero_pixdim.nii.gz": (1, 151, 191, 161),
+    **{
+        f"orient_{codes}.nii.gz": (1, 67, 79, 64)
+        for codes in ("RAS", "AIL", "ASL", "SPR", "LPS", "PIR", "RSA", "IRP")
+    },
+    **{
+        f"tiny27_{kind}.nii": (1, 3, 3, 3)
+        for kind in ("float64", "int16", "int64", "int8", "uint32", "uint8")
+    },
+}
 
 
-REFUSED = {"rgb24_tiny.nii": "RGB", "rgb24_volume.nii.gz": "RGB", "complex64_2d.nii": "complex", "cifti_dconn.nii": "no spatial image",
-           "vector_field_5d.nii.gz": "5-dimensional", "nan_slices.nii": "153 NaN voxels, first at (0, 0, 0)",
-           "inf_and_nan.nii.gz": "633 infinite voxels", "invalid/not_nifti.nii": "cannot be read", "invalid/bad_datatype.nii": "-9510"}
+REFUSED = {
+    "rgb24_tiny.nii": "RGB",
+    "rgb24_volume.nii.gz": "RGB",
+    "complex64_2d.nii": "complex",
+    "cifti_dconn.nii": "no spatial image",
+    "vector_field_5d.nii.gz": "5-dimensional",
+    "nan_slices.nii": "153 NaN voxels, first at (0, 0, 0)",
+    "inf_and_nan.nii.gz": "633 infinite voxels",
+    "invalid/not_nifti.nii": "cannot be read",
+    "invalid/bad_datatype.nii": "-9510",
+}
 
 
 @needs_real
@@ -118,7 +156,12 @@ def test_nan_message_names_counts_and_first_voxel(tmp_path):
 
 
 def test_slices_and_planes_keep_their_axis(tmp_path):
-    for shape, expected in (((5, 6, 1), (1, 1, 6, 5)), ((1, 5, 6), (1, 6, 5, 1)), ((5, 6), (1, 1, 6, 5)), ((5, 6, 7, 1), (1, 7, 6, 5))):
+    for shape, expected in (
+        ((5, 6, 1), (1, 1, 6, 5)),
+        ((1, 5, 6), (1, 6, 5, 1)),
+        ((5, 6), (1, 1, 6, 5)),
+        ((5, 6, 7, 1), (1, 7, 6, 5)),
+    ):
         assert read_volume(save(tmp_path / "a.nii", np.zeros(shape, np.int16))).array.shape == expected
     for shape, word in (((9,), "one-dimensional"), ((3, 3, 3, 2, 2), "5-dimensional")):
         with pytest.raises(DataError) as error:
@@ -148,7 +191,12 @@ def test_arrays_dense_and_sparse_hold_the_same_grid(tmp_path):
     np.save(tmp_path / "first.npy", np.asfortranarray(np.moveaxis(dense, -1, 0)))
     np.savez_compressed(tmp_path / "voxel.npz", voxel=dense, other=np.zeros(3))
     np.savez(tmp_path / "only.npz", anything=dense)
-    np.savez(tmp_path / "sparse.npz", shape=np.array([7, 6, 5, 4]), coords=coords.astype(np.int32), features=features)
+    np.savez(
+        tmp_path / "sparse.npz",
+        shape=np.array([7, 6, 5, 4]),
+        coords=coords.astype(np.int32),
+        features=features,
+    )
     np.savez(tmp_path / "vol.npz", vol=dense[..., 0].astype(np.float64), seg=np.ones((7, 6, 5)))
     expected = dense.transpose(3, 2, 1, 0)                     # C, D, H, W = channel, z, y, x
     for name in ("last.npy", "first.npy", "voxel.npz", "only.npz", "sparse.npz"):
@@ -177,9 +225,21 @@ def test_arrays_that_are_no_volumes_are_refused_in_a_line(tmp_path):
     np.savez(tmp_path / "channels.npz", **{**grid, "shape": np.array([4, 4, 5, 3])})
     np.savez(tmp_path / "huge.npz", **{**grid, "shape": np.array([2**40, 2**40, 2**40])})
     (tmp_path / "points.bin").write_bytes(bytes(64))
-    words = {"table.npy": "a table", "complex.npy": "complex", "series.npy": "data.channel_axis", "objects.npy": "objects",
-             "five.npy": "5-dimensional", "text.npy": "type <U1", "nothing.npy": "no voxels", "two.npz": "a, b", "outside.npz": "outside",
-             "uneven.npz": "features (2, 2)", "channels.npz": "3 channels", "huge.npz": "data.max_gib", "points.bin": ".bin"}
+    words = {
+        "table.npy": "a table",
+        "complex.npy": "complex",
+        "series.npy": "data.channel_axis",
+        "objects.npy": "objects",
+        "five.npy": "5-dimensional",
+        "text.npy": "type <U1",
+        "nothing.npy": "no voxels",
+        "two.npz": "a, b",
+        "outside.npz": "outside",
+        "uneven.npz": "features (2, 2)",
+        "channels.npz": "3 channels",
+        "huge.npz": "data.max_gib",
+        "points.bin": ".bin",
+    }
     for name, word in words.items():
         with pytest.raises(DataError) as error:
             read_volume(tmp_path / name)
@@ -200,8 +260,14 @@ def test_declared_size_is_checked_before_memory_is_taken(tmp_path):
     (tmp_path / "c.npy").write_bytes(bomb)
     with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("vol.npy", bomb)
-    for name, word in (("a.nii", "data.max_gib"), ("a.nii.gz", "data.max_gib"), ("b.nii", "truncated"), ("b.nii.gz", "truncated"),
-                       ("c.npy", "c.npy"), ("c.npz", "c.npz")):
+    for name, word in (
+        ("a.nii", "data.max_gib"),
+        ("a.nii.gz", "data.max_gib"),
+        ("b.nii", "truncated"),
+        ("b.nii.gz", "truncated"),
+        ("c.npy", "c.npy"),
+        ("c.npz", "c.npz"),
+    ):
         with pytest.raises(DataError) as error:
             read_volume(tmp_path / name)
         one_line(error, name, word)
@@ -230,7 +296,10 @@ def test_write_nifti_puts_a_crop_where_it_was(tmp_path):
     rng = np.random.default_rng(0)
     affine = np.array([[2.0, 0, 0, -10], [0, 3, 0, 5], [0, 0, 4, 7], [0, 0, 0, 1]])
     for n in range(2):
-        nib.save(nib.Nifti1Image((rng.random((9, 10, 11)) * 100).astype(np.float32), affine), tmp_path / f"v{n}.nii.gz")
+        nib.save(
+            nib.Nifti1Image((rng.random((9, 10, 11)) * 100).astype(np.float32), affine),
+            tmp_path / f"v{n}.nii.gz",
+        )
     cfg = DataConfig(path=str(tmp_path), patch=(4, 5, 6), modality="mr", cache_dir=str(tmp_path / "cache"))
     opened = open_data(cfg, 0, say=lambda _: None)
     crop = val_crops(opened, 0, 1)[0]
@@ -240,4 +309,39 @@ def test_write_nifti_puts_a_crop_where_it_was(tmp_path):
     x, y, z = np.round(np.linalg.inv(affine) @ back.affine[:, 3]).astype(int)[:3]
     assert np.array_equal(crop.entry.read()[:, z:z + 4, y:y + 5, x:x + 6], back.array)
     whole = list(WholeVolumes(opened))
-    assert [c.image.shape for c in whole] == [(1, 11, 10, 9)] and np.array_equal(whole[0].affine, opened.val[0].affine)
+    assert [c.image.shape for c in whole] == [(1, 11, 10, 9)] and np.array_equal(
+        whole[0].affine, opened.val[0].affine
+    )
+
+
+def raw_read(path, request):
+    """A made-up format: three sizes as int32, then voxels as uint8."""
+    content = path.read_bytes()
+    voxels = np.frombuffer(content[12:], np.uint8).reshape(1, *np.frombuffer(content[:12], np.int32))
+    return Source(Volume(voxels.astype(np.float32), (1.0, 1.0, 1.0), np.eye(4)), False, "uint8", "-")
+
+
+def raw_write(file, array, origin, slope, inter):
+    file.write(np.array(array.shape[1:], np.int32).tobytes() + array.astype(np.uint8).tobytes())
+
+
+def test_a_format_of_ones_own_is_one_row_of_the_table(tmp_path, monkeypatch):
+    """Found, read, cached, cropped, and written back on its own grid: by a row from outside."""
+    row = formats.Format((".raw8",), raw_read, raw_write)
+    monkeypatch.setattr(formats, "TABLE", [*formats.TABLE, row])
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        with open(tmp_path / f"v{n}.raw8", "wb") as file:
+            raw_write(file, rng.integers(0, 256, (1, 6, 8, 10)), None, 1, 0)
+    cfg = DataConfig(path=str(tmp_path), modality="mr", patch=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
+    found = open_data(cfg, 0, lambda line: None)
+    assert len(found.train) == 2 and Crops(found, 0)[0][0].shape == (1, 4, 4, 4)
+    assert ".raw8" in formats.known_endings()
+
+    source = tmp_path / "v2.raw8"
+    loaded = load(Item(source), cfg)
+    out = tmp_path / f"out{formats.ending_out(source)}"
+    write_result(out, loaded.volumes, loaded.affine, formats.origin_of(source, loaded.source, None))
+    low = np.asarray(loaded.volumes[0][1].low)                   # what lies below the percentile was clipped
+    wanted = np.maximum(read_volume(source).array, np.rint(low))
+    assert np.abs(read_volume(out).array - wanted).max() <= 1

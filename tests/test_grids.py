@@ -8,7 +8,9 @@ from volumes.grids import resample, resample_label
 
 
 def test_resampling_keeps_places_and_means(tmp_path):
-    """A ramp over mm stays the same ramp over mm: grid and affine agree. Linear data makes linear interpolation exact inside."""
+    """A ramp over mm stays the same ramp over mm: grid and affine agree. Linear data makes linear
+    interpolation exact inside.
+    """
     affine = nib.affines.from_matvec(np.diag([1.0, 1.5, 2.0]), (10, -20, 30))
     x, y, z = np.meshgrid(np.arange(16), np.arange(20), np.arange(12), indexing="ij")
     mm = np.stack([x, y, z, np.ones_like(x)], -1) @ affine.T
@@ -21,7 +23,8 @@ def test_resampling_keeps_places_and_means(tmp_path):
         inside = tuple(slice(max(2, n // 5), -max(2, n // 5)) for n in size)
         difference = np.abs(out[0] - (mm[..., 0] + 2 * mm[..., 1] - 3 * mm[..., 2]))[inside].max()
         whole = all(new >= old or old % new == 0 for old, new in zip((12, 20, 16), size))
-        limit = 1e-3 if whole else 0.01 * 2 * 1.5 * 20 / size[1]  # a widened kernel cut at odd places: 1 % of a step of the new grid
+        # A widened kernel cut at odd places: 1 % of a step of the new grid.
+        limit = 1e-3 if whole else 0.01 * 2 * 1.5 * 20 / size[1]
         assert difference < limit, f"{size}: maximum difference {difference}"
         corners = [affine @ (-0.5, -0.5, -0.5, 1), affine @ (15.5, 19.5, 11.5, 1)]
         new = [grid @ (-0.5, -0.5, -0.5, 1), grid @ (size[2] - 0.5, size[1] - 0.5, size[0] - 0.5, 1)]
@@ -36,9 +39,13 @@ def test_spacing_and_resize_reach_the_cache(folder, tmp_path):
     fixed = open_data(config(folder, tmp_path, spacing="1,1.5,2"), 0, quiet)
     for entry in fixed.train + fixed.val:
         array, spacing, _ = read_volume(entry.path)
-        assert entry.shape[1:] == tuple(max(1, round(n * old / new)) for n, old, new in zip(array.shape[1:], spacing, (1, 1.5, 2)))
+        assert entry.shape[1:] == tuple(
+            max(1, round(n * old / new)) for n, old, new in zip(array.shape[1:], spacing, (1, 1.5, 2))
+        )
         np.testing.assert_allclose(entry.spacing, (1, 1.5, 2), rtol=0.1)
-        np.testing.assert_allclose(np.multiply(entry.shape[1:], entry.spacing), np.multiply(array.shape[1:], spacing), rtol=1e-6)
+        np.testing.assert_allclose(
+            np.multiply(entry.shape[1:], entry.spacing), np.multiply(array.shape[1:], spacing), rtol=1e-6
+        )
         np.testing.assert_allclose(nib.affines.voxel_sizes(entry.affine)[::-1], entry.spacing, rtol=1e-6)
     resized = open_data(config(folder, tmp_path, resize=(8, 9, 10)), 0, quiet)
     assert {entry.read().shape for entry in resized.train + resized.val} == {(1, 8, 9, 10)}

@@ -197,7 +197,9 @@ def lines_of(path: str, name: str) -> int:
 def main_path() -> dict[str, int]:
     """What docs/READING.md tells a newcomer to read: file and names -> lines."""
     found = {}
-    for row in re.findall(r"^\| \[(\S+)\]\(\.\./\S+\): (.*?) \|", (ROOT / "docs/READING.md").read_text(), re.M):
+    for row in re.findall(
+        r"^\| \[(\S+)\]\(\.\./\S+\): (.*?) \|", (ROOT / "docs/READING.md").read_text(), re.M
+    ):
         path, names = row
         for name in re.findall(r"`([\w.]+)`", names):
             found[f"{path}: {name}"] = lines_of(path, name)

@@ -12,7 +12,12 @@ from volumes.intensities import denormalise, guess_modality, normalise
 
 def test_ct_windows():
     hu = np.array([-3024, -1350, -1000, -600, -5, 0, 75, 150, 1000, 3000], np.float32).reshape(1, 1, 1, -1)
-    for window, (width, level) in {"lung": (1500, -600), "bone": (1500, 300), "soft_tissue": (400, 50), "brain": (80, 35)}.items():
+    for window, (width, level) in {
+        "lung": (1500, -600),
+        "bone": (1500, 300),
+        "soft_tissue": (400, 50),
+        "brain": (80, 35),
+    }.items():
         cfg = DataConfig(window=window)
         out, _ = normalise(hu, "ct", cfg.hu_limits())
         np.testing.assert_allclose(out, ((hu - level) / (width / 2)).clip(-1, 1), atol=1e-6)
@@ -24,16 +29,25 @@ def test_ct_windows():
 
 
 def test_mr_percentiles_are_chosen(folder_of_one_mr, tmp_path):
-    """As MAISI's scripts: least value and 99.5 percentile of all voxels to both ends, nothing clipped; the cache tells the two apart."""
+    """As MAISI's scripts: least value and 99.5 percentile of all voxels to both ends, nothing clipped; the
+    cache tells the two apart.
+    """
     path, array = folder_of_one_mr
     low, high = array.min(), np.percentile(array, 99.5)
     maisi = dict(percentiles=(0.0, 99.5), percentiles_of="all")
     out, intensity = normalise(array[None], "mr", **maisi)
     np.testing.assert_allclose((out[0] + 1) / 2, (array - low) / (high - low), atol=1e-6)
     np.testing.assert_allclose(denormalise(out, intensity)[0], array, rtol=1e-5, atol=1e-3)
-    cfg = dict(path=str(path), modality="mr", val_fraction=0.0, patch=(4, 4, 4), cache_dir=str(tmp_path / "cache"))
-    highs = [open_data(DataConfig(**cfg, **more), 0, print).train[0].intensity.high[0] for more in ({}, maisi, {})]
-    assert highs[1] == pytest.approx(high) and highs[0] == highs[2] == pytest.approx(np.percentile(array[array > 0], 99.5)) != highs[1]
+    cfg = dict(
+        path=str(path), modality="mr", val_fraction=0.0, patch=(4, 4, 4), cache_dir=str(tmp_path / "cache")
+    )
+    highs = [
+        open_data(DataConfig(**cfg, **more), 0, print).train[0].intensity.high[0] for more in ({}, maisi, {})
+    ]
+    assert (
+        highs[1] == pytest.approx(high)
+        and highs[0] == highs[2] == pytest.approx(np.percentile(array[array > 0], 99.5)) != highs[1]
+    )
     for bad in ((99.5, 0.5), (0.0, 101.0)):
         with pytest.raises(ValueError, match="data.percentiles is .* from 0 to 100"):
             DataConfig(percentiles=bad)
@@ -50,7 +64,9 @@ def folder_of_one_mr(tmp_path):
 
 def test_mr_percentiles_of_the_foreground():
     rng = np.random.default_rng(0)
-    array = np.where(rng.random((2, 10, 20, 30)) < 0.4, 0, rng.gamma(2, 100, (2, 10, 20, 30))).astype(np.float32)
+    array = np.where(rng.random((2, 10, 20, 30)) < 0.4, 0, rng.gamma(2, 100, (2, 10, 20, 30))).astype(
+        np.float32
+    )
     array[1] *= 7
     out, intensity = normalise(array, "mr")
     for channel, result in zip(array, out):
@@ -90,9 +106,20 @@ def test_constant_and_unscalable_volumes_are_refused():
 
 @needs_real
 def test_modality_is_guessed_from_the_values():
-    expected = {"ct/*.nii.gz": "ct", "mr/*.nii.gz": "mr", "radar/*voxel_[ds]*": "voxel", "seg/*ct_image*": "ct", "seg/brain*": "mr",
-                "seg/ct_body_image*": "ct", "seg/*pet_image*": "mr", "seg/cord_t2_image*": "mr", "odd/gantry*": "ct", "odd/orient*": "mr",
-                "odd/singleton_depth*": "mr", "odd/*zstat*": "mr"}
+    expected = {
+        "ct/*.nii.gz": "ct",
+        "mr/*.nii.gz": "mr",
+        "radar/*voxel_[ds]*": "voxel",
+        "seg/*ct_image*": "ct",
+        "seg/brain*": "mr",
+        "seg/ct_body_image*": "ct",
+        "seg/*pet_image*": "mr",
+        "seg/cord_t2_image*": "mr",
+        "odd/gantry*": "ct",
+        "odd/orient*": "mr",
+        "odd/singleton_depth*": "mr",
+        "odd/*zstat*": "mr",
+    }
     for pattern, modality in expected.items():
         files = sorted(REAL.glob(pattern))
         assert files, pattern

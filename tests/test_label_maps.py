@@ -25,7 +25,9 @@ from volumes.files import DataError
 def test_bad_labels_are_one_line(make, words, tmp_path):
     image, label = pair_like((9, 10, 11))
     save(tmp_path / "in" / "good_image.nii.gz", image)
-    save(tmp_path / "in" / "good_label.nii.gz", label.astype(np.float32))  # float files of whole numbers are fine
+    save(
+        tmp_path / "in" / "good_label.nii.gz", label.astype(np.float32)
+    )  # float files of whole numbers are fine
     save(tmp_path / "in" / "bad_image.nii.gz", image)
     save(tmp_path / "in" / "bad_label.nii.gz", make(label))
     said, opened = said_and_data(tmp_path / "in", tmp_path)
@@ -57,7 +59,9 @@ def test_label_that_is_an_image_or_absent_or_hostile(tmp_path):
     save(tmp_path / "l.nii", label, np.diag([1, 1, 1.3, 1]))
     assert "mm away from its image a_image.nii" in refusal()
     np.save(tmp_path / "l.npy", label)
-    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a_image.nii", "label": "l.npy"}]}))
+    (tmp_path / "list.json").write_text(
+        json.dumps({"training": [{"image": "a_image.nii", "label": "l.npy"}]})
+    )
     assert "no orientation" in refusal()
 
 
@@ -65,8 +69,9 @@ def test_label_in_another_axis_order_lies_on_its_image(tmp_path):
     image, label = pair_like((9, 10, 11))
     affine = np.diag([1.0, 2.0, 3.0, 1])
     save(tmp_path / "in" / "a_image.nii.gz", image, affine)
-    turned = nib.Nifti1Image(label, affine).as_reoriented(nib.orientations.axcodes2ornt(("S", "L", "P"),
-                                                                                         (("L", "R"), ("P", "A"), ("I", "S"))))
+    turned = nib.Nifti1Image(label, affine).as_reoriented(
+        nib.orientations.axcodes2ornt(("S", "L", "P"), (("L", "R"), ("P", "A"), ("I", "S")))
+    )
     assert turned.shape != label.shape
     turned.affine[:3, 3] += 0.02                               # headers round
     nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), tmp_path / "in" / "a_label.nii.gz")
@@ -87,16 +92,24 @@ def test_classes_ignored_label_and_label_values(tmp_path):
     plain = opened()
     assert plain.classes == 256 and plain.label_values is None and plain.train[0].read_label().max() == 255
     assert opened(ignore_label=255).classes == 41
-    for fields, labels, classes in (({"label_values": (0, 7, 40, 255)}, (0, 1, 2, 3), 4), ({"label_values": (0, 40)}, (0, 0, 1, 0), 2),
-                                    ({"label_values": (0, 40, 7), "ignore_label": 255}, (0, 2, 1, 255), 3),
-                                    ({"classes": 41, "ignore_label": 255}, (0, 7, 40, 255), 41)):
+    for fields, labels, classes in (
+        ({"label_values": (0, 7, 40, 255)}, (0, 1, 2, 3), 4),
+        ({"label_values": (0, 40)}, (0, 0, 1, 0), 2),
+        ({"label_values": (0, 40, 7), "ignore_label": 255}, (0, 2, 1, 255), 3),
+        ({"classes": 41, "ignore_label": 255}, (0, 7, 40, 255), 41),
+    ):
         got = opened(**fields)
-        assert got.classes == classes and got.train[0].label == plain.train[0].label, "the cache holds what is stored"
+        assert got.classes == classes and got.train[0].label == plain.train[0].label, (
+            "the cache holds what is stored"
+        )
         assert np.array_equal(got.train[0].read_label(), np.array(labels)[expected]), fields
         region = (slice(2, 5), slice(0, 4), slice(3, 9))
         assert np.array_equal(got.train[0].read_label(region), np.array(labels)[expected][region])
         assert Crops(got, 0)[0][1].max() <= max(labels)
-    for fields, word in (({"classes": 41}, "no usable"), ({"label_values": (0, 7), "ignore_label": 1}, "data.ignore_label=1")):
+    for fields, word in (
+        ({"classes": 41}, "no usable"),
+        ({"label_values": (0, 7), "ignore_label": 1}, "data.ignore_label=1"),
+    ):
         with pytest.raises(DataError) as error:
             opened(**fields)
         one_line(error, word)
@@ -126,11 +139,22 @@ def test_held_out_labels_beyond_the_training_set_are_refused(tmp_path):
     assert any("refused" in line and "b_label" in line and "from 0 to 3" in line for line in said)
     (tmp_path / "list.json").write_text(json.dumps({"training": pairs[::2], "validation": pairs[1:2]}))
     said, opened = said_and_data(tmp_path / "list.json", tmp_path)
-    assert len(opened.train) == len(opened.val) == 1 and any("no usable volume in the `validation` list" in line for line in said)
+    assert len(opened.train) == len(opened.val) == 1 and any(
+        "no usable volume in the `validation` list" in line for line in said
+    )
 
 
-@pytest.mark.parametrize("fields", [{}, {"flip": "DHW"}, {"spacing": "random", "zoom": (1.0, 1.0)}, {"flip": "DHW", "foreground": 0.5},
-                                    {"patch": (14, 6, 20)}, {"jitter": 0.0, "spacing": "1,1,1"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"flip": "DHW"},
+        {"spacing": "random", "zoom": (1.0, 1.0)},
+        {"flip": "DHW", "foreground": 0.5},
+        {"patch": (14, 6, 20)},
+        {"jitter": 0.0, "spacing": "1,1,1"},
+    ],
+)
 def test_label_goes_through_the_same_changes_as_its_image(fields, tmp_path):
     for number, shape in enumerate(((13, 14, 15), (20, 9, 12), (16, 16, 16))):
         image, label = pair_like(shape, number)
@@ -152,18 +176,28 @@ def test_label_goes_through_the_same_changes_as_its_image(fields, tmp_path):
 
 
 def test_zoomed_and_resampled_labels_lie_where_the_image_does(tmp_path):
-    """A large ball: where the resampled image is clear of the edge, the label is what it says. Jitter leaves labels alone."""
+    """A large ball: where the resampled image is clear of the edge, the label is what it says. Jitter leaves
+    labels alone.
+    """
     x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 44, 48)), indexing="ij")
     ball = (((x - 19)**2 + (y - 25)**2 + (z - 20)**2) < 12**2).astype(np.uint8)
     save(tmp_path / "in" / "a_image.nii.gz", ball.astype(np.float32))
     save(tmp_path / "in" / "a_label.nii.gz", ball)
-    for fields in ({"spacing": "random", "zoom": (0.5, 0.8)}, {"spacing": "random", "zoom": (1.2, 2.0), "flip": "HW"},
-                   {"spacing": "2,1.5,0.7"}, {"resize": (24, 61, 37)}, {"scale": 0.5}, {"jitter": 0.3}):
+    for fields in (
+        {"spacing": "random", "zoom": (0.5, 0.8)},
+        {"spacing": "random", "zoom": (1.2, 2.0), "flip": "HW"},
+        {"spacing": "2,1.5,0.7"},
+        {"resize": (24, 61, 37)},
+        {"scale": 0.5},
+        {"jitter": 0.3},
+    ):
         _, opened = said_and_data(tmp_path / "in", tmp_path, patch=(24, 24, 24), foreground=1, **fields)
         crops, clear, both = Crops(opened, 0), 0.0, 0
         for i in range(8):
             image, label, _ = crops[i]
-            sure = (image[0] < 0.05) | (image[0] > (0.69 if "jitter" in fields else 0.95))  # the nearest voxel weighs 1/8 or so
+            sure = (image[0] < 0.05) | (
+                image[0] > (0.69 if "jitter" in fields else 0.95)
+            )  # the nearest voxel weighs 1/8 or so
             assert ((image[0] > 0.5).long() == label)[sure].all(), fields
             assert ((image[0] > 0.5).long() != label).float().mean() < 0.03, fields
             clear, both = clear + sure.float().mean() / 8, both + (label.unique().numel() == 2)
@@ -180,8 +214,14 @@ def test_labels_of_a_series(tmp_path):
     _, opened = said_and_data(tmp_path / "in", tmp_path)
     sums = {entry.name: int(entry.read_label().sum()) for entry in opened.train + opened.val}
     total = int(label.sum())
-    assert sums == {f"{name}_image_t00{t}": 0 if (name, t) == ("each", 1) else total for name in ("one", "each") for t in range(3)}
-    _, opened = said_and_data(tmp_path / "in" / "one_image.nii.gz", tmp_path, four_d="channels", select_channel=1)
+    assert sums == {
+        f"{name}_image_t00{t}": 0 if (name, t) == ("each", 1) else total
+        for name in ("one", "each")
+        for t in range(3)
+    }
+    _, opened = said_and_data(
+        tmp_path / "in" / "one_image.nii.gz", tmp_path, four_d="channels", select_channel=1
+    )
     assert opened.train[0].shape == (1, 10, 9, 8) and int(opened.train[0].read_label().sum()) == total
 
 
@@ -197,8 +237,16 @@ def test_real_pairs(tmp_path):
     for entry in opened.train + opened.val:                    # foreground of the body is not air
         source = nib.load(entry.label_path) if entry.label_path.endswith("gz") else None
         if source is not None:
-            assert np.bincount(entry.read_label().ravel()).tolist() == np.bincount(np.asarray(source.dataobj).ravel()).tolist(), entry.name
-    pairs = [{"image": str(REAL / "ct" / "torso_3mm.nii.gz"), "label": str(REAL / "seg" / "torso_3mm_label.nii.gz")}]
+            assert (
+                np.bincount(entry.read_label().ravel()).tolist()
+                == np.bincount(np.asarray(source.dataobj).ravel()).tolist()
+            ), entry.name
+    pairs = [
+        {
+            "image": str(REAL / "ct" / "torso_3mm.nii.gz"),
+            "label": str(REAL / "seg" / "torso_3mm_label.nii.gz"),
+        }
+    ]
     (tmp_path / "list.json").write_text(json.dumps({"training": pairs}))
     _, opened = said_and_data(tmp_path / "list.json", tmp_path, modality="auto")
     image, label = opened.train[0].read()[0], opened.train[0].read_label()

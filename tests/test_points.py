@@ -32,7 +32,11 @@ def test_foreground_crops_of_sparse_grids(tmp_path):
         sparse_grid(tmp_path / "in" / f"{number}.npy", number)
 
     def crops(foreground: float) -> tuple[list[torch.Tensor], Data]:
-        opened = open_data(config(tmp_path / "in", tmp_path, foreground=foreground, patch=(8, 8, 8), modality="radar"), 0, quiet)
+        opened = open_data(
+            config(tmp_path / "in", tmp_path, foreground=foreground, patch=(8, 8, 8), modality="radar"),
+            0,
+            quiet,
+        )
         dataset = Crops(opened, 1)
         return [dataset[i][0] for i in range(200)], opened
 
@@ -44,12 +48,16 @@ def test_foreground_crops_of_sparse_grids(tmp_path):
     places = np.array([np.argwhere(crop.numpy()[0])[0] for crop in always])
     assert places.min() == 0 and places.max() == 7, "the foreground lies anywhere in the crop"
     shuffled = Crops(opened, 1)
-    assert all(torch.equal(shuffled[i][0], always[i]) for i in random.Random(0).sample(range(200), 30)), "a function of (seed, index)"
+    assert all(torch.equal(shuffled[i][0], always[i]) for i in random.Random(0).sample(range(200), 30)), (
+        "a function of (seed, index)"
+    )
 
 
 def test_crops_that_are_not_placed_stay_where_they_were(folder, tmp_path):
-    never, some = (Crops(open_data(config(folder, tmp_path, foreground=share, flip="DHW", jitter=0.1), 0, quiet), 0)
-                   for share in (0.0, 0.3))
+    never, some = (
+        Crops(open_data(config(folder, tmp_path, foreground=share, flip="DHW", jitter=0.1), 0, quiet), 0)
+        for share in (0.0, 0.3)
+    )
     same = sum(torch.equal(never[i][0], some[i][0]) for i in range(100))
     assert 60 <= same <= 85, f"{same} of 100"
 
@@ -60,12 +68,16 @@ def test_foreground_places_are_bounded_even_and_kept(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", array)
     cfg = config(tmp_path / "a.npy", tmp_path, foreground=1, modality="voxel")
     entry = open_data(cfg, 0, quiet).train[0]
-    assert sorted(map(tuple, np.load(entry.points)[0])) == [(4, 3, x) for x in range(5, 25)], "each voxel once, D H W"
+    assert sorted(map(tuple, np.load(entry.points)[0])) == [(4, 3, x) for x in range(5, 25)], (
+        "each voxel once, D H W"
+    )
     monkeypatch.setattr(cache, "foreground_points", lambda *_: pytest.fail("made again"))
     assert open_data(cfg, 0, quiet).train[0].points == entry.points
     monkeypatch.undo()
     os.truncate(entry.points, 50)
-    assert np.load(open_data(cfg, 0, quiet).train[0].points).shape == (1, 20, 3), "a damaged one is made again"
+    assert np.load(open_data(cfg, 0, quiet).train[0].points).shape == (1, 20, 3), (
+        "a damaged one is made again"
+    )
     dense = Entry("dense", None, (1, 20, 50, 60), (1, 1, 1), np.eye(4), Intensity("voxel", (-1,), (1,)),
                        np.ones((1, 20, 50, 60), np.float32))
     points = foreground_points(dense)
@@ -101,7 +113,9 @@ def test_foreground_crops_see_rare_classes(tmp_path):
     save(tmp_path / "in" / "a_label.nii.gz", label)
     rare = {}
     for share in (0.0, 0.6, 1.0):
-        _, opened = said_and_data(tmp_path / "in", tmp_path, foreground=share, patch=(6, 6, 6), crops_per_volume=300)
+        _, opened = said_and_data(
+            tmp_path / "in", tmp_path, foreground=share, patch=(6, 6, 6), crops_per_volume=300
+        )
         crops = Crops(opened, 0)
         rare[share] = sum(bool((crops[i][1] == 2).any()) for i in range(300)) / 300
     assert rare[0.0] < 0.03 and abs(rare[0.6] - 0.3) < 0.08 and abs(rare[1.0] - 0.5) < 0.08, rare

@@ -34,7 +34,9 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Pat
 
 
 def config(path: Path | str | None, tmp_path: Path, **fields) -> DataConfig:
-    return DataConfig(**{"path": path and str(path), "cache_dir": str(tmp_path / "cache"), "patch": (8, 10, 12), **fields})
+    return DataConfig(
+        **{"path": path and str(path), "cache_dir": str(tmp_path / "cache"), "patch": (8, 10, 12), **fields}
+    )
 
 
 def one_line(error: pytest.ExceptionInfo | BaseException, *words: str) -> str:
@@ -46,7 +48,9 @@ def one_line(error: pytest.ExceptionInfo | BaseException, *words: str) -> str:
 
 
 def pair_like(shape: tuple[int, int, int], seed: int = 0, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """An image (X, Y, Z), radar-like, that equals its label: whatever is done to one must be done to the other."""
+    """An image (X, Y, Z), radar-like, that equals its label: whatever is done to one must be done to the
+    other.
+    """
     rng = np.random.default_rng(seed)
     label = rng.integers(0, classes, shape).astype(np.uint8)
     return label.astype(np.float32), label
