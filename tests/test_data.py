@@ -270,6 +270,7 @@ def run(capfd, *arguments: object) -> tuple[int, list[str], str]:
     return code, out.splitlines(), err
 
 
+@pytest.mark.slow
 def test_command_line(folder, tmp_path, capfd):
     code, rows, err = run(capfd, folder)
     assert (code, len(rows), err) == (0, 7, "")
@@ -316,6 +317,7 @@ def test_command_line_on_the_odd_files(capfd):
     )
 
 
+@pytest.mark.slow
 def test_works_copied_with_its_folder(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path / "data.py")
     shutil.copytree(ROOT / "volumes", tmp_path / "volumes")

@@ -31,6 +31,8 @@ from training.step import train_step
 from volumes import cache
 from volumes.files import DataError
 
+pytestmark = pytest.mark.slow
+
 # 9 crops an epoch: its last step is short of every global batch below.
 TINY = [*TINY_OF_ONE, "--train.val_crops", "3", "--log.samples", "1"]
 
@@ -325,19 +327,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_the_state_saved(po
 
 
 # ----------------------------------------------------------------------------------------------- the pieces
-
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_shares_are_stretches_that_cover_all(monkeypatch, count, world):
-    monkeypatch.setattr(ranks, "world", lambda: world)
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        shares.append(list(ranks.shared(count)))
-    largest = max(map(len, shares))
-    assert [k for share in shares for k in share] == list(range(count)) and largest == -(-count // world)
-    assert len(shares[0]) == largest                             # the first rank has work wherever one has
-
 
 def pieces():
     """Rank 1 has no gradient of `a`, no rank one of `c`; `b` is 16-bit."""

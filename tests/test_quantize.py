@@ -288,6 +288,7 @@ def codebook_of_rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_codebook_is_the_same_on_two_processes_as_on_one(pool, tmp_path):
     pool(2, codebook_of_rank, tmp_path)
     vq = quantizer(16, 3, torch.float64, restart=0.5).train()

@@ -15,6 +15,8 @@ from training.run import stop_if_signalled
 from training.signals import SECOND_SIGNAL
 from training.step import train_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_signals_save_the_state_and_name_the_command(tmp_path, number, code, capsys, monkeypatch):

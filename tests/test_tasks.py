@@ -50,6 +50,7 @@ def test_a_codebook_from_data_is_kept_by_the_first_steps():
 
 # --------------------------------------------------------------------------------------- tasks/features.py
 
+@pytest.mark.slow
 def test_features_are_trained_and_used(tmp_path, capsys):
     """`--task features` learns to tell how a crop was degraded; its best.pt serves as
     loss.perceptual_features.
@@ -74,6 +75,7 @@ def test_features_are_trained_and_used(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------- tasks/seg.py
 
+@pytest.mark.slow
 def test_segmentation_learns_validates_and_resumes_to_the_bit(tmp_path):
     flags = [*SEG, "--steps", "30", "--train.val_every", "10", "--train.save_every", "7",
              "--log.sample_every", "30", "--log.every", "1"]

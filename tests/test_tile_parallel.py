@@ -23,6 +23,8 @@ from networks import build, objective, peak, relative
 from tasks import TASKS
 from training.task import of
 
+pytestmark = pytest.mark.slow
+
 OLD = dict(
     down_padding="end",
     upsample="transposed3",

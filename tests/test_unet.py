@@ -442,6 +442,7 @@ def test_deep_supervision(upsampling):
     assert build().train()(x).deep == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -774,6 +775,7 @@ def test_cuda_autocast_keeps_the_type_and_checkpoint_lowers_the_peak(norm):
     assert difference(*outs) < 1e-2, difference(*outs)
 
 
+@pytest.mark.slow
 def test_compiled_in_checkpoint_mode_moves_batch_statistics_once():
     plain, saving, x = build(norm="batch"), build(norm="batch"), volume(2, 1, 4, 8, 8)
     compiled = torch.compile(saving.memory("checkpoint"), backend="aot_eager", fullgraph=True)
@@ -792,6 +794,7 @@ def test_copies_are_the_same_as_in_vae3d(path):
     assert f"# same as vae3d.{path.removesuffix('.forward')}" in (ROOT / "unet.py").read_text()
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["unet.py"], """
 import torch, unet
