@@ -206,7 +206,7 @@ def check_channels(item: Item, found: int, expected: int) -> None:
 
 
 def with_unique_name(entry: Entry, taken: dict[str, str | None]) -> Entry:
-    """Two files may share a name in different folders: the second becomes NAME-2.
+    """Two files may share a name, such as a.nii and a.npy: the second becomes NAME-2.
 
     The same volume keeps its name.
     """

@@ -210,8 +210,7 @@ def evaluate(options: argparse.Namespace) -> bool:
     score = ready.task.evaluate or evaluation.score_reconstruction
     is_held_out = options.split == "held-out"
     items = jobs.list_inputs([options.data], ready.task.LABELS, "all" if is_held_out else options.split)
-    if is_held_out:
-        items = evaluation.held_out(items, ready)
+    items = evaluation.chosen(items, ready, is_held_out)
     if ready.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ready.device)
 

@@ -47,7 +47,7 @@ from training.adversary import disc_rate
 from training.config import TrainConfig, changed, config_dict, config_from, to_yaml
 from training.console import line_of, shown, tell
 from training.devices import gpu_use, peak_gib, pick_device, pick_precision, set_backend
-from training.facts import facts_of, open_data
+from training.facts import facts_of, is_same_training, open_data
 from training.fit import fit, predicted_peak
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
@@ -258,7 +258,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         if state.finished and (state.step >= total or stopped_early(cfg, state)):
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
-        if checkpoint["data"]["training"] != facts_of(dataset)["training"]:
+        if not is_same_training(checkpoint["data"], dataset):
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but "
                   "not bit for bit")
         state.finished = False

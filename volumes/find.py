@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from volumes import formats
-from volumes.files import COMPRESSED, DataError, bare_name, brief, one_line, show, split_ending
+from volumes.files import (
+    COMPRESSED,
+    DataError,
+    bare_name,
+    brief,
+    halves,
+    name_below,
+    one_line,
+    show,
+    split_ending,
+    stem_of,
+)
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
@@ -33,6 +44,17 @@ class Item(NamedTuple):
     kind: str | None = None     # the datalist's `class`, as written there
     label: Path | None = None   # may be the file itself: an .npz of both
     fault: str | None = None    # why it is refused before it is read: an image without label, or the reverse
+    name: str = ""              # its path below the data's root, without its ending; "": not known
+
+    @property
+    def known_as(self) -> str:
+        """Its name, or where it was given alone that of the file."""
+        return self.name or stem_of(self.path)
+
+    @property
+    def files(self) -> list[str]:
+        """All files that its voxels come from: two where they lie apart from their header."""
+        return halves(self.path, formats.format_of(self.path).header_of) or [str(self.path)]
 
 
 def list_items(path: str | os.PathLike, labels: bool = False,
@@ -65,7 +87,24 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             # A link to a file is that file: else it could be on both sides of the split.
             once.setdefault(os.path.realpath(item.path), item)
         lists[name] = list(once.values())
-    return lists
+    root = root_of(path, [item.path for items in lists.values() for item in items])
+    return {name: [item._replace(name=name_below(root, item.path)) for item in items]
+            for name, items in lists.items()}
+
+
+def root_of(path: Path, files: Sequence[Path]) -> Path:
+    """The folder below which the files of `path` are named.
+
+    It is the folder itself; the folder of a file, or of a datalist where all its files lie below that; else
+    the deepest folder that holds all files of the datalist.
+    """
+    if os.path.isdir(path):
+        return path
+    root = Path(os.path.abspath(path)).parent
+    folders = [Path(os.path.abspath(file)).parent for file in files]
+    if all(folder.is_relative_to(root) for folder in folders):
+        return root
+    return Path(os.path.commonpath(folders))
 
 
 def walk(root: Path) -> Iterator[Path]:
