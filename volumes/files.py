@@ -135,6 +135,11 @@ def digest_of(paths: Sequence[str | os.PathLike]) -> str:
     return f"{total}-{digest.hexdigest()}"
 
 
+def short_digest(text: str) -> str:
+    """16 hexadecimal digits of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def halves(path: Path, header_of: Mapping[str, str]) -> list[str]:
     """The file, and those of its other half where the voxels lie apart from their header.
 
