@@ -67,7 +67,7 @@ def intensities(picture) -> np.ndarray:
 
 def label_values(picture) -> np.ndarray:
     """Grey values or palette numbers (H, W), or the colours (H, W, 3) of a picture that has neither."""
-    if picture.format == "GIF":                                  # it has nothing but palettes: masks are grey ones
+    if picture.format == "GIF":                                  # nothing but palettes: masks are grey
         return np.asarray(picture.convert("L"))
     if picture.mode == "P":
         return np.asarray(picture)
