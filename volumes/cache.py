@@ -35,7 +35,7 @@ from volumes.loading import check_pair, load
 from volumes.points import foreground_points
 
 # Raise it whenever the cached voxels of the same file and settings would come out different.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 DAY = 86400  # seconds
 
 

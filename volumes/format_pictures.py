@@ -3,7 +3,6 @@ back.
 
 Pillow is asked for only where there is a picture. Version 1.0.
 """
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,10 +67,12 @@ def intensities(picture) -> np.ndarray:
 
 def label_values(picture) -> np.ndarray:
     """Grey values or palette numbers (H, W), or the colours (H, W, 3) of a picture that has neither."""
+    if picture.format == "GIF":                                  # nothing but palettes: masks are grey
+        return np.asarray(picture.convert("L"))
     if picture.mode == "P":
-        return grey_palette(np.asarray(picture), picture.getpalette("RGB"))
+        return np.asarray(picture)
     if picture.mode == "PA":
-        return grey_palette(np.asarray(picture.getchannel("P")), picture.getpalette("RGB"))
+        return np.asarray(picture.getchannel("P"))
     if picture.mode == "1":
         return np.asarray(picture).astype(np.uint8)
     if picture.mode == "LA":
@@ -79,20 +80,6 @@ def label_values(picture) -> np.ndarray:
     if is_grey(picture.mode):
         return np.asarray(picture)
     return np.asarray(picture.convert("RGB"))
-
-
-def grey_palette(index: np.ndarray, palette: Sequence[int]) -> np.ndarray:
-    """Label values of palette numbers (H, W): their greys where the palette is a grey one, else the numbers
-    themselves.
-
-    A GIF numbers black and white 0 and 1, a PNG 0 and 255.
-    """
-    colours = np.array(palette, dtype=np.uint8).reshape(-1, 3)
-    used = np.unique(index)
-    is_grey_one = (colours == colours[:, :1]).all() and used[-1] < len(colours)
-    if is_grey_one and len(np.unique(colours[used, 0])) == len(used):
-        return colours[:, 0][index]
-    return index
 
 
 # ---------------------------------------------------------------------------------------------- writing
