@@ -21,6 +21,7 @@ from runs import (
     command,
     flags_of,
     load,
+    load_config,
     new_state,
     resume,
     rows,
@@ -28,6 +29,8 @@ from runs import (
     same,
     weights,
 )
+from training.config import config_dict
+from training.resume import resumed_config
 from training.config import TrainConfig, config_from
 from training.resume import restore
 from training.step import train_step
@@ -221,3 +224,10 @@ def test_a_learned_codebook_trains_in_stage_1(tmp_path):
     assert run(*flags, "--init", str(tmp_path / "kl"), "--train.stage", "1", out=tmp_path / "one") == 0
     vq = [r["vq"] for r in rows(tmp_path / "one", "val")]
     assert vq[-1] < vq[0]
+
+
+def test_a_run_from_before_patients_goes_on_with_its_own_split():
+    config = config_dict(load_config([]))
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "auto"
+    del config["data"]["patient"]
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "file"

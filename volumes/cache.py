@@ -225,7 +225,7 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,
                           content["guessed"], file=item.known_as, volume=volume_number,
-                          digest=content.get("digest", ""))
+                          digest=content.get("digest", ""), patient=item.patient, fold=item.fold)
             if labels:
                 entry = dataclasses.replace(entry, label=labels[min(number, len(labels) - 1)],
                                             label_path=str(item.label), label_ids=tuple(content["label_ids"]))

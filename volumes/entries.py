@@ -40,6 +40,8 @@ class Entry:
     file: str = ""                       # the name of its file, which all volumes of a 4-D file share
     volume: int | None = None            # its number, where the file has several
     digest: str = ""                     # of the file's bytes
+    patient: str | None = None           # whose file it is: of a datalist's keys, else found (splits.py)
+    fold: int | None = None              # of a datalist's keys
 
     def read(self, region: Region | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region, of which alone is read."""

@@ -30,6 +30,7 @@ LABEL_SUFFIX = re.compile("_(label|mask|seg)$")  # X_label goes with X_image or 
 HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte of a name
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
 MAX_DATALIST = 2**28  # bytes; some million files
+PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
 
 NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label beside it, no `seg` in an "
@@ -45,6 +46,8 @@ class Item(NamedTuple):
     label: Path | None = None   # may be the file itself: an .npz of both
     fault: str | None = None    # why it is refused before it is read: an image without label, or the reverse
     name: str = ""              # its path below the data's root, without its ending; "": not known
+    patient: str | None = None  # of a datalist's PATIENT_KEYS
+    fold: int | None = None     # of a datalist's `fold`
 
     @property
     def known_as(self) -> str:
@@ -308,7 +311,28 @@ def datalist_item(path: Path, place: str, entry: object, labels: bool) -> Item:
     elif labels:
         label = own_label(file)
     fault = NO_LABEL if labels and label is None else None
-    return Item(file, None if kind is None else str(kind), label, fault)
+    item = Item(file, None if kind is None else str(kind), label, fault)
+    return item._replace(patient=patient_named(path, place, named), fold=fold_named(path, place, named))
+
+
+def patient_named(path: Path, place: str, named: dict) -> str | None:
+    """Whose file an entry says that it is."""
+    for key in PATIENT_KEYS:
+        value = named.get(key)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, (str, int)):
+                raise DataError(f"{show(path)}: {place} has the {key} {brief(value)}; make it a text or a "
+                                f"number")
+            return one_line(value)
+    return None
+
+
+def fold_named(path: Path, place: str, named: dict) -> int | None:
+    """The fold that an entry says it is of."""
+    value = named.get("fold")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise DataError(f"{show(path)}: {place} has the fold {brief(value)}; make it a whole number")
+    return value
 
 
 def is_name(value: object) -> bool:
