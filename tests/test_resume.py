@@ -29,10 +29,8 @@ from runs import (
     same,
     weights,
 )
-from training.config import config_dict
-from training.resume import resumed_config
-from training.config import TrainConfig, config_from
-from training.resume import restore
+from training.config import TrainConfig, config_dict, config_from
+from training.resume import restore, resumed_config
 from training.step import train_step
 
 # ------------------------------------------------------------------------------------- going on to the bit

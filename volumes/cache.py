@@ -83,15 +83,14 @@ def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True)
     Where several processes want it, one builds and the others wait, or get none without `wait`.
     """
     check_pair(item, cfg)
-    files, stamps = [item.path], []
+    files, stamps = [(item.path, *item.more)], []
     if cfg.labels:
-        files.append(item.label)
-    for file in files:
+        files.append((item.label,))
+    for paths in files:
         try:
-            check_is_file(file)
-            stamps.append(stamp(file))
+            stamps.append(stamps_of(paths))
         except (DataError, OSError) as error:
-            raise DataError(f"{show(file)}: {error}") from None
+            raise DataError(f"{show(paths[0])}: {error}") from None
     key = key_of(stamps, cfg.voxel_settings(item.kind))
     record = folder / f"{stem_of(item.path)[:40]}-{key}.json"
     entries = read_record(record, item)
@@ -103,6 +102,15 @@ def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True)
     if not entries[0].digest:  # a record from before it had one
         entries = with_digest(record, item, entries)
     return entries
+
+
+def stamps_of(paths: Sequence[Path]) -> list:
+    """Of all files of an image, or of a label."""
+    found = []
+    for path in paths:
+        check_is_file(path)
+        found += stamp(path)
+    return found
 
 
 def with_digest(record: Path, item: Item, entries: list[Entry]) -> list[Entry]:
@@ -139,7 +147,7 @@ def one_at_a_time(record: Path, wait: bool) -> Iterator[bool]:
 def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamps: Sequence) -> list[Entry]:
     """Read the volumes of one file and write them to the cache, unless it changed since it had `stamps`."""
     folder, loaded = record.parent, load(item, cfg)
-    if [stamp(file) for file in files] != stamps:
+    if [stamps_of(paths) for paths in files] != stamps:
         raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is "
                         f"complete")
     volumes = []

@@ -23,6 +23,7 @@ from volumes.files import (
     split_ending,
     stem_of,
 )
+from volumes.layouts import ChannelCase, channels_of, nnunet_cases
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
@@ -48,6 +49,7 @@ class Item(NamedTuple):
     name: str = ""              # its path below the data's root, without its ending; "": not known
     patient: str | None = None  # of a datalist's PATIENT_KEYS
     fold: int | None = None     # of a datalist's `fold`
+    more: tuple[Path, ...] = ()  # files of further channels
 
     @property
     def known_as(self) -> str:
@@ -57,7 +59,10 @@ class Item(NamedTuple):
     @property
     def files(self) -> list[str]:
         """All files that its voxels come from: two where they lie apart from their header."""
-        return halves(self.path, formats.format_of(self.path).header_of) or [str(self.path)]
+        found = []
+        for path in (self.path, *self.more):
+            found += halves(path, formats.format_of(path).header_of) or [str(path)]
+        return found
 
 
 def list_items(path: str | os.PathLike, labels: bool = False,
@@ -77,7 +82,16 @@ def list_items(path: str | os.PathLike, labels: bool = False,
     path = Path(os.path.expanduser(path))
     lists = {"training": [], "validation": [], "testing": []}
     if os.path.isdir(path):
-        lists["training"] = pair_files(path, list(walk(path)), labels, say)
+        cases = nnunet_cases(path, say)
+        if cases is not None:
+            lists["training"] = [item_of_case(case, labels) for case in cases.training]
+            lists["testing"] = [item_of_case(case, labels) for case in cases.testing]
+            if labels:
+                lists["training"] += [Item(file, None, file, NO_IMAGE) for file in cases.orphans]
+        else:
+            lists["training"] = pair_files(path, list(walk(path)), labels, say)
+    elif path.suffix.lower() == ".json" and is_nnunet_json(path):
+        return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
         lists = read_datalist(path, labels)
     elif os.path.exists(path):
@@ -85,14 +99,34 @@ def list_items(path: str | os.PathLike, labels: bool = False,
     else:
         raise DataError(f"{show(path)}: no such file or folder; give a folder, a volume or a JSON datalist")
     for name, items in lists.items():
-        once: dict[str, Item] = {}
+        once: dict[tuple, Item] = {}
         for item in items:
             # A link to a file is that file: else it could be on both sides of the split.
-            once.setdefault(os.path.realpath(item.path), item)
+            once.setdefault(tuple(map(os.path.realpath, (item.path, *item.more))), item)
         lists[name] = list(once.values())
     root = root_of(path, [item.path for items in lists.values() for item in items])
-    return {name: [item._replace(name=name_below(root, item.path)) for item in items]
+    return {name: [item._replace(name=item.name or name_below(root, item.path)) for item in items]
             for name, items in lists.items()}
+
+
+def item_of_case(case: ChannelCase, labels: bool) -> Item:
+    first, *more = case.files
+    fault = case.fault
+    if labels and case.label is None:
+        fault = fault or NO_LABEL
+    label = case.label if labels else None
+    return Item(first, None, label, fault, case.name, more=tuple(more))
+
+
+def is_nnunet_json(path: Path) -> bool:
+    """Whether it is nnU-Net's dataset.json of version 2, which names no files, beside its imagesTr."""
+    try:
+        if os.path.getsize(path) > MAX_DATALIST or not (path.parent / "imagesTr").is_dir():
+            return False
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "training" not in content and "labels" in content
 
 
 def root_of(path: Path, files: Sequence[Path]) -> Path:
@@ -298,20 +332,25 @@ def datalist_item(path: Path, place: str, entry: object, labels: bool) -> Item:
     named = entry if isinstance(entry, dict) else {"image": entry}
     image, kind = named.get("image"), named.get("class")
     label = named.get("label") if labels else None
-    if not is_name(image):
-        raise DataError(f"{show(path)}: {place} is {brief(entry)}; make it {{\"image\": path}} or a path")
+    images = image if isinstance(image, list) else [image]
+    if not images or not all(map(is_name, images)):
+        raise DataError(f"{show(path)}: {place} is {brief(entry)}; make it {{\"image\": path}}, a path, or "
+                        f"{{\"image\": [a path for each channel]}}")
     if kind is not None and not isinstance(kind, (str, int)):
         raise DataError(f"{show(path)}: {place} has the class {brief(kind)}; make it a text such as ct")
     if label is not None and not is_name(label):
         raise DataError(f"{show(path)}: {place} has the label {brief(label)}; make it a path")
 
-    file = path.parent / os.path.expanduser(image)
+    file, *more = (path.parent / os.path.expanduser(name) for name in images)
+    if not more:
+        file, *more = channels_of(file) or [file]
     if label is not None:
         label = path.parent / os.path.expanduser(label)
     elif labels:
         label = own_label(file)
     fault = NO_LABEL if labels and label is None else None
     item = Item(file, None if kind is None else str(kind), label, fault)
+    item = item._replace(more=tuple(more))
     return item._replace(patient=patient_named(path, place, named), fold=fold_named(path, place, named))
 
 

@@ -19,7 +19,7 @@ from volumes.seeds import seeded
 
 SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")  # of BIDS
 # Folders that are part of no patient's name: they hold images and their labels, side by side.
-HOMES = ("images", "imgs", "imagestr")
+HOMES = ("images", "imgs", "imagestr", "imagests")
 # A folder of one examination of a patient, such as ses-01, visit2 or a date ...
 SESSION = re.compile(r"(ses|session|visit|scan|exam|time|timepoint|tp|day|week|month|year|baseline|"
                      r"follow-?up)[-_ ]?\d*$|\d{4}[-_.]?\d\d[-_.]?\d\d", re.IGNORECASE)
