@@ -3,6 +3,7 @@
 A label goes with its image by a datalist's {image, label}, by the same name in `images/` and `labels/` (or
 `imgs/` and `masks/`), as `X_image` beside `X_label`, or in one file that holds both. Version 1.1.
 """
+import contextlib
 import json
 import os
 import re
@@ -82,7 +83,9 @@ def list_items(path: str | os.PathLike, labels: bool = False,
     path = Path(os.path.expanduser(path))
     lists = {"training": [], "validation": [], "testing": []}
     if os.path.isdir(path):
-        cases = nnunet_cases(path, say)
+        cases = None
+        with contextlib.suppress(OSError):                   # of a folder that cannot be read, told by `walk`
+            cases = nnunet_cases(path, say)
         if cases is not None:
             lists["training"] = [item_of_case(case, labels) for case in cases.training]
             lists["testing"] = [item_of_case(case, labels) for case in cases.testing]
