@@ -59,3 +59,13 @@ def test_batches_are_a_function_of_step_alone(workers):
     for step in late:
         for a, b in zip(whole[step], late[step], strict=True):
             assert torch.equal(a.image, b.image) and a.volumes == b.volumes and a.seeds == b.seeds
+
+
+def test_noise_is_another_one_in_each_step_and_for_each_crop():
+    cfg = load_config([*TINY, "--batch", "2", "--accum", "2"])
+    crops = data.Crops(open_data(cfg.data, 0, say=lambda _: None), 0)
+    seeds = []
+    for _, micro_batches in step_batches(cfg, crops, range(0, 6), CPU, 4):
+        seeds += [seed for micro in micro_batches for seed in micro.seeds]
+    # 9 crops an epoch: steps of 4, 4 and 1, twice.
+    assert len(seeds) == 18 and len(set(seeds)) == 18
