@@ -105,6 +105,17 @@ def test_out_of_memory_inside_the_update_stops_or_changes_nothing(share):
     assert farthest(*results) < 1e-5
 
 
+def test_the_loss_scale_survives_a_repeated_step():
+    """It had been found over many steps; a new one would begin at 65536 and overflow again."""
+    cfg, state = tiny_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=50)
+    notes = []
+    recovering_step(cfg, state, micro_batches([1, 1]), 100, notes)
+    assert len(notes) == 1
+    assert state.scaler.get_scale() == 512 and state.scaler.get_growth_interval() == 50
+    assert state.scaler.state_dict()["_growth_tracker"] == 1     # the step counts once
+
+
 def test_recovery_goes_down_the_whole_dial_and_then_says_what_to_do():
     cfg, state = tiny_state()
     crops, notes = micro_batches([1]), []
