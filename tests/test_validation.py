@@ -69,6 +69,25 @@ def test_early_stopping_keeps_and_ships_the_best_weights(tmp_path, monkeypatch):
     assert resume(out) == 0 and torch.load(out / "last.pt", weights_only=True)["step"] == 4
 
 
+def test_the_average_is_what_is_validated_and_shipped(tmp_path):
+    """best.pt holds the first average, and its figures are those of the average."""
+    assert run("--steps", "3", "--train.ema", "0.9", "--optim.lr", "1e-2", out=tmp_path / "r") == 0
+    last, best = (torch.load(tmp_path / "r" / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    network = ready.load(tmp_path / "r/best.pt", TASKS, device="cpu").model
+    average = last["ema"][0]
+    assert best["step"] == 3 and best["model"].keys() == average.keys()
+    assert all(torch.equal(best["model"][name], average[name]) for name in average)
+    assert any(not torch.equal(last["model"][name], average[name]) for name in average)
+    cfg = load_config(["--config", str(tmp_path / "r/config.yaml")])
+    dataset = open_data(cfg.data, 0, lambda text: None)
+    errors = []
+    for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
+        x = crop.image[None]
+        recon = network.decode(network.encode(x).mu, x.shape[2:]).detach()
+        errors.append(float((recon - x).abs().mean()))
+    assert abs(sum(errors) / len(errors) - rows(tmp_path / "r", "val")[-1]["l1"]) < 1e-4
+
+
 def test_one_held_out_crop_is_enough(tmp_path):
     """A validation set smaller than a batch is validated all the same; it was once left out."""
     flags = ["--steps", "1", "--batch", "4"]
