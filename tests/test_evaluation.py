@@ -74,6 +74,33 @@ def test_held_out_files_are_those_that_the_run_did_not_train_on(tmp_path, capsys
     assert "all of 1 files were trained on" in capsys.readouterr().err
 
 
+def test_series_that_are_resampled_count_for_each_voxel_of_their_source_and_are_known_by_their_file(tmp_path):
+    """A 4-D file of 1 mm slices in a run of 2 mm: the bits of its latent are set beside the source's voxels
+    and bits, for each of its volumes. It was trained on, as two volumes; a file that came later was not.
+    """
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    series = rng.integers(-1000, 1001, (12, 14, 10, 2)).astype(np.int16)
+    nib.save(nib.Nifti1Image(series, np.eye(4)), folder / "series.nii.gz")
+    assert train.main([*TINY, "--vae.base_channels", "4", "--data", str(folder), "--data.spacing", "2,1,1",
+                       "--data.val_fraction", "0", "--data.cache_dir", str(tmp_path / "cache"),
+                       "--out", str(tmp_path / "run")]) == 0
+    assert use("evaluate", tmp_path / "run", "--data", folder, "--json", tmp_path / "a.json") == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["volumes"]
+
+    # 10,14,12 -> 5,14,12 -> a latent of 3,4,3 of 4 channels at 32 bits; 16 bits a voxel on disk.
+    bits = 3 * 4 * 3 * 4 * 32 / (10 * 14 * 12)
+    assert [row["shape"] for row in rows] == [[5, 14, 12]] * 2
+    assert all(math.isclose(row["bits_per_voxel"], bits) for row in rows)
+    assert all(math.isclose(row["compression"], 16 / bits) for row in rows)
+
+    ct_file(folder / "later.nii.gz", shape=(12, 14, 10))
+    assert use("evaluate", tmp_path / "run", "--data", folder, "--split", "held-out",
+               "--json", tmp_path / "b.json") == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["volumes"]
+    assert [Path(row["file"]).name for row in rows] == ["later.nii.gz"]
+
+
 def test_evaluate_counts_codes_and_channels(tmp_path, runs):
     path = ct_file(tmp_path / "a.nii.gz", shape=(16, 16, 8))
     assert use("evaluate", runs("vq"), "--data", path, "--json", tmp_path / "vq.json") == 0
