@@ -52,6 +52,7 @@ class LossConfig:
     disc_strides: tuple[int, int, int] | tuple[tuple[int, int, int], ...] = (2, 2, 2)  # of all, or of each
     disc_norm: str = "none"                     # none | group | instance | spectral
     disc_lr: float | None = None                # none: optim.lr
+    disc_grad_clip: float = 0.0                 # largest norm of its own gradient; 0: no clipping
     feature_matching_weight: float = 0.0        # L1 of the discriminator's features (arXiv:1711.11585: 10)
     r1_weight: float = 0.0                      # gamma of arXiv:1801.04406, Eq. 9 (there 10)
     r1_every: int = 16                          # every so many steps, times so many (arXiv:1912.04958)
@@ -70,8 +71,8 @@ class LossConfig:
         # `not x >= 0` rather than `x < 0`: NaN fails it too
         least = {name: 0 for name in (
             "kl_weight", "structure_weight", "perceptual_weight", "perceptual_start", "perceptual_warmup",
-            "adv_weight", "disc_start", "disc_warmup", "feature_matching_weight", "r1_weight",
-            "lecam_weight")}
+            "adv_weight", "disc_start", "disc_warmup", "disc_grad_clip", "feature_matching_weight",
+            "r1_weight", "lecam_weight")}
         for name, bound in (least | {"disc_channels": 1, "disc_layers": 1, "r1_every": 1}).items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"loss.{name} must be {bound} or more, got {getattr(self, name)}")

@@ -261,6 +261,7 @@ def test_a_nan_micro_batch_leaves_discriminator_codebook_and_averages(poison):
     {"adv_weight": 0.1, "disc_strides": "1,1,1", "disc_layers": 2},
     {"adv_weight": 0.1, "disc_norm": "group"},
     {"adv_weight": 0.1, "disc_lr": 1.0},
+    {"adv_weight": 0.1, "disc_grad_clip": 1e-4},
     {"adv_weight": 0.1, "feature_matching_weight": 1},
     {"adv_weight": 0.1, "r1_weight": 1},
     {"adv_weight": 0.1, "r1_weight": 1, "r1_every": 2},
