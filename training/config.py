@@ -50,8 +50,7 @@ class OptimConfig:
                                               # step, plateau: factor of one drop
     drops: int = 3                            # step: number of equal parts of the run, a drop between them
     plateau_patience: int = 5                 # plateau: validations without improvement before a drop
-    grad_clip: float = 1.0                    # largest norm of the network's whole, unscaled gradient; 0: no
-                                              # clipping; the discriminator's is loss.disc_grad_clip
+    grad_clip: float = 1.0                    # largest norm of the network's whole gradient; 0: no clipping
     clip_percentile: float = 0.0              # adaptive clipping: at this percentile of the last norms,
                                               # but never above grad_clip; 0: off
     clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
