@@ -96,7 +96,7 @@ class RunConfig:
     keep: int = 0                             # how many older last.pt are kept, as step_XXXXXX.pt
     ema: tuple[float, ...] = ()               # decays of averaged weights; the first is validated and shipped
     patience: int = 0                         # early stopping: validations without improvement; 0: off
-    min_delta: float = 0.0                    # early stopping: improvement that counts
+    min_delta: float = 0.0                    # early stopping: only a larger improvement counts
     metric: str = "auto"                      # what best.pt and early stopping look at: psnr | ssim | l1 |
                                               # loss | dice | explained ...; auto: the task's first
                                               # (psnr, dice, explained)
