@@ -300,7 +300,7 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
         if ranks.world() == 1:
             stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
-        mu = forward(run.state, vae.encode, x)[0].double()
+        mu = forward(run.state, vae.encode, x)[0].cpu().double()  # MPS has no float64
         count = count + mu[0, 0].numel()
         total = total + mu.sum((0, 2, 3, 4))
         squares = squares + mu.square().sum((0, 2, 3, 4))
