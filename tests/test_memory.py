@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train
+import training.validation
 from runs import (
     EVERYTHING,
     SEG,
@@ -16,6 +17,7 @@ from runs import (
     snapshot,
     tiny_state,
 )
+from tasks import vae
 from training.memory import with_recovery
 from training.signals import RunStopped
 from training.step import train_step
@@ -165,6 +167,39 @@ def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch):
     saved = load_config(["--config", str(tmp_path / "short/config.yaml")])
     assert saved.memory.mode == "tile" and saved.data.patch == (4, 8, 8)
     assert (saved.train.batch, saved.train.accum) == (1, 2)
+
+
+def test_a_validation_that_runs_out_of_memory_does_not_turn_the_dial_of_training(tmp_path, monkeypatch):
+    """Whole volumes may need tiles where the crops of a step do not: the steps stay as fast as they were.
+    The next validation begins where the last one came to, and the figures are the same.
+    """
+    flags = ["--steps", "3", "--train.val_every", "1", "--train.val_whole", "--log.sample_every", "1"]
+    assert run(*flags, out=tmp_path / "whole") == 0
+    criterion, picture, modes, tried = vae.criterion, training.validation.forward, [], []
+
+    def short_of_memory(cfg, state, *rest):
+        tried.append(state.dial.mode)
+        with RunsOut([20] if state.dial.mode == "none" else []):
+            return criterion(cfg, state, *rest)
+
+    def short_for_a_picture(state, *rest):
+        with RunsOut([20] if state.dial.mode == "none" else []):
+            return picture(state, *rest)
+
+    def step(cfg, state, batches):
+        modes.append(state.dial.mode)
+        return train_step(cfg, state, batches)
+    monkeypatch.setattr(vae, "criterion", short_of_memory)
+    monkeypatch.setattr(training.validation, "forward", short_for_a_picture)
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(*flags, out=tmp_path / "short") == 0
+    assert modes == ["none"] * 3 and tried[0] == "none" and set(tried[1:]) == {"checkpoint"}
+    assert len(rows(tmp_path / "short", "memory")) == 1
+    saved = torch.load(tmp_path / "short/last.pt", weights_only=True)["config"]["memory"]["mode"]
+    written = load_config(["--config", str(tmp_path / "short/config.yaml")]).memory.mode
+    assert saved == written == "none"
+    for a, b in zip(rows(tmp_path / "whole", "val"), rows(tmp_path / "short", "val")):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["psnr"] - b["psnr"]) < 1e-3
 
 
 def test_segmentation_recovers_from_out_of_memory(tmp_path, monkeypatch):

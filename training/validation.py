@@ -20,7 +20,7 @@ from training.forward import forward
 from training.log import shown
 from training.order import MicroBatch, seed_of
 from training.resume import full_weights, shared_config
-from training.run import Run, recovered, stop_if_signalled
+from training.run import Run, dial_of_training_kept, recovered, stop_if_signalled
 from training.state import State
 from training.task import metric_of
 from volumes.files import naming, write_atomic
@@ -30,7 +30,8 @@ from volumes.format_nibabel import write_nifti
 def validation(run: Run, epoch: int) -> None:
     """A `val` row; best.pt when it is the best so far."""
     started, state = time.monotonic(), run.state
-    metrics, voxels = validate(run)
+    with dial_of_training_kept(run):
+        metrics, voxels = validate(run)
     seconds = time.monotonic() - started
     row = {
         "step": state.step,
@@ -193,7 +194,8 @@ def check_best(run: Run) -> bool:
     if wrong is None:
         return False
 
-    metrics, _ = validate(run)
+    with dial_of_training_kept(run):
+        metrics, _ = validate(run)
     name = metric_of(run.cfg, run.state.task)
     best = metrics[name] if math.isfinite(metrics[name]) else None
     run.state.best, run.state.best_loss = best, metrics["loss"]
@@ -233,7 +235,8 @@ def save_samples(run: Run) -> None:
             if task.output is not None:
                 return ranks.agreed(task.output(cfg, state, model, x))
             return ranks.agreed(forward(state, model, x))
-        out = recovered(run, x.shape, work)
+        with dial_of_training_kept(run):
+            out = recovered(run, x.shape, work)
         if not ranks.first():
             continue
 
