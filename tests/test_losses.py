@@ -165,6 +165,18 @@ def test_ssim_equals_monai():
     assert abs(float(ssim(x, y, 2.0)) - float(reference)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_metrics_are_of_float32_under_autocast(kind):
+    """A smooth pair, whose variances are small beside their means: SSIM in bf16 is off in its first digit."""
+    target = torch.linspace(0.5, 0.6, 12).expand(1, 1, 12, 12, 12).to(getattr(torch, kind))
+    recon = (target.float() + 0.01 * pair((1, 1, 12, 12, 12), torch.float32)[0]).to(target.dtype)
+    for metric in (psnr, ssim, sharpness, occupancy_iou):
+        wanted = metric(recon.double(), target.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = metric(recon, target)
+        assert found.dtype == torch.float32 and abs(float(found / wanted) - 1) < 2e-3, metric.__name__
+
+
 def test_errors_say_what_is_wrong():
     x, y = pair((1, 1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\) and \(1, 1, 4, 4, 3\)"):
