@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from tasks import TASKS, vae
 from training import evaluation
 from training.cases import read_case
 from training.ready import data_config, load
+from training.task import Scored
 from volumes.find import Item
 
 
@@ -150,6 +152,38 @@ def test_worst_median_and_best_by_a_figure_of_which_more_or_less_is_better():
     assert evaluation.worst_median_best(rows, "l1", False) == {"Worst": 1, "Median": 4, "Best": 3}
     assert evaluation.worst_median_best(rows[2:4], "l1", False) == {"Worst": 0, "Best": 1}
     assert evaluation.worst_median_best(rows[:1], "l1") == {"The only": 0}
+
+
+def test_one_perfect_or_flat_volume_makes_no_mean():
+    """A perfect reconstruction counts as 100 dB. Sharpness is a ratio of sums: 1 of a noisy volume that is
+    given back and 0.25 of one at half its contrast, which has 4 times the gradient energy, are 0.4; a flat
+    volume with noise adds next to nothing, and not a ratio of millions.
+    """
+    rng = np.random.default_rng(0)
+    noise = (0.1 * rng.standard_normal((1, 8, 8, 8))).astype(np.float32)
+    flat = np.full_like(noise, 0.5)
+    pairs = [(noise, noise), (noise, 2 * noise), (flat + 1e-4 * noise, flat)]
+    rows, totals = [], evaluation.Totals()
+    for recon, volume in pairs:
+        intensity = types.SimpleNamespace(modality="ct")
+        scores, sums = evaluation.compared(recon, volume, intensity, torch.device("cpu"))
+        rows.append({"file": "x"} | scores)
+        totals.add(volume, Scored(scores, recon, 1.0, sums))
+    task = types.SimpleNamespace(pooled=lambda sums: {})
+    ready = types.SimpleNamespace(device=torch.device("cpu"), task=task)
+    mean = evaluation.summary(ready, rows, [], totals)["mean"]
+    assert rows[0]["psnr"] == 100 and rows[2]["sharpness"] > 1e3
+    assert math.isclose(mean["sharpness"], (1 + 1) / (1 + 4), rel_tol=1e-4)
+    assert math.isclose(mean["psnr"], (100 + rows[1]["psnr"] + rows[2]["psnr"]) / 3)
+    # The same in validation.
+    counts, crop = [], types.SimpleNamespace(entry=types.SimpleNamespace(intensity=intensity))
+    for recon, volume in pairs:
+        out = types.SimpleNamespace(recon=torch.from_numpy(recon)[None])
+        micro = types.SimpleNamespace(image=torch.from_numpy(volume)[None])
+        found = vae.metrics(None, out, micro, crop)
+        assert math.isclose(float(found["psnr"]), rows[len(counts)]["psnr"], rel_tol=1e-5)
+        counts.append(vae.counts(None, out, micro, None)["energy"])
+    assert math.isclose(vae.figures({"energy": sum(counts)})["sharpness"], 2 / 5, rel_tol=1e-4)
 
 
 def test_means_are_of_finite_figures():
