@@ -1,24 +1,39 @@
-"""Random crops of a data set, and the command that checks one before training.
+"""A data set, from disk or synthetic, and random crops of its volumes.
 
-    python data.py PATH...      # a row per file, one line per refused file
+    python data.py PATH...      # check data before training: a row per file, one line per refused file
 
-A folder, a file or a JSON datalist goes in (volumes/dataset.py); out comes `Crops`, a dataset in which item i is a function of
-(seed, i). Files are found, read, normalised and cached by the rooms of volumes/.
+A folder, a file or a JSON datalist goes in (`open_data`); out come entries whose voxels lie normalised in
+memory-mapped files, so that a crop reads its own rows and nothing else, and `Crops`, a dataset in which
+item i is a function of (seed, i). The files themselves are the business of volumes/: finding, reading,
+normalising, caching.
 
-Axes. Arrays here are (C, D, H, W). A spatial image (X, Y, Z) is reoriented to the closest RAS axes and transposed: D, H, W are
-Z, Y, X. The spatial axes of .npy and .npz are x, y, z likewise, 1 mm; their channel axis is `data.channel_axis`. Sizes and
-spacing (mm) are D, H, W everywhere. An image of 2 axes, or of 1 slice, is a volume whose third extent is 1, wherever that axis
-lies after reorientation. The 4th axis of an image holds separate volumes, or channels (`data.four_d`). A picture (PNG, JPEG, BMP,
-TIFF) is a volume of 1 slice, its rows H from the top. Intensities are in [-1, 1] (volumes/intensities.py).
+Segmentation (`data.labels`): a label goes with each image (volumes/find.py says how). It lies on its
+image's grid, follows it through every change (nearest voxel), and comes as class numbers, int64. Without
+`data.labels` the labels of pairs are left out.
 
-Shape legend: C channels, D H W depth height width, T volumes of a 4-D file. Version 2.0.
+Axes. Arrays here are (C, D, H, W). A spatial image (X, Y, Z) is reoriented to the closest RAS axes and
+transposed: D, H, W are Z, Y, X. The spatial axes of .npy and .npz are x, y, z likewise, 1 mm; their channel
+axis is `data.channel_axis`. Sizes and spacing (mm) are D, H, W everywhere. An image of 2 axes, or of 1
+slice, is a volume whose third extent is 1, wherever that axis lies after reorientation. The 4th axis of an
+image holds separate volumes, or channels (`data.four_d`). A picture (PNG, JPEG, BMP, TIFF) is a volume of 1
+slice, its rows H from the top.
+
+Intensities are in [-1, 1] (volumes/intensities.py). CT: HU clipped to a range. MR: percentiles of the
+foreground. Voxel grids (radar, LiDAR): divided by the largest magnitude, 0 stays 0. Pictures: the range of
+their type.
+
+Shape legend: C channels, D H W depth height width, T volumes of a 4-D file.
+Needs torch, numpy and nibabel; pictures Pillow. Version 1.2.
 """
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import nibabel as nib
@@ -26,24 +41,205 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from volumes.config import DataConfig
-from volumes.dataset import Data, check_channels
-from volumes.entries import Entry, mapped
-from volumes.files import DataError, show, sizes
-from volumes.find import list_items
-from volumes.formats import known_endings
-from volumes.formats import read_volume as read_volume  # data.read_volume: for those who want one volume
+from volumes import formats
+from volumes.cache import cache_folder, cached_entries, with_points
+from volumes.classes import check_labels, settle_classes
+from volumes.config import MODALITIES, DataConfig
+from volumes.entries import Entry, Groups
+from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes
+from volumes.find import Item, list_items
+from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample_label
-from volumes.load import load, load_labels
+from volumes.loading import Loaded, load, load_labels
+from volumes.points import choose_point
 from volumes.seeds import seeded
+from volumes.synthetic import synthetic_entries
+
+# The largest crop where data.patch is not given, voxels D H W.
+PATCH, PATCH_OF_SYNTHETIC, PATCH_OF_PICTURES = (32, 64, 64), (16, 48, 48), (32, 256, 256)
+PATIENCE = 20   # seconds between lines that say how many files are read
 
 
+# ------------------------------------------------------------------------------------------ the data set
+@dataclass
+class Data:
+    """What `open_data` found. train and val share no file, unless there is only one."""
+    train: list[Entry]
+    val: list[Entry]
+    channels: int
+    patch: tuple[int, int, int]  # crop, D H W
+    background: float            # of the first training volume; a crop is padded with its own volume's
+    cfg: DataConfig
+    classes: int = 0             # of the labels; 0 without data.labels
+    label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored.
+                                                 # Keep it to read more data alike
+
+
+def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:
+    """Find the volumes, build or reuse their cache, split them by file, seeded.
+
+    say: gets what a user should know, a line each. processes: how many do the same at this moment; they
+    share the building. Raises DataError when nothing usable is left, when the cache cannot be written, or,
+    with cfg.strict, for the first refused file.
+    """
+    # First the volumes, file by file, and what their labels mean.
+    classes, label_values = 0, None
+    if cfg.path is None:
+        training, held_out = [[entry] for entry in synthetic_entries(cfg, seed)], []
+        size = sizes(training[0][0].shape[1:])
+        say(f"data: {len(training)} synthetic {cfg.synthetic} volumes of {size} voxels, seed {seed}; --data "
+            f"names real ones")
+    else:
+        training, held_out = open_files(cfg, say, processes)
+    if cfg.labels:
+        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say)
+
+    # Then the split, of whole files.
+    if not held_out:
+        training, held_out = split(training, cfg.val_fraction, seed, say)
+    paths = {entry.path for group in training for entry in group if entry.path}
+    shared = paths & {entry.path for group in held_out for entry in group}
+    if shared and held_out is not training:
+        say(f"data: {len(shared)} files are in both training and validation, {show(min(shared))} for one; "
+            f"validation is no test of them")
+    taken: dict[str, str | None] = {}
+    train = [with_unique_name(entry, taken) for group in training for entry in group]
+    val = [with_unique_name(entry, taken) for group in held_out for entry in group]
+
+    # Then what crops need.
+    if cfg.foreground:
+        train = [with_points(entry) for entry in train]
+        val = [with_points(entry) for entry in val]
+    patch = cfg.patch or default_patch(train, is_synthetic=cfg.path is None)
+    channels = train[0].shape[0]
+    plural = "s" if channels > 1 else ""
+    with_classes = f", {classes} classes" if cfg.labels else ""
+    say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
+        f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
+    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values)
+
+
+def split(files: Groups, fraction: float, seed: int, say: Say) -> tuple[Groups, Groups]:
+    """Files to train on, and a share of at least one that is held out."""
+    if len(files) == 1:
+        only = files[0][0]
+        say(f"data: one usable file only, {show(only.path or only.name)}: it serves for training and "
+            f"validation, so validation says nothing about other volumes")
+        return files, files
+    count = min(len(files) - 1, max(1, round(fraction * len(files))))
+    order = seeded(seed, "split").permutation(len(files)).tolist()
+    return [files[i] for i in sorted(order[count:])], [files[i] for i in sorted(order[:count])]
+
+
+def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Groups]:
+    """Training and held-out files, a group of entries each (the latter empty without a `validation` list)."""
+    lists = list_items(cfg.path, cfg.labels, say)
+    items = [(name, item) for name in ("training", "validation") for item in lists[name]]
+    if not items:
+        raise DataError(f"{show(cfg.path)}: no volumes found; looked for {formats.known_endings()}")
+    folder, start = cache_folder(cfg), time.monotonic()
+    # Several processes each build what none of the others is at. What is refused is told below.
+    if processes > 1:
+        for _, item in items:
+            with contextlib.suppress(DataError):
+                cached_entries(item, cfg, folder, wait=False)
+
+    # Then all of them, in order.
+    groups, refused, channels = {"training": [], "validation": []}, 0, None
+    for number, (name, item) in enumerate(items):
+        if time.monotonic() - start > PATIENCE:
+            say(f"data: {number} of {len(items)} files read; their cache in {show(folder)} makes the next "
+                f"start quick")
+            start = time.monotonic()
+        try:
+            entries = cached_entries(item, cfg, folder)
+            if cfg.labels and cfg.label_values is None and not formats.is_picture(item.label):
+                check_labels(entries[0], cfg.classes, cfg)
+            found = entries[0].shape[0]
+            channels = channels or found
+            check_channels(item, found, channels)
+        except (CacheError, PillowError):
+            raise
+        except DataError as error:
+            refuse(error, cfg.strict, say)
+            refused += 1
+            continue
+        groups[name].append(entries)
+        if item.kind is not None and item.kind.lower() not in MODALITIES:
+            kind, taken = one_line(item.kind, 40), entries[0].intensity.modality
+            say(f"data: {show(item.path)}: class {kind!r} names no intensity rule "
+                f"({', '.join(MODALITIES)}); took {taken}")
+
+    # Then what a user should know of them all.
+    if not groups["training"]:
+        raise DataError(f"{show(cfg.path)}: no usable training volume among {len(lists['training'])}, "
+                        f"{refused} refused; see the lines above or run python data.py on it")
+    if lists["validation"] and not groups["validation"]:
+        say("data: no usable volume in the `validation` list; some of the training files are held out "
+            "instead")
+    if refused:
+        say(f"data: {refused} of {len(items)} files refused, going on with the others; --data.strict makes "
+            f"that an error")
+    tell_guesses([group[0] for part in groups.values() for group in part], say)
+    return groups["training"], groups["validation"]
+
+
+def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
+    """A line for each modality that was guessed. entries: one of each file."""
+    guesses: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.guessed:
+            guesses.setdefault(entry.intensity.modality, []).append(entry)
+    for modality, guessed in guesses.items():
+        plural = "s" if len(guessed) > 1 else ""
+        names = ", ".join(entry.name for entry in guessed[:4])
+        more = ", ..." if len(guessed) > 4 else ""
+        say(f"data: guessed {modality} from the values of {len(guessed)} file{plural} ({names}{more}); "
+            f"data.modality or a datalist's class says it")
+
+
+def check_channels(item: Item, found: int, expected: int) -> None:
+    if found != expected:
+        plural = "s" if found > 1 else ""
+        raise DataError(f"{show(item.path)}: {found} channel{plural}, the first accepted volume has "
+                        f"{expected}; use data.select_channel to pick one of each, or another folder")
+
+
+def with_unique_name(entry: Entry, taken: dict[str, str | None]) -> Entry:
+    """Two files may share a name in different folders: the second becomes NAME-2.
+
+    The same volume keeps its name.
+    """
+    name, number, volume = entry.name, 2, f"{entry.path}/{entry.name}"
+    while taken.setdefault(name, volume) != volume:
+        name, number = f"{entry.name}-{number}", number + 1
+    return dataclasses.replace(entry, name=name)
+
+
+def default_patch(entries: list[Entry], is_synthetic: bool) -> tuple[int, int, int]:
+    """The largest crop, or where that is less the extent of the middle volume, a multiple of 4."""
+    most = PATCH
+    if is_synthetic:
+        most = PATCH_OF_SYNTHETIC
+    elif all(entry.intensity.modality == "picture" for entry in entries):
+        most = PATCH_OF_PICTURES
+    patch = []
+    for axis, limit in enumerate(most, 1):
+        middle = sorted(entry.shape[axis] for entry in entries)[len(entries) // 2]
+        if middle >= 4:
+            middle = middle // 4 * 4
+        patch.append(min(limit, middle))
+    return tuple(patch)
+
+
+# ------------------------------------------------------------------------------------------------- crops
 class Crops(torch.utils.data.Dataset):
     """Random crops of the training volumes. Item i, for any i >= 0, is a function of (seed, i) alone.
 
-    item -> image (C, D, H, W) float32 of size data.patch, number of its volume in data.train; with labels image, label (D, H, W) int64,
-    number. A crop that reaches beyond its volume is padded with background, its label with 0. Item i belongs to epoch i // len; within an
-    epoch every volume comes exactly crops_per_volume times, in an order of its own.
+    item -> image (C, D, H, W) float32 of size data.patch, number of its volume in data.train; with labels
+    image, label (D, H, W) int64, number. A crop that reaches beyond its volume is padded with background,
+    its label with 0. Item i belongs to epoch i // len; within an epoch every volume comes exactly
+    crops_per_volume times, in an order of its own.
     """
     def __init__(self, data: Data, seed: int):
         self.data, self.seed = data, seed
@@ -53,18 +249,24 @@ class Crops(torch.utils.data.Dataset):
         return len(self.data.train) * self.data.cfg.crops_per_volume
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | tuple[torch.Tensor, torch.Tensor, int]:
+        # Which volume: an order of each epoch's own.
         epoch, place = divmod(index, len(self))
         if epoch != self.epoch:
             self.order = seeded(self.seed, "order", epoch).permutation(len(self)) % len(self.data.train)
             self.epoch = epoch
         number = int(self.order[place])
-        entry, cfg, point = self.data.train[number], self.data.cfg, None
-        draw = seeded(self.seed, "crop", index).random(8)
-        if cfg.foreground:  # draws of their own: the others stay where they are
+        entry, cfg = self.data.train[number], self.data.cfg
+
+        # Which place in it. A foreground voxel has draws of its own, so that the others stay where they are.
+        draw, point = seeded(self.seed, "crop", index).random(8), None
+        if cfg.foreground:
             share, *which = seeded(self.seed, "foreground", index).random(3)
-            point = point_in(entry, which) if share < cfg.foreground else None
+            if share < cfg.foreground:
+                point = choose_point(entry, which)
         image, label = augmented_crop(entry, self.data.patch, draw, cfg, point)
-        return (torch.from_numpy(image), number) if label is None else (torch.from_numpy(image), torch.from_numpy(label), number)
+        if label is None:
+            return torch.from_numpy(image), number
+        return torch.from_numpy(image), torch.from_numpy(label), number
 
 
 class Crop(NamedTuple):
@@ -76,19 +278,22 @@ class Crop(NamedTuple):
 
 
 def val_crops(data: Data, seed: int, count: int) -> list[Crop]:
-    """`count` fixed crops of size data.patch of the held-out volumes, each in turn, never augmented; crop k is a function of (seed, k).
+    """`count` fixed crops of size data.patch of the held-out volumes, each in turn, never augmented.
 
-    With data.foreground above 0 each of them holds foreground, if its volume has any.
+    Crop k is a function of (seed, k). With data.foreground above 0 each of them holds foreground, if its
+    volume has any.
     """
     order = seeded(seed, "val order").permutation(len(data.val))
     crops = []
     for k in range(count):
-        entry, draw = data.val[order[k % len(order)]], seeded(seed, "val", k).random(3)
-        point = point_in(entry, seeded(seed, "val foreground", k).random(2)) if data.cfg.foreground else None
-        d, h, w = starts = starts_of(entry, data.patch, draw, point)
-        image, label = crop_at(entry, data.patch, starts)
-        affine = entry.affine @ nib.affines.from_matvec(np.eye(3), (w, h, d))  # affines are in x, y, z
-        crops.append(Crop(torch.from_numpy(image), entry, affine, None if label is None else torch.from_numpy(label)))
+        entry, draw, point = data.val[order[k % len(order)]], seeded(seed, "val", k).random(3), None
+        if data.cfg.foreground:
+            point = choose_point(entry, seeded(seed, "val foreground", k).random(2))
+        starts = starts_of(entry, data.patch, draw, point)
+        image, label = cut(entry, data.patch, starts)
+        affine = entry.affine @ nib.affines.from_matvec(np.eye(3), starts[::-1])  # affines are in x, y, z
+        label = None if label is None else torch.from_numpy(label)
+        crops.append(Crop(torch.from_numpy(image), entry, affine, label))
     return crops
 
 
@@ -102,67 +307,92 @@ class WholeVolumes:
 
     def __getitem__(self, number: int) -> Crop:
         entry = self.entries[number]
-        return Crop(torch.from_numpy(entry.read()), entry, entry.affine,
-                    None if entry.label is None else torch.from_numpy(entry.read_label()))
+        label = None if entry.label is None else torch.from_numpy(entry.read_label())
+        return Crop(torch.from_numpy(entry.read()), entry, entry.affine, label)
 
 
-def point_in(entry: Entry, draw: Sequence[float]) -> tuple[int, ...] | None:
-    """A foreground voxel D, H, W chosen by two numbers in [0, 1): class, then place; None where the volume has none."""
-    points = mapped(entry.points) if isinstance(entry.points, str) else entry.points
-    return tuple(points[int(draw[0] * points.shape[0]), int(draw[1] * points.shape[1])].tolist()) if len(points) else None
+def starts_of(entry: Entry, size: tuple[int, ...], draw: np.ndarray,
+              point: tuple[int, ...] | None = None) -> list[int]:
+    """First voxel D, H, W of a crop at a place given by three numbers in [0, 1).
 
-
-def starts_of(entry: Entry, size: tuple[int, ...], draw: np.ndarray, point: tuple[int, ...] | None = None) -> list[int]:
-    """First voxel of a crop at a place given by three numbers in [0, 1); below 0 where the volume is smaller and lies centred in it.
-
-    point: a voxel that the crop must hold; then the numbers choose among the places where it does.
+    Below 0 where the volume is smaller and lies centred in it. point: a voxel that the crop must hold; then
+    the numbers choose among the places where it does.
     """
     starts = []
     for axis, (u, n, want) in enumerate(zip(draw, entry.shape[1:], size)):
-        low, high = (0, n - want) if point is None else (max(0, point[axis] - want + 1), min(point[axis], n - want))
-        starts.append(low + int(u * (high - low + 1)) if n >= want else -((want - n) // 2))
+        if n < want:
+            starts.append(-((want - n) // 2))
+            continue
+        low, high = 0, n - want
+        if point is not None:
+            low, high = max(0, point[axis] - want + 1), min(point[axis], n - want)
+        starts.append(low + int(u * (high - low + 1)))
     return starts
 
 
-def crop_at(entry: Entry, size: tuple[int, ...], starts: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """A crop (C, *size) and its label (*size); where the volume is smaller, the rest is its background, of class 0."""
-    region = tuple(slice(max(start, 0), min(start + want, n)) for start, want, n in zip(starts, size, entry.shape[1:]))
-    voxels, label = entry.read(region), None if entry.label is None else entry.read_label(region)
+def cut(entry: Entry, size: tuple[int, ...], starts: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """A crop (C, *size) and its label (*size), or None.
+
+    Where the volume is smaller, the rest is its background, of class 0.
+    """
+    region = tuple(slice(max(start, 0), min(start + want, n))
+                   for start, want, n in zip(starts, size, entry.shape[1:]))
+    voxels = entry.read(region)
+    label = None if entry.label is None else entry.read_label(region)
     if voxels.shape[1:] == tuple(size):
         return voxels, label
-    padded = np.full((len(voxels), *size), entry.intensity.background, dtype=np.float32)
     inside = tuple(slice(max(-start, 0), max(-start, 0) + n) for start, n in zip(starts, voxels.shape[1:]))
+    padded = np.full((len(voxels), *size), entry.intensity.background, dtype=np.float32)
     padded[(slice(None), *inside)] = voxels
-    if label is not None:
-        voxels, label = label, np.zeros(size, dtype=np.int64)
-        label[inside] = voxels
-    return padded, label
+    if label is None:
+        return padded, None
+    padded_label = np.zeros(size, dtype=np.int64)
+    padded_label[inside] = label
+    return padded, padded_label
 
 
 def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig,
-                    point: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others."""
+                   point: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """A crop (C, *patch) and its label, or None, with what the config asks for.
+
+    draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others.
+    """
+    # The crop, of another size where it is zoomed; a picture stays flat.
     size = patch
     if cfg.spacing == "random":
         low, high = map(math.log, cfg.zoom)
-        size = tuple(max(1, round(n / math.exp(low + draw[3] * (high - low)))) if n > 1 else 1 for n in patch)  # a picture stays flat
-    crop, label = crop_at(entry, size, starts_of(entry, size, draw[:3], point))
+        zoom = math.exp(low + draw[3] * (high - low))
+        size = tuple(max(1, round(n / zoom)) if n > 1 else 1 for n in patch)
+    crop, label = cut(entry, size, starts_of(entry, size, draw[:3], point))
     if size != patch:
         crop = F.interpolate(torch.from_numpy(crop)[None], size=patch, mode="trilinear")[0].numpy()
         label = None if label is None else resample_label(label, patch)
+    # Flips.
     if cfg.flip != "none":
-        axes = [axis for axis, name in ((1, "D"), (2, "H"), (3, "W")) if name in cfg.flip.upper() and draw[3 + axis] < 0.5]
-        crop = np.ascontiguousarray(np.flip(crop, axes))
-        label = None if label is None else np.ascontiguousarray(np.flip(label, [axis - 1 for axis in axes]))
+        flipped = [axis for axis, name in enumerate("DHW", 1)
+                   if name in cfg.flip.upper() and draw[3 + axis] < 0.5]
+        crop = np.ascontiguousarray(np.flip(crop, flipped))
+        if label is not None:
+            label = np.ascontiguousarray(np.flip(label, [axis - 1 for axis in flipped]))
+    # Contrast, around the background.
     if cfg.jitter:
         background = entry.intensity.background
-        crop = (crop - background) * np.float32(1 + cfg.jitter * (2 * draw[7] - 1)) + np.float32(background)
-        crop = crop.clip(-1, 1) if entry.intensity.modality in ("ct", "picture") else crop
+        factor = np.float32(1 + cfg.jitter * (2 * draw[7] - 1))
+        crop = (crop - background) * factor + np.float32(background)
+        if entry.intensity.modality in ("ct", "picture"):
+            crop = crop.clip(-1, 1)
     return crop, label
 
 
+# ------------------------------------------------------------------------------------------ command line
+COLUMNS = "{:{width}}  {:22}  {:16}  {:6}  {:8}  {:20}  {:8}  {}"
+
+
 def check(paths: list[str]) -> int:
-    """Print a row per file of each path, as training with the defaults would see it, a line per refused one. 1 if there is one, else 0."""
+    """Print a row per file of each path, as training with the defaults would see it, a line per refused one.
+
+    Returns 1 if there is a refused one, else 0.
+    """
     cfg, refused, total, pairs = DataConfig(), 0, 0, {}
     found = [[item for items in list_items(path, say=print).values() for item in items] for path in paths]
     for path in paths:
@@ -171,42 +401,61 @@ def check(paths: list[str]) -> int:
             pairs |= {item.path: item for item in listed if item.label and not item.fault}
     for path, items in zip(paths, found):
         if not items:
-            raise DataError(f"{show(path)}: no volumes found; looked for {known_endings()}")
+            raise DataError(f"{show(path)}: no volumes found; looked for {formats.known_endings()}")
     width = max(len(show(item.path)) for items in found for item in items)
-    row = f"{{:{width}}}  {{:22}}  {{:16}}  {{:6}}  {{:8}}  {{:20}}  {{:8}}  {{}}"
-    print(row.format("file", "shape D,H,W", "spacing mm", "orient", "dtype", "range", "modality", "verdict"))
+    print(COLUMNS.format("file", "shape D,H,W", "spacing mm", "orient", "dtype", "range", "modality",
+                         "verdict", width=width))
     for items in found:
         channels = None
         for item in items:
             total += 1
             try:
                 loaded = load(item, cfg)
-                array, intensity = loaded.volumes[0]
-                channels = channels or len(array)
-                check_channels(item, len(array), channels)
+                here = len(loaded.volumes[0][0])
+                channels = channels or here
+                check_channels(item, here, channels)
             except DataError as error:
                 refused += 1
-                print(f"{show(item.path)}  refused: {str(error).removeprefix(show(item.path) + ': ')}", flush=True)
+                why = str(error).removeprefix(show(item.path) + ": ")
+                print(f"{show(item.path)}  refused: {why}", flush=True)
                 continue
-            verdict, stored = "ok", loaded.source.volume.array
+            verdict = "ok"
             if item.path in pairs:
                 try:
-                    labels, ids = load_labels(pairs[item.path], loaded.source, len(loaded.volumes), array.shape[1:], cfg)
-                    verdict = f"ok, {len(ids)} labels {ids[0]} .. {ids[-1]}"
+                    verdict = label_verdict(pairs[item.path], loaded, cfg)
                 except DataError as error:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
-            many = f" x{len(loaded.volumes)} volumes" if len(loaded.volumes) > 1 else f" x{len(array)} channels" if len(array) > 1 else ""
-            print(row.format(show(item.path), sizes(array.shape[1:]) + many, ",".join(f"{mm:.3g}" for mm in loaded.spacing),
-                             loaded.source.orientation, loaded.source.dtype, f"{stored.min():.5g} .. {stored.max():.5g}",
-                             intensity.modality, verdict), flush=True)
+            print(COLUMNS.format(show(item.path), *described(loaded), verdict, width=width), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")
     return 1 if refused else 0
 
 
+def label_verdict(pair: Item, loaded: Loaded, cfg: DataConfig) -> str:
+    """Which values the label of a file holds. Raises DataError where it cannot be used."""
+    size = loaded.volumes[0][0].shape[1:]
+    _, ids = load_labels(pair, loaded.source, len(loaded.volumes), size, cfg.max_gib)
+    return f"ok, {len(ids)} labels {ids[0]} .. {ids[-1]}"
+
+
+def described(loaded: Loaded) -> tuple[str, ...]:
+    """Shape, spacing, orientation, type, range and modality of a file."""
+    array, intensity = loaded.volumes[0]
+    source, stored = loaded.source, loaded.source.volume.array
+    many = ""
+    if len(loaded.volumes) > 1:
+        many = f" x{len(loaded.volumes)} volumes"
+    elif len(array) > 1:
+        many = f" x{len(array)} channels"
+    spacing = ",".join(f"{mm:.3g}" for mm in loaded.spacing)
+    return (sizes(array.shape[1:]) + many, spacing, source.orientation, source.dtype,
+            f"{stored.min():.5g} .. {stored.max():.5g}", intensity.modality)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data.py", description="Check data before training: a row per file, a line per refused file. "
-                                     "Exit code 0: all usable, 1: some refused, 2: nothing to check.")
+    parser = argparse.ArgumentParser(
+        prog="data.py", description="Check data before training: a row per file, a line per refused file. "
+                                    "Exit code 0: all usable, 1: some refused, 2: nothing to check.")
     parser.add_argument("path", nargs="+", metavar="PATH", help="folder, file or JSON datalist")
     paths = parser.parse_args(argv).path
     try:

@@ -54,9 +54,9 @@ from training.jobs import Job
 from training.order import seed_of
 from training.ready import BUDGET, Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
+from volumes import formats
 from volumes.config import DataConfig
-from volumes.files import DataError, show, split_ending, write_atomic
-from volumes.formats import ending_out, write_label
+from volumes.files import DataError, bare_name, show, write_atomic
 from volumes.grids import resample_label
 from volumes.results import write_result
 
@@ -87,7 +87,7 @@ def reconstruct(options: argparse.Namespace) -> bool:
         return f"{speed} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
-    todo = jobs.make_jobs(items, options.input, options.output, ending_out)
+    todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
     return jobs.run_jobs(todo, work, options.overwrite)
 
 
@@ -163,7 +163,7 @@ def segment(options: argparse.Namespace) -> bool:
             save_overlay(viz_path(job.output), case, found[0])
         if not options.no_save:
             labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
-            write_label(job.output, labels, case.origin)
+            formats.write_label(job.output, labels, case.origin)
         text += f"; {shares_text(found, values)}"
         return text if options.no_save else f"{text} -> {job.output}"
 
@@ -171,7 +171,7 @@ def segment(options: argparse.Namespace) -> bool:
     if options.output is None:
         todo = [Job(item, Path()) for item in items]
     else:
-        todo = jobs.make_jobs(items, options.input, options.output, ending_out)
+        todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
     return jobs.run_jobs(todo, work, options.overwrite or options.no_save)
 
 
@@ -185,8 +185,7 @@ def save_overlay(path: Path, case: Case, found: np.ndarray) -> None:
 
 
 def viz_path(output: Path) -> Path:
-    ending = "".join(split_ending(output))
-    return output.with_name(output.name.removesuffix(ending) + "_viz.png")
+    return output.with_name(bare_name(output.name) + "_viz.png")
 
 
 def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:

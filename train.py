@@ -61,7 +61,6 @@ from training.state import State, tensors_of
 from training.step import train_step
 from training.task import Task, metric_of, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
-from volumes.dataset import Data
 from volumes.files import DataError, StoreError
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
@@ -235,7 +234,7 @@ def resume_command(out: Path) -> str:
 
 # -------------------------------------------------------------------------------- the run
 
-def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: Data, out: Path,
+def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data, out: Path,
           resumed: checkpoints.Resumed | None = None) -> int:
     """Run from step 0 or from a checkpoint to the end, an early stop or a signal; returns the exit code.
 

@@ -6,14 +6,15 @@
 
 Follows: U-Net (arXiv:1505.04597), 3D U-Net (arXiv:1606.06650); strided convolutions in place of pooling as
 in V-Net (arXiv:1606.04797); kernels and strides per level, and deep supervision, as in nnU-Net
-(arXiv:1904.08128); conditioning on a scalar by scale and shift as in ADM (arXiv:2105.05233). Deviations:
-padded convolutions, so the logits have the input's size; group norm by default, for batches of one or two.
+(arXiv:1904.08128); residual blocks, attention and conditions by scale and shift as in ADM
+(arXiv:2105.05233), and control residuals (control.py), for denoisers. Deviations: padded convolutions, so
+the logits have the input's size; group norm by default, for batches of one or two.
 With kernel (1, 3, 3) and stride (1, 2, 2) no value passes from one slice to another: a 2D U-Net, slice by
-slice (norm `batch` in eval mode, or `none`; `group` and `instance` take their statistics over the volume).
-`from_pytorch_unet` reads the weights of the common 2D one.
+slice (norm `batch` in eval mode, or `none`; `group` and `instance` take their statistics over the volume);
+unet_weights.py reads the weights of the common one.
 
-Shapes: B batch, C channels, D H W depth height width, E time embedding channels.
-Version 0.2 (2026-11).
+Shapes: B batch, C channels, D H W depth height width, E time embedding channels, V numbers of `vector`.
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -46,6 +47,7 @@ class UNetConfig:
     kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3),)   # D,H,W, odd; for all levels, or each
     strides: tuple[tuple[int, int, int], ...] = ((2, 2, 2),)   # D,H,W; for all levels, or between each two
     num_convs: int = 2                     # convolution blocks per level, on the way down and on the way up
+    residual: bool = False                 # blocks of two convolutions and a shortcut (as in ADM)
     downsampling: str = "pool"             # pool (max, no weights) | conv (kernel = stride, as in V-Net)
     upsampling: str = "transposed"         # transposed (kernel = stride) | interpolate (linear)
     norm: str = "group"                    # none | batch (as in 3D U-Net) | group | instance (as in nnU-Net)
@@ -53,8 +55,11 @@ class UNetConfig:
     act: str = "relu"                      # relu | leaky_relu (slope 0.01, as in nnU-Net) | silu (as in ADM)
     deep_supervision: int = 0              # further logits in training, at levels 1, 2, ...; 0: off
     time_channels: int = 0                 # E, width of the time embedding, even; 0: no conditioning
+    vector_channels: int = 0               # V, further numbers per sample, added to the time embedding
     attention: bool = False                # at the lowest level, after its blocks
+    attention_levels: int = 0              # the same at so many of the lowest, down and up; 1: `attention`
     head_channels: int = 64                # of attention, per head; gcd with the width where that is less
+    zero_head: bool = False                # logits begin at 0 (as in ADM)
 
     def __post_init__(self):
         for name in ("channels", "kernels", "strides"):
@@ -63,7 +68,7 @@ class UNetConfig:
                 raise ValueError(f"unet.{name} must be a tuple with an entry a level, got {value!r}")
         object.__setattr__(self, "channels", tuple(self.channels))
         least = {"in_channels": 1, "out_channels": 1, "num_convs": 1, "norm_groups": 1, "deep_supervision": 0,
-                 "time_channels": 0, "head_channels": 1}
+                 "time_channels": 0, "vector_channels": 0, "attention_levels": 0, "head_channels": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"unet.{name} must be at least {bound}, got {getattr(self, name)}")
@@ -84,14 +89,18 @@ class UNetConfig:
                 raise ValueError(f"unet.{name} needs one D,H,W triple for all or {count} for "
                                  f"channels={self.channels}, got {len(triples)}: {triples}")
         if any(k % 2 == 0 for kernel in self.kernels for k in kernel):
-            raise ValueError(f"unet.kernels must be odd, so that a convolution keeps the size; "
-                             f"got {self.kernels}")
+            raise ValueError(f"unet.kernels must be odd, so that sizes are kept; got {self.kernels}")
         most = max(len(self.channels) - 2, 0)
         if self.deep_supervision > most:
             raise ValueError(f"unet.deep_supervision is at most {most} with {len(self.channels)} levels (the "
                              f"top has the logits, the lowest none), got {self.deep_supervision}")
         if self.time_channels % 2:
             raise ValueError(f"unet.time_channels must be even (sines and cosines), got {self.time_channels}")
+        if self.vector_channels and not self.time_channels:
+            raise ValueError("unet.vector_channels is added to the time embedding; set unet.time_channels")
+        if self.attention_levels > len(self.channels):
+            raise ValueError(f"unet.attention_levels is at most {len(self.channels)}, the number of levels, "
+                             f"got {self.attention_levels}")
 
     @property
     def level_kernels(self) -> tuple[Triple, ...]:
@@ -110,12 +119,14 @@ class UNetConfig:
         return tuple(prod(s[axis] for s in self.level_strides) for axis in range(3))
 
 
-PRESETS = {
+PRESETS = {                      # to segment
     "unet3d": UNetConfig(),      # a quarter of 3D U-Net's widths
-    "unet2d": UNetConfig(in_channels=3, channels=(64, 128, 256, 512, 1024), kernels=((1, 3, 3),),
-                         strides=((1, 2, 2),), norm="batch"),
+    "unet2d": UNetConfig(3, 2, (64, 128, 256, 512, 1024), ((1, 3, 3),), ((1, 2, 2),), norm="batch"),
     "unet_light": UNetConfig(channels=(8, 16, 32, 64), upsampling="interpolate"),
 }
+LIGHT = UNetConfig(4, 4, (64, 128, 256), num_convs=1, residual=True, downsampling="conv", norm_groups=32,
+                   act="silu", time_channels=256, attention_levels=1, zero_head=True)
+DENOISERS = {"denoiser_light": LIGHT, "denoiser": dataclasses.replace(LIGHT, channels=(64, 128, 256, 512))}
 
 
 class GroupNorm(nn.GroupNorm):  # same as vae3d.GroupNorm
@@ -152,12 +163,12 @@ def make_norm(norm: str, channels: int, groups: int) -> nn.Module:
     return GroupNorm(max(g for g in range(1, groups + 1) if channels % g == 0), channels)
 
 
-def make_act(act: str) -> nn.Module:
+def make_act(act: str, inplace: bool = True) -> nn.Module:
     """The nonlinearity, in place where backward does not need its input (saves one activation a block)."""
     if act == "relu":
-        return nn.ReLU(inplace=True)
+        return nn.ReLU(inplace)
     if act == "leaky_relu":
-        return nn.LeakyReLU(0.01, inplace=True)
+        return nn.LeakyReLU(0.01, inplace)
     return nn.SiLU()
 
 
@@ -175,6 +186,11 @@ def check_values(norm: nn.Module, x: Tensor) -> None:
                          f"unet.norm=group with unet.norm_groups below {x.shape[1]}")
 
 
+def same_conv(in_channels: int, out_channels: int, kernel: Triple, bias: bool = True) -> nn.Conv3d:
+    """A convolution of stride 1 that keeps the size."""
+    return nn.Conv3d(in_channels, out_channels, kernel, padding=tuple(k // 2 for k in kernel), bias=bias)
+
+
 class ConvBlock(nn.Module):
     """Convolution, norm, scale and shift by the time embedding where there is one, nonlinearity.
 
@@ -184,8 +200,7 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: Triple = (3, 3, 3), norm: str = "group",
                  norm_groups: int = 8, act: str = "relu", time_channels: int = 0):
         super().__init__()
-        padding = tuple(k // 2 for k in kernel)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=padding, bias=norm == "none")
+        self.conv = same_conv(in_channels, out_channels, kernel, bias=norm == "none")
         self.norm = make_norm(norm, out_channels, norm_groups)
         self.act = make_act(act)
         self.time = nn.Linear(time_channels, 2 * out_channels) if time_channels else None
@@ -205,9 +220,32 @@ class ConvBlock(nn.Module):
         return self.act(h)
 
 
+class ResidualBlock(nn.Module):
+    """Norm, nonlinearity, ConvBlock, convolution; added to x, which a 1x1x1 convolution takes to the width.
+
+    x (B, C_in, D, H, W), embedding (B, E) or None -> (B, C_out, D, H, W), as in ADM: starts as its shortcut.
+    """
+    def __init__(self, in_channels: int, out_channels: int, kernel: Triple = (3, 3, 3), norm: str = "group",
+                 norm_groups: int = 8, act: str = "relu", time_channels: int = 0):
+        super().__init__()
+        self.norm = make_norm(norm, in_channels, norm_groups)
+        self.act = make_act(act, inplace=norm != "none")       # without a norm its input is the shortcut's
+        self.block = ConvBlock(in_channels, out_channels, kernel, norm, norm_groups, act, time_channels)
+        self.conv = same_conv(out_channels, out_channels, kernel)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        is_widened = in_channels != out_channels
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if is_widened else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        check_values(self.norm, x)
+        h = self.block(self.act(self.norm(x)), embedding)
+        return self.shortcut(x) + self.conv(h)
+
+
 class DownBlock(nn.Module):
-    """Downsampling, then a ConvBlock: x (B, C_in, D, H, W) -> (B, C_out, D // s0, H // s1, W // s2)."""
-    def __init__(self, down: nn.Module, block: ConvBlock):
+    """Downsampling, then a block: x (B, C_in, D, H, W) -> (B, C_out, D // s0, H // s1, W // s2)."""
+    def __init__(self, down: nn.Module, block: nn.Module):
         super().__init__()
         self.down, self.block = down, block
 
@@ -216,12 +254,11 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Upsampling, zeros at the far ends up to the skip's size, [skip, upsampled], then a ConvBlock.
+    """Upsampling, zeros at the far ends up to the skip's size, [skip, upsampled], then a block.
 
-    x (B, C_low, d, h, w), skip (B, C, D, H, W) -> (B, C_out, D, H, W). One block, so that checkpointing keeps
-    nothing of its inside.
+    x (B, C_low, d, h, w), skip (B, C, D, H, W) -> (B, C_out, D, H, W). Checkpointing keeps nothing inside.
     """
-    def __init__(self, up: nn.Module, block: ConvBlock):
+    def __init__(self, up: nn.Module, block: nn.Module):
         super().__init__()
         self.up, self.block = up, block
 
@@ -234,9 +271,9 @@ class UpBlock(nn.Module):
 
 
 class Attention3d(nn.Module):
-    """Self-attention over all voxels of the lowest level: x (B, C, D, H, W) -> the same shape, residual.
+    """Self-attention over all voxels of a level: x (B, C, D, H, W) -> the same shape, residual.
 
-    Only scaled_dot_product_attention: its kernels never hold the N x N matrix. The norm is per voxel, whatever the network's is.
+    scaled_dot_product_attention never holds the N x N matrix. The norm is per voxel, whatever the network's.
     """
     def __init__(self, channels: int, head_channels: int = 64):
         super().__init__()
@@ -256,9 +293,8 @@ class Attention3d(nn.Module):
 class TimeEmbedding(nn.Module):
     """Sines and cosines of a scalar per sample, then an MLP: t (B,) -> (B, E), in the dtype of the MLP.
 
-    t in units in which 1 is much: rectified flow's t in [0, 1], EDM's ln(sigma) / 4, DDPM's timestep / 1000.
-    The angles are 1000 t / 10000^(i/n), n = E / 2 - 1, as in DDPM (arXiv:2006.11239), in float32 or wider,
-    since in bfloat16 t = 0.999 is 1.
+    t in units in which 1 is much (diffusion.py). The angles are 1000 t / 10000^(i/n), n = E / 2 - 1, as in
+    DDPM (arXiv:2006.11239), in float32 or wider, since in bfloat16 t = 0.999 is 1.
     """
     def __init__(self, channels: int):
         super().__init__()
@@ -279,16 +315,15 @@ class UNetOutput(NamedTuple):
 
 
 class UNet(nn.Module):
-    """x (B, C, D, H, W), t (B,) with time_channels -> UNetOutput(logits, deep).
+    """x (B, C, D, H, W), t (B,) with time_channels, vector (B, V) -> UNetOutput(logits, deep).
 
     Any D, H, W >= 1. A size that a stride does not divide is rounded down on the way down, and zeros stand
     at the far end on the way up, as in the common 2D U-Net; an axis shorter than the total stride is padded
     to it by repeating the border, and the logits are cropped back. Level l's logits in `deep` have the grid
     of that level: size // stride, level by level. With upsampling `interpolate` no convolution narrows on
     the way up, so the lowest level has half its width, and the last block of each other level but the top
-    hands up half. Raises ValueError when x is not 5D or its channels are not cfg.in_channels, when t is
-    missing, not wanted or not one per sample, and when a norm would take its statistics over a single
-    value.
+    hands up half. Raises ValueError when x is not 5D or has other channels, when t or vector is missing, not
+    wanted or not one per sample, and when a norm would take its statistics over a single value.
     """
     def __init__(self, cfg: UNetConfig):
         super().__init__()
@@ -297,22 +332,29 @@ class UNet(nn.Module):
         widths, strides, last = cfg.channels, cfg.level_strides, len(cfg.channels) - 1
         is_transposed = cfg.upsampling == "transposed"
 
-        def block(before: int, width: int, level: int) -> ConvBlock:
-            kernel = cfg.level_kernels[level]
-            return ConvBlock(before, width, kernel, cfg.norm, cfg.norm_groups, cfg.act, cfg.time_channels)
+        def block(before: int, width: int, level: int) -> nn.Module:
+            kind, kernel = ResidualBlock if cfg.residual else ConvBlock, cfg.level_kernels[level]
+            return kind(before, width, kernel, cfg.norm, cfg.norm_groups, cfg.act, cfg.time_channels)
 
         def half(width: int) -> int:
             return width if is_transposed else max(width // 2, 1)
 
-        self.time = TimeEmbedding(cfg.time_channels) if cfg.time_channels else None
+        e, before = cfg.time_channels, cfg.in_channels
+        self.time = TimeEmbedding(e) if e else None
+        self.vector, self.stem = None, None
+        if cfg.vector_channels:
+            self.vector = nn.Sequential(nn.Linear(cfg.vector_channels, e), nn.SiLU(), nn.Linear(e, e))
+        if cfg.residual:               # its blocks begin with a norm, which would take the input's amplitude
+            self.stem, before = same_conv(cfg.in_channels, widths[0], cfg.level_kernels[0]), widths[0]
 
         # down: below the top, the first block of a level comes with its downsampling
         self.encoder = nn.ModuleList()           # level -> its blocks
+        self.down_attention, self.up_attention = nn.ModuleDict(), nn.ModuleDict()     # above the lowest level
         for level, width in enumerate(widths):
             if level == last > 0:
                 width = half(width)
             if level == 0:
-                blocks = [block(cfg.in_channels, width, 0)]
+                blocks = [block(before, width, 0)]
             else:
                 before, stride = widths[level - 1], strides[level - 1]
                 down = nn.MaxPool3d(stride)
@@ -321,8 +363,11 @@ class UNet(nn.Module):
                 blocks = [DownBlock(down, block(before, width, level))]
             blocks += [block(width, width, level) for _ in range(cfg.num_convs - 1)]
             self.encoder.append(nn.ModuleList(blocks))
+            if last - cfg.attention_levels < level < last:
+                self.down_attention[str(level)] = Attention3d(width, cfg.head_channels)
         low = width
-        self.attention = Attention3d(low, cfg.head_channels) if cfg.attention else None
+        is_low_on = cfg.attention or cfg.attention_levels > 0
+        self.attention = Attention3d(low, cfg.head_channels) if is_low_on else None
 
         # up: from the lowest level, `low` channels wide, to the top
         decoder, handed_up = [], []
@@ -340,18 +385,27 @@ class UNet(nn.Module):
             decoder.append(nn.ModuleList(blocks))
             low = outs[-1]
             handed_up.append(low)
+            if str(level) in self.down_attention:
+                self.up_attention[str(level)] = Attention3d(low, cfg.head_channels)
         self.decoder = nn.ModuleList(reversed(decoder))    # level -> its blocks
         self.head = nn.Conv3d(low, cfg.out_channels, 1)
+        if cfg.zero_head:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        if cfg.residual:
+            norm = make_norm(cfg.norm, low, cfg.norm_groups)
+            self.head = nn.Sequential(norm, make_act(cfg.act, cfg.norm != "none"), self.head)
         low_widths = handed_up[::-1][1:cfg.deep_supervision + 1]   # of levels 1, 2, ...
         self.deep_heads = nn.ModuleList(nn.Conv3d(w, cfg.out_channels, 1) for w in low_widths)
         self.memory("none")
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> UNet:
-        """Build PRESETS[name] with some fields changed: UNet.from_preset("unet3d", out_channels=5)."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return cls(dataclasses.replace(PRESETS[name], **changes))
+        """Build a preset with some fields changed: UNet.from_preset("unet3d", out_channels=5)."""
+        known = PRESETS | DENOISERS
+        if name not in known:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(known)}")
+        return cls(dataclasses.replace(known[name], **changes))
 
     def memory(self, mode: str) -> UNet:
         """Set the memory dial and return self; may be called again at any time.
@@ -362,40 +416,63 @@ class UNet(nn.Module):
         batch norm move once. Raises ValueError for another mode.
         """
         if mode not in MEMORY_MODES:
-            text = f"memory mode of a U-Net must be one of {', '.join(MEMORY_MODES)}, got {mode!r}"
-            if mode == "tile":
-                text += "; its lowest level sees the whole volume, so it has no exact tiles"
-            raise ValueError(text)
+            raise ValueError(f"memory mode of a U-Net must be one of none, checkpoint, got {mode!r}; "
+                             f"its lowest level sees the whole volume, so it has no exact tiles")
         self.memory_mode = mode
         return self
 
-    def forward(self, x: Tensor, t: Tensor | None = None) -> UNetOutput:
-        self.check_input(x, t)
-        embedding = None if t is None else self.time(t)
+    def forward(self, x: Tensor, t: Tensor | None = None, vector: Tensor | None = None,
+                control: Sequence[Tensor] | None = None) -> UNetOutput:
+        """control: added to each level's output of `encode`, as control.ControlNet gives it."""
+        levels, embedding = self.encode(x, t, vector)
         d, h, w = x.shape[2:]
-        x = pad_to_least(x, self.total_stride)
+        if control is not None:
+            if len(control) != len(levels):
+                raise ValueError(f"UNet: control has a tensor a level, {len(levels)}; got {len(control)}")
+            levels = [level + extra for level, extra in zip(levels, control)]
+        *skips, x = levels
 
-        # down to the lowest level; each level's last output is kept for the way up
-        skips = []
-        for blocks in self.encoder:
-            for each in blocks:
-                x = self._run(each, x, embedding)
-            skips.append(x)
-        if self.attention is not None:
-            x = self._run(self.attention, x)
-
-        # up again; in training the upper levels but the top give logits of their own
+        # up from the lowest level; in training the upper levels but the top give logits of their own
         deep = []
-        for level in reversed(range(len(self.decoder))):
-            first, *rest = self.decoder[level]
+        for level, (first, *rest) in reversed([*enumerate(self.decoder)]):
             x = self._run(first, x, skips[level], embedding)
             for each in rest:
                 x = self._run(each, x, embedding)
+            if str(level) in self.up_attention:
+                x = self._run(self.up_attention[str(level)], x)
             if self.training and 1 <= level <= len(self.deep_heads):
                 deep.insert(0, self.deep_heads[level - 1](x))
-        return UNetOutput(self.head(x)[..., :d, :h, :w], tuple(deep))
+        logits = self.head(x) if self.stem is None else self._run(self.head, x)
+        return UNetOutput(logits[..., :d, :h, :w], tuple(deep))
 
-    def check_input(self, x: Tensor, t: Tensor | None) -> None:
+    def encode(self, x: Tensor, t: Tensor | None = None, vector: Tensor | None = None,
+               hint: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """The way down: each level's last output, and the embedding (B, E) that the way up needs as well.
+
+        hint: added to what the first block of the encoder sees (B, C, D, H, W), for control.ControlNet.
+        """
+        self.check_input(x, t, vector)
+        embedding = None if t is None else self.time(t)
+        if vector is not None:
+            embedding = embedding + self.vector(vector.to(self.vector[0].weight.dtype))
+        x = pad_to_least(x, self.total_stride)
+        if self.stem is not None:
+            x = self.stem(x)
+        if hint is not None:
+            x = x + pad_to_least(hint, self.total_stride)
+
+        levels = []
+        for level, blocks in enumerate(self.encoder):
+            for each in blocks:
+                x = self._run(each, x, embedding)
+            if str(level) in self.down_attention:
+                x = self._run(self.down_attention[str(level)], x)
+            levels.append(x)
+        if self.attention is not None:
+            levels[-1] = self._run(self.attention, x)
+        return levels, embedding
+
+    def check_input(self, x: Tensor, t: Tensor | None, vector: Tensor | None = None) -> None:
         if x.dim() != 5 or x.shape[1] != self.cfg.in_channels or 0 in x.shape[2:]:
             raise ValueError(f"UNet: built for (B, {self.cfg.in_channels}, D, H, W), got {tuple(x.shape)}; "
                              f"make unet.in_channels the number of channels of the data")
@@ -406,6 +483,10 @@ class UNet(nn.Module):
         if t is not None and t.shape != x.shape[:1]:
             raise ValueError(f"UNet: t is one scalar per sample, ({len(x)},) for this batch; "
                              f"got {tuple(t.shape)}")
+        wanted = None if self.vector is None else (len(x), self.cfg.vector_channels)
+        if (found := None if vector is None else tuple(vector.shape)) != wanted:
+            raise ValueError(f"UNet: vector must be {wanted} with unet.vector_channels="
+                             f"{self.cfg.vector_channels}, got {found}")
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """One block as the dial says."""
@@ -420,10 +501,9 @@ class UNet(nn.Module):
 
 
 class BuffersKept:
-    """Inside, `block` works on copies of its buffers.
+    """Inside, `block` works on copies of its buffers: recomputation moves no running statistics again.
 
-    So batch norm's running statistics do not move a second time while it is recomputed. Copies, not None: the
-    recomputation must save tensors of the same number and shapes as the forward did. Also right for
+    Copies, not None: it must save tensors of the same number and shapes as the forward did. Also right for
     SyncBatchNorm. A class, not a generator: a retained graph enters it once per backward.
     """
     def __init__(self, block: nn.Module):
@@ -433,8 +513,7 @@ class BuffersKept:
         modules = [module for module in self.block.modules() if module._buffers]
         self.kept = [(module, dict(module._buffers)) for module in modules]
         for module, buffers in self.kept:
-            copies = {name: None if b is None else b.clone() for name, b in buffers.items()}
-            module._buffers.update(copies)
+            module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
 
     def __exit__(self, *error) -> None:
         for module, buffers in self.kept:
@@ -459,11 +538,9 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
 
 def window_weight(window: Sequence[int]) -> Tensor:
     """Gaussian of sigma = window / 8, (D, H, W), as in nnU-Net: a window knows least about its border."""
-    parts = []
-    for n in window:
-        distance = (torch.arange(n) - (n - 1) / 2) / (n / 8)       # in sigmas
-        parts.append(torch.exp(-0.5 * distance.square()))
-    return parts[0][:, None, None] * parts[1][:, None] * parts[2]
+    distances = [(torch.arange(n) - (n - 1) / 2) / (n / 8) for n in window]      # in sigmas
+    d, h, w = (torch.exp(-0.5 * distance.square()) for distance in distances)
+    return d[:, None, None] * h[:, None] * w
 
 
 def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int], overlap: float = 0.5,
@@ -472,11 +549,10 @@ def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequen
     """A whole volume x (1, C, D, H, W) through windows that overlap -> its logits, slab after slab along D.
 
     network: (1, C, d, h, w) -> logits (1, K, d, h, w). Slabs are (K, slab, H, W) float32 on the CPU. A
-    U-Net sees, and normalises by, all that it is given: windows of the size that it was trained on show it
-    what it knows, and its receptive field is the whole of them, so blending is right here. Each voxel's
-    logits are the mean over the windows that hold it, weighted by `window_weight`. Only one window's depth
-    of sums is kept. A volume of a window's size is one plain forward pass; a shorter axis is filled up with
-    `background` on both sides, as a crop is in training. tick is told of windows done, and of how many.
+    U-Net sees, and normalises by, all that it is given, so windows are as large as its training's crops. A
+    voxel's logits are the mean over the windows that hold it, weighted by `window_weight`; sums are kept for
+    one window's depth. A volume of a window's size is one plain forward pass; a shorter axis is filled up
+    with `background` on both sides, as a crop is. tick is told of windows done, and of how many.
     """
     size = x.shape[2:]
     short = [max(0, w - n) for w, n in zip(window, size)]
@@ -519,75 +595,3 @@ def window_logits(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequen
         for kept in (sums.movedim(1, 0), mass):
             kept[:window[0] - ready] = kept[ready:].clone()
             kept[window[0] - ready:] = 0
-
-
-def from_pytorch_unet(state: dict[str, Tensor]) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """Weights of the common 2D Pytorch-UNet -> the config of the same network here, and its state dict.
-
-        cfg, weights = from_pytorch_unet(torch.load("unet.pth", map_location="cpu", weights_only=True))
-        unet = UNet(cfg)
-        unet.load_state_dict(weights)
-
-    Its modules are inc, down1-4, up1-4, outc. Channels, classes and kind of upsampling are read from the
-    shapes; kernels (O, I, h, w) become (O, I, 1, h, w). The entry `mask_values`, which its trainer adds
-    (grey values of the classes, no weight), is left out. Raises ValueError naming every key that is
-    missing, not known, or of another shape than the others make it.
-    """
-    state = {key: value for key, value in state.items() if key != "mask_values"}
-
-    # first the config, from the shapes of a few convolutions
-    ends = ["inc.double_conv.3.weight"]
-    ends += [f"down{level}.maxpool_conv.1.double_conv.3.weight" for level in range(1, 5)]
-    first, out = "inc.double_conv.0.weight", "outc.conv.weight"
-    absent = [key for key in (first, *ends, out) if getattr(state.get(key), "ndim", 0) != 4]
-    if absent:
-        some = ", ".join(list(state)[:3]) + (", ..." if len(state) > 3 else "")
-        raise ValueError(f"from_pytorch_unet: no convolution weight {', '.join(absent)}; this is not the "
-                         f"state dict of a Pytorch-UNet (its keys: {some})")
-    is_bilinear = not any(key.startswith("up1.up.") for key in state)
-    widths = [len(state[key]) for key in ends]
-    if is_bilinear:
-        widths[-1] *= 2
-    upsampling = "interpolate" if is_bilinear else "transposed"
-    cfg = UNetConfig(state[first].shape[1], len(state[out]), tuple(widths), ((1, 3, 3),), ((1, 2, 2),),
-                     norm="batch", act="relu", upsampling=upsampling)
-
-    # then the names: our module -> theirs
-    theirs = {"head": "outc.conv"}
-    for level in range(5):
-        down = f"down{level}.maxpool_conv.1.double_conv" if level else "inc.double_conv"
-        entered = ".block" if level else ""      # below the top, the first block comes with its downsampling
-        block = f"encoder.{level}"
-        theirs |= {f"{block}.0{entered}.conv": f"{down}.0", f"{block}.0{entered}.norm": f"{down}.1",
-                   f"{block}.1.conv": f"{down}.3", f"{block}.1.norm": f"{down}.4"}
-    for level in range(4):
-        up, block = f"up{4 - level}.conv.double_conv", f"decoder.{level}"
-        theirs |= {f"{block}.0.up": f"up{4 - level}.up",
-                   f"{block}.0.block.conv": f"{up}.0", f"{block}.0.block.norm": f"{up}.1",
-                   f"{block}.1.conv": f"{up}.3", f"{block}.1.norm": f"{up}.4"}
-    with torch.device("meta"):
-        expected = UNet(cfg).state_dict()
-    keys = {}                                    # our key -> theirs
-    for ours in expected:
-        module, _, kind = ours.rpartition(".")
-        keys[ours] = f"{theirs[module]}.{kind}"
-
-    # then the weights themselves; every fault is collected before one is raised
-    faults = [f"missing {key}" for key in keys.values() if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in set(keys.values())]
-    weights = {}
-    for ours, key in keys.items():
-        if key not in state:
-            continue
-        value = state[key]
-        if getattr(value, "ndim", 0) == 4:
-            value = value.unsqueeze(2)
-        if getattr(value, "shape", None) != expected[ours].shape:
-            want = [n for i, n in enumerate(expected[ours].shape) if i != 2]
-            faults.append(f"{key} is {list(getattr(state[key], 'shape', ()))}, expected {want}")
-        weights[ours] = value
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError(f"from_pytorch_unet: {'; '.join(faults[:8])}{more}; the file must hold one "
-                         f"Pytorch-UNet, whole")
-    return cfg, weights

@@ -1,10 +1,12 @@
-"""Random 96^3 crops of a 256x256x128 int16 .nii.gz: our cache against decoding the file each time, and against MONAI's PersistentDataset.
+"""Random 96^3 crops of a 256x256x128 int16 .nii.gz: our cache against decoding the file each time, and
+against MONAI's PersistentDataset.
 
     python bench/data.py [--json FILE] [--seconds 60]
 
-The file is made here: a smooth body with noise, so that it compresses as a CT does. Each round times every contender on crops of its
-own, one after the other; a ratio is the median over the rounds, so that a slow moment of the machine hits both sides. The transforms are
-the same for all: load, reorient to RAS, scale intensities to [-1, 1], random crop of 96^3. MONAI caches what comes before the crop.
+The file is made here: a smooth body with noise, so that it compresses as a CT does. Each round times every
+contender on crops of its own, one after the other; a ratio is the median over the rounds, so that a slow
+moment of the machine hits both sides. The transforms are the same for all: load, reorient to RAS, scale
+intensities to [-1, 1], random crop of 96^3. MONAI caches what comes before the crop.
 """
 import argparse
 import json
@@ -24,19 +26,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402 (the one beside this folder, not this file)
+from data import open_data
 from volumes.config import DataConfig
-from volumes.dataset import open_data
 from volumes.intensities import normalise
 
 SIZE, CROP = (256, 256, 128), 96  # X, Y, Z; voxels
-ROUNDS, OURS_A_ROUND = 12, 200    # crops of ours in a round, to time them well: one takes less than a millisecond
+ROUNDS, OURS_A_ROUND = 12, 200    # one crop of ours takes less than a millisecond: so many in a round
 
 
 def make_volume(path: Path) -> None:
     rng = np.random.default_rng(0)
-    x, y, z = (np.linspace(-1, 1, n, dtype=np.float32).reshape(shape) for n, shape in zip(SIZE, ((-1, 1, 1), (-1, 1), (-1,))))
+    x, y, z = (
+        np.linspace(-1, 1, n, dtype=np.float32).reshape(shape)
+        for n, shape in zip(SIZE, ((-1, 1, 1), (-1, 1), (-1,))))
     body = x**2 / 0.7 + y**2 / 0.5 < 1 + 0.1 * z
-    hu = np.where(body, 60 + 300 * np.sin(9 * x) * np.sin(7 * y) * np.sin(5 * z), -1000) + 15 * rng.standard_normal(SIZE, dtype=np.float32)
+    hu = np.where(
+        body, 60 + 300 * np.sin(9 * x) * np.sin(7 * y) * np.sin(5 * z), -1000
+    ) + 15 * rng.standard_normal(SIZE, dtype=np.float32)
     nib.save(nib.Nifti1Image(hu.clip(-1024, 3071).astype(np.int16), np.diag([-0.8, -0.8, 2.0, 1.0])), path)
 
 
@@ -59,8 +65,11 @@ def our_cache(path: Path, folder: Path) -> Callable[[int], torch.Tensor]:
 def monai_persistent(path: Path, folder: Path) -> Callable[[int], torch.Tensor]:
     from monai.data import PersistentDataset
     from monai.transforms import Compose, LoadImage, Orientation, RandSpatialCrop, ScaleIntensityRange
-    transforms = Compose([LoadImage(image_only=True, ensure_channel_first=True), Orientation("RAS", labels=None),
-                          ScaleIntensityRange(-1000, 1000, -1, 1, clip=True), RandSpatialCrop((CROP,) * 3, random_size=False)])
+
+    transforms = Compose([
+        LoadImage(image_only=True, ensure_channel_first=True), Orientation("RAS", labels=None),
+        ScaleIntensityRange(-1000, 1000, -1, 1, clip=True),
+        RandSpatialCrop((CROP,) * 3, random_size=False)])
     dataset = PersistentDataset([str(path)], transforms, cache_dir=folder / "monai")
     return lambda index: dataset[0]
 
@@ -75,7 +84,8 @@ def seconds_per_crop(crop: Callable[[int], torch.Tensor], start: int, count: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--seconds", type=float, default=60, help="begin no round after so many seconds (default 60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="begin no round after so many seconds (default 60)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -85,7 +95,9 @@ def main() -> None:
         try:
             contenders["monai"] = monai_persistent(path, folder)
         except ImportError as error:
-            print(f"MONAI is not installed ({error}): its ratio is left out; python -m pip install monai==1.6.1")
+            print(
+                f"MONAI is not installed ({error}): its ratio is left out; python -m pip install monai==1.6.1"
+            )
         for crop in contenders.values():
             crop(0)                                              # caches built, libraries warm
         times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -96,17 +108,24 @@ def main() -> None:
                 count = {"ours": OURS_A_ROUND, "monai": 10, "decode": 2}[name]
                 times[name].append(seconds_per_crop(crop, 1 + rounds * count, count))
         megabytes = path.stat().st_size / 1e6
-    row = {"volume": SIZE, "crop": (CROP,) * 3, "file_mb": round(megabytes, 1), "rounds": len(times["ours"]),
-           "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}", "torch": torch.__version__,
-           "date": str(date.today())}
+    row = {
+        "volume": SIZE, "crop": (CROP,) * 3, "file_mb": round(megabytes, 1), "rounds": len(times["ours"]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "torch": torch.__version__, "date": str(date.today())}
     for name, values in times.items():
         row[f"{name}_crops_per_second"] = round(1 / statistics.median(values), 1)
         print(f"{name:7} {row[f'{name}_crops_per_second']:10.1f} crops/s")
     for name, goal in (("decode", 100), ("monai", 10)):
         if name in times:
-            row[f"ratio_{name}"] = ratio = round(statistics.median(other / ours for other, ours in zip(times[name], times["ours"])), 1)
-            what = {"decode": "decoding the .nii.gz each time", "monai": "MONAI PersistentDataset, same transforms"}[name]
-            print(f"ratio {ratio:8.1f}x  our cache / {what} (goal: at least {goal}x{'' if ratio >= goal else ', MISSED'})")
+            row[f"ratio_{name}"] = ratio = round(
+                statistics.median(other / ours for other, ours in zip(times[name], times["ours"])), 1)
+            what = {
+                "decode": "decoding the .nii.gz each time",
+                "monai": "MONAI PersistentDataset, same transforms"}[name]
+            print(
+                f"ratio {ratio:8.1f}x  our cache / {what} (goal: at least "
+                f"{goal}x{'' if ratio >= goal else ', MISSED'})"
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(row, indent=1) + "\n")
 

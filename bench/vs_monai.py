@@ -58,7 +58,6 @@ import peaks  # noqa: E402
 import pictures  # noqa: E402
 import vae3d  # noqa: E402
 import weights  # noqa: E402
-from volumes.dataset import Data, open_data
 
 COMMON = dict(
     spatial_dims=3,
@@ -294,7 +293,7 @@ def race(
     """Train both for `steps`, then ours anew for MONAI's seconds; figures on held-out crops after each,
     and every quarter of the first."""
     cfg, dtype = config(size, batch, data=folder, seed=str(seed)), PRECISIONS[precision]
-    dataset = open_data(cfg.data, cfg.train.seed, lambda line: None)
+    dataset = data.open_data(cfg.data, cfg.train.seed, lambda line: None)
     crops = data.Crops(dataset, cfg.train.seed)
     held_out = [
         training.devices.to_device(crop.image[None], device)[0]
@@ -368,7 +367,7 @@ def picture(
     theirs: torch.nn.Module,
     ours: torch.nn.Module,
     dtype: torch.dtype | None,
-    dataset: Data,
+    dataset: data.Data,
 ) -> Tensor:
     """An axial slice; columns: input, MONAI, its error, ours, its error (after the same seconds)."""
     x, a, b = (
@@ -424,7 +423,7 @@ def main() -> int:
             raise ValueError("--steps must be at least 4, --pairs 3, --batch 1")
         race_size = training.config.convert(args.race_size, tuple[int, int, int], "--race-size")
         for folder in args.data:
-            open_data(config(race_size, args.batch, data=folder).data, args.seed, lambda line: None)
+            data.open_data(config(race_size, args.batch, data=folder).data, args.seed, lambda line: None)
     except ValueError as error:
         print(f"vs_monai.py: {error}", file=sys.stderr)
         return 2

@@ -33,7 +33,6 @@ from training.state import State
 from training.task import Objective, Picture, Scored, nothing
 from unet import UNet, UNetConfig
 from volumes.config import DataConfig
-from volumes.dataset import Data
 from volumes.grids import resample
 
 PRESETS = unet.PRESETS
@@ -55,7 +54,7 @@ def check(cfg: TrainConfig) -> None:
                          "bits already")
 
 
-def resolve(cfg: TrainConfig, dataset: Data) -> TrainConfig:
+def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Channels and classes from the data. ValueError where the config asks for others."""
     # One logit is enough for two classes; the default stands for "as the data say".
     has_one_logit = cfg.unet.out_channels == 1 and dataset.classes == 2
@@ -147,7 +146,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def counts(
-    cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: Data
+    cfg: TrainConfig, out: unet.UNetOutput, micro: MicroBatch, dataset: data.Data
 ) -> dict[str, Tensor]:
     """Of one crop: what Dice is made of, (2, K), and in which classes its label has voxels, (K,)."""
     found, label = predicted_classes(out.logits).cpu(), micro.label.cpu()

@@ -45,7 +45,6 @@ from training.task import Objective, Picture, Scored
 from training.validation import load_best
 from vae3d import VAE3D, VAEConfig
 from volumes.config import DataConfig
-from volumes.dataset import Data
 from weights import LAYOUTS
 
 PRESETS = vae3d.PRESETS
@@ -70,7 +69,7 @@ def check(cfg: TrainConfig) -> None:
                          "loss.perceptual_weight to 0")
 
 
-def resolve(cfg: TrainConfig, dataset: Data) -> TrainConfig:
+def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
     """Raises ValueError where the network of a foreign file is for another number of channels."""
     if cfg.preset in FILE_PRESETS and cfg.vae.in_channels != dataset.channels:
         raise ValueError(f"--init: channels of the {cfg.preset} network: {cfg.vae.in_channels}, of the "

@@ -9,7 +9,8 @@ from processes import Pool
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("runs", "pieces")                 # so that their asserts tell what they found
+# So that their asserts tell what they found.
+pytest.register_assert_rewrite("runs", "pieces", "volume_files")
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +35,24 @@ def runs(tmp_path_factory):
             made[name] = folder / name
         return made[name]
     return get
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five CT-like volumes of different sizes, the smallest of which is below the patch."""
+    import numpy as np
+
+    from volume_files import ct_like, save
+
+    for number, shape in enumerate(((20, 24, 12), (22, 20, 16), (6, 30, 14), (24, 24, 24), (18, 19, 13))):
+        save(tmp_path / "in" / f"case{number}.nii.gz", ct_like(shape, number), np.diag([1.0, 1.5, 2.0, 1]))
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def opened(folder, tmp_path):
+    """What `open_data` makes of that folder."""
+    from data import open_data
+    from volume_files import config, quiet
+
+    return open_data(config(folder, tmp_path), 3, quiet)

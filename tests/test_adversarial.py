@@ -307,6 +307,7 @@ def test_copies_are_those_of_losses():
     assert assert_copies("adversarial.py") == 6
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     said = run_alone(tmp_path, ["adversarial.py"], """
 import torch, adversarial

@@ -73,6 +73,7 @@ def test_bad_yaml_is_one_line(text, says, tmp_path):
     assert says in str(error.value)
 
 
+@pytest.mark.slow
 def test_every_config_and_preset_loads_builds_and_takes_a_step():
     """Sizes are cut, the networks are as they are."""
     experiments = sorted((ROOT / "config").glob("*.yaml"))

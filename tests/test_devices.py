@@ -28,6 +28,7 @@ def test_allocator_settings_come_before_cuda_or_are_said_to_be_late(monkeypatch)
     assert os.environ.pop(name) == "expandable_segments:True,max_split_size_mb:128"
 
 
+@pytest.mark.slow
 def test_wait_policy_is_set_before_torch_loads():
     name = "OMP_WAIT_POLICY"
     code = f"import os; os.environ.pop('{name}', None); import train; print(os.environ['{name}'])"

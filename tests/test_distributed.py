@@ -22,15 +22,16 @@ import torch
 import quantize
 import tasks.vae
 import train
-import volumes.cache
 from processes import free_port
 from runs import CODES, CPU, ROOT, TIMES, load, rows
 from runs import TINY as TINY_OF_ONE
 from training import memory, ranks
 from training.devices import to_device
 from training.step import train_step
-from volumes.cache import one_at_a_time
+from volumes import cache
 from volumes.files import DataError
+
+pytestmark = pytest.mark.slow
 
 # 9 crops an epoch: its last step is short of every global batch below.
 TINY = [*TINY_OF_ONE, "--train.val_crops", "3", "--log.samples", "1"]
@@ -327,19 +328,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_the_state_saved(po
 
 # ----------------------------------------------------------------------------------------------- the pieces
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 6, 7])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_shares_are_stretches_that_cover_all(monkeypatch, count, world):
-    monkeypatch.setattr(ranks, "world", lambda: world)
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        shares.append(list(ranks.shared(count)))
-    largest = max(map(len, shares))
-    assert [k for share in shares for k in share] == list(range(count)) and largest == -(-count // world)
-    assert len(shares[0]) == largest                             # the first rank has work wherever one has
-
-
 def pieces():
     """Rank 1 has no gradient of `a`, no rank one of `c`; `b` is 16-bit."""
     with ranks.started(int(os.environ["RANK"]), 2):
@@ -415,14 +403,14 @@ def test_codes_start_anew_from_the_same_latents_on_any_number_of_ranks(pool):
 
 
 def counting(patch, rank):
-    original = volumes.cache.load
+    original = cache.load
 
     def load_and_count(item, cfg):
         with open(os.environ["COUNT"], "a") as file:
             file.write(f"{rank} {item.path.name}\n")
         time.sleep(0.3)                                          # as a volume takes: the other rank comes by
         return original(item, cfg)
-    patch.setattr(volumes.cache, "load", load_and_count)
+    patch.setattr(cache, "load", load_and_count)
 
 
 def in_folder(folder, flags):
@@ -455,11 +443,11 @@ def test_a_builder_that_dies_is_not_waited_for(tmp_path):
     record, held = tmp_path / "scan.json", tmp_path / ".scan.lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLDS_A_LOCK, str(held)], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    with one_at_a_time(record, wait=False) as mine:
+    with cache.one_at_a_time(record, wait=False) as mine:
         assert not mine
     holder.kill()
     holder.wait()
-    with one_at_a_time(record, wait=True) as mine, open(held) as file:
+    with cache.one_at_a_time(record, wait=True) as mine, open(held) as file:
         assert mine
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

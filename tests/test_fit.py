@@ -20,6 +20,7 @@ def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys,
     assert load_config(["--config", "c.yaml"]).vae.base_channels == 4
 
 
+@pytest.mark.slow
 def test_fit_takes_the_cheapest_settings_that_fit():
     cfg = load_config(["--patch", "32,64,64", "--batch", "1"])
     task, needs = of(TASKS, cfg), {}

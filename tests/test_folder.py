@@ -81,6 +81,7 @@ def test_keep_older_checkpoints(tmp_path):
     assert found == ["step_000005.pt", "step_000006.pt"]
 
 
+@pytest.mark.slow
 def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_file_goes(
         tmp_path, monkeypatch):
     flags = ["--steps", "6", "--train.save_every", "1", "--train.keep", "2"]
@@ -112,6 +113,7 @@ def test_kept_checkpoints_survive_a_kill_between_write_and_removal_and_no_other_
     assert {"step_000005.pt", "step_000006.pt"} == {path.name for path in whole.glob("step_*")}
 
 
+@pytest.mark.slow
 def test_going_back_to_an_older_checkpoint_takes_the_later_ones_back(tmp_path, monkeypatch):
     flags = ["--steps", "6", "--train.save_every", "2", "--train.keep", "3"]
     whole, out = tmp_path / "whole", tmp_path / "r"
@@ -124,6 +126,7 @@ def test_going_back_to_an_older_checkpoint_takes_the_later_ones_back(tmp_path, m
     assert_equal_runs(whole, out, ["last.pt", "best.pt", *kept])
 
 
+@pytest.mark.slow
 def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_anew(tmp_path, capsys):
     flags = ["--steps", "6", "--train.save_every", "2", "--train.val_every", "3"]
     whole, out = tmp_path / "whole", tmp_path / "cut"
@@ -204,6 +207,7 @@ def fill(disk):
     os.truncate(disk / "other", (disk / "other").stat().st_size - 40 * 1024)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -65,6 +65,7 @@ def one_line(capsys, program: str) -> str:
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, low, high", [("monai", -1, 1), ("maisi", 0, 1)])
 def test_training_starts_at_their_loss_and_goes_on_without_the_file(layout, low, high, tmp_path, capsys):
     """The validation at step 0 is that of MONAI's own network on the same crops, in the range that it
@@ -319,6 +320,7 @@ def test_hints_that_do_not_do_are_one_line(hints, says, tmp_path, monkeypatch):
     assert says in str(error.value) and "\n" not in str(error.value), error.value
 
 
+@pytest.mark.slow
 def test_foreign_files_where_they_do_not_belong_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = saved(tmp_path / "theirs.pt")

@@ -27,7 +27,7 @@ TORCH_ONLY: dict[str, set[str]] = {
     "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
     "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
-    "weights": {"vae3d", "unet"},
+    "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
@@ -36,6 +36,36 @@ DOORS: dict[str, set[str]] = {
 LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
 MAIN_PATH = {"losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
+
+# The file of tests of a room that has none of its name.
+TESTED_IN = {
+    "lean_conv": "test_vae3d",                  # VAE3D takes it where it lies beside it
+    "local_layers": "test_tiles",               # the table of layers that tiles go by
+    "tile_plans": "test_tiles",
+    "control": "test_denoiser",
+    "unet_weights": "test_unet",
+    "volumes.classes": "test_label_maps",
+    "volumes.config": "test_data_config",       # test_config.py is that of training/config.py
+    "volumes.entries": "test_cache",
+    "volumes.files": "test_find",
+    "volumes.format_arrays": "test_formats",
+    "volumes.format_nibabel": "test_formats",
+    "volumes.loading": "test_label_maps",
+    "volumes.seeds": "test_data",               # crops that are functions of (seed, index)
+    "volumes.volume": "test_formats",
+    "tasks.vae": "test_tasks",
+    "tasks.features": "test_tasks",
+    "training.cases": "test_results",
+    "training.console": "test_log",
+    "training.facts": "test_foreign",
+    "training.flags": "test_config",
+    "training.forward": "test_step",
+    "training.run": "test_folder",
+    "training.state": "test_step",
+    "training.task": "test_tasks",
+}
+# What a room's own tests take long for is also tested, in part, by quick ones.
+QUICK_IN = {"training.signals": "test_jobs"}
 
 
 # --------------------------------------------------------------------------------------- reading the house
@@ -197,7 +227,9 @@ def lines_of(path: str, name: str) -> int:
 def main_path() -> dict[str, int]:
     """What docs/READING.md tells a newcomer to read: file and names -> lines."""
     found = {}
-    for row in re.findall(r"^\| \[(\S+)\]\(\.\./\S+\): (.*?) \|", (ROOT / "docs/READING.md").read_text(), re.M):
+    for row in re.findall(
+        r"^\| \[(\S+)\]\(\.\./\S+\): (.*?) \|", (ROOT / "docs/READING.md").read_text(), re.M
+    ):
         path, names = row
         for name in re.findall(r"`([\w.]+)`", names):
             found[f"{path}: {name}"] = lines_of(path, name)
@@ -207,6 +239,45 @@ def main_path() -> dict[str, int]:
 def test_the_main_path_takes_a_quarter_of_an_hour():
     found = main_path()
     assert len(found) > 25 and sum(found.values()) <= 800, f"{sum(found.values())} lines: {found}"
+
+
+# --------------------------------------------------------------------------------------------------- tests
+
+def file_of_tests(room: str) -> Path:
+    name = TESTED_IN.get(room, "test_" + room.split(".")[-1])
+    return ROOT / "tests" / f"{name}.py"
+
+
+def rooms_with_code() -> list[str]:
+    """All but a folder's `__init__.py` that holds nothing but words."""
+    return [name for name, tree in rooms().items() if len(tree.body) > 1]
+
+
+def quick_tests(path: Path) -> list[str]:
+    """Names of the tests of a file that bear no mark `slow`, nor their file."""
+    tree = ast.parse(path.read_text())
+    if any(isinstance(node, ast.Assign) and ast.unparse(node) == "pytestmark = pytest.mark.slow"
+           for node in tree.body):
+        return []
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [function.name for function in functions if function.name.startswith("test_")
+            and "pytest.mark.slow" not in [ast.unparse(mark) for mark in function.decorator_list]]
+
+
+@pytest.mark.parametrize("room", rooms_with_code())
+def test_every_room_has_tests_and_quick_ones(room):
+    path = file_of_tests(room)
+    assert path.is_file(), f"{room}: no {path.name}; write it, or say in TESTED_IN where the room is tested"
+    quick = path.with_name(f"{QUICK_IN.get(room, path.stem)}.py")
+    assert quick_tests(quick), f"{room}: every test of {quick.name} is slow"
+
+
+def test_exceptions_are_of_rooms_and_needed():
+    known = rooms()
+    assert TESTED_IN.keys() | QUICK_IN.keys() <= known.keys()
+    for room in TESTED_IN.keys() - {"volumes.config"}:
+        assert not (ROOT / "tests" / f"test_{room.split('.')[-1]}.py").exists(), room
+    assert not any(quick_tests(file_of_tests(room)) for room in QUICK_IN)
 
 
 def table() -> None:

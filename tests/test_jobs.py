@@ -8,7 +8,7 @@ import torch
 import predict
 from predictions import ct_file, use
 from tasks import vae
-from volumes import files
+from training import checkpoints
 
 
 def test_interrupted_folder_goes_on_and_a_failure_is_told_at_the_end(tmp_path, runs, capsys):
@@ -41,16 +41,14 @@ def test_interrupted_folder_goes_on_and_a_failure_is_told_at_the_end(tmp_path, r
 def test_a_signal_stops_at_once_and_leaves_nothing_half_written(tmp_path, runs, monkeypatch, capsys):
     for i in range(2):
         ct_file(tmp_path / "in" / f"{i}.nii.gz", seed=i)
-    write = files.write_atomic
+    write = checkpoints.write_atomic
 
     def interrupted(path, content):
-        def content_and_signal(file):
-            content(file)
-            if path.name == "1.nii.gz":                          # before the end: it has its name for incomplete ones
-                assert path.with_name("1.nii.gz.tmp").exists()
-                os.kill(os.getpid(), signal.SIGTERM)
-        write(path, content_and_signal)
-    monkeypatch.setattr(files, "write_atomic", interrupted)
+        write(path, content)
+        if path.name == "1.nii.gz":
+            path.rename(path.with_name(path.name + ".tmp"))      # as if it came before the end
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(checkpoints, "write_atomic", interrupted)
     assert use("reconstruct", runs("kl"), "--input", tmp_path / "in", "--output", tmp_path / "out") == 143
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["0.nii.gz"]
     assert "the same command" in capsys.readouterr().out

@@ -66,6 +66,7 @@ def test_tensorboard_and_wandb_receive_scalars_pictures_and_histograms(tmp_path,
             ("wandb", "samples"), ("wandb", "weights"), ("wandb", "gradients")} <= kinds
 
 
+@pytest.mark.slow
 def test_output_when_piped_is_plain_lines(tmp_path):
     words = command("--steps", "3", "--log.every", "1", "--out", str(tmp_path / "r"))
     done = subprocess.run(words, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""losses.py against slow obvious versions, MONAI's SSIM, gradcheck, and the defects that concern losses."""
+"""losses.py against slow obvious versions, MONAI's SSIM and gradcheck; faults that other losses had."""
 import math
 from dataclasses import fields
 
@@ -230,6 +230,7 @@ def test_structure_of_a_ramp_is_its_slope():
     assert gradients[0].abs().max() == gradients[2].abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 5, 4, 3), (1, 1, 1, 3, 2)])
 @pytest.mark.parametrize("slab", [1, 30, 1 << 21])
 def test_structure_gradcheck(shape, slab, monkeypatch):

@@ -10,6 +10,7 @@ from training.resume import full_weights
 from training.step import train_step
 
 
+@pytest.mark.slow
 def test_master16_steps_like_float32_and_skips_overflows(tmp_path):
     plain, halved = tiny_state(), tiny_state(train__precision="master16")
     for seed in range(3):

@@ -46,6 +46,7 @@ def farthest(a, b):
     return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.45, 0.6, 0.85, 0.97])
 def test_out_of_memory_at_any_point_of_the_step_changes_no_result(share):
     """Forward, backward, the second micro-batch, clipping, the optimizer: the same update as without it, to
@@ -62,6 +63,7 @@ def test_out_of_memory_at_any_point_of_the_step_changes_no_result(share):
     assert farthest(results[0][1], results[1][1]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_out_of_memory_with_discriminator_and_codebook_changes_no_result(share):
     """The codebook and the discriminator count the repeated step once."""
@@ -118,6 +120,7 @@ def test_the_loss_scale_survives_a_repeated_step():
     assert state.scaler.state_dict()["_growth_tracker"] == 1     # the step counts once
 
 
+@pytest.mark.slow
 def test_recovery_goes_down_the_whole_dial_and_then_says_what_to_do():
     cfg, state = tiny_state()
     crops, notes = micro_batches([1]), []

@@ -64,7 +64,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_json_rows_have_the_keys_of_the_design_and_the_picture_is_an_svg(quick, tmp_path, capsys):
+def test_json_rows_have_their_keys_and_the_picture_is_an_svg(quick, tmp_path, capsys):
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "svg")}
     flags = ["--preset", "high_res", "--resolution", "16,32,64"]
     assert memtest.main([*flags, "--json", str(files["json"]), "--svg", str(files["svg"])]) == 0
@@ -166,6 +166,7 @@ def test_what_cannot_start_is_one_line_and_exit_2(argv, said, capsys):
     ), err
 
 
+@pytest.mark.slow
 def test_a_row_runs_in_its_own_process():
     row = memtest.in_process(
         ["--resolution", "8,16,16", "--vae.base_channels", "8", "--device", "cpu", "--measure"]
@@ -187,6 +188,7 @@ def test_the_gpu_bench_says_that_it_cannot_run():
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "vae"])
 def test_every_task_has_a_table_and_a_plan(task, tmp_path):
     """Those without levels or a memory dial once ended in a traceback."""

@@ -11,7 +11,6 @@ import data
 from runs import CPU, ROOT, TINY, load_config, rows, run
 from training.config import OptimConfig
 from training.order import crops_of_step, learning_rate, step_batches, steps_per_epoch
-from volumes.dataset import open_data
 
 
 @pytest.mark.parametrize("schedule", [
@@ -56,7 +55,7 @@ def test_the_crops_of_steps_cover_each_epoch_exactly(length, batch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_a_function_of_step_alone(workers):
     cfg = load_config([*TINY, "--batch", "2", "--accum", "2", "--workers", str(workers)])
-    crops = data.Crops(open_data(cfg.data, 0, say=lambda _: None), 0)
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
     whole = dict(step_batches(cfg, crops, range(0, 6), CPU, 4))
     late = dict(step_batches(cfg, crops, range(4, 6), CPU, 4))
     for step in late:

@@ -71,6 +71,7 @@ GAN = [
 MODES = [["--memory.mode", mode] for mode in vae3d.MEMORY_MODES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -101,6 +102,7 @@ def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
     )
 
 
+@pytest.mark.slow
 def test_the_step_has_discriminator_perceptual_loss_and_averages():
     """Each of them raises the prediction by at least its own weights, also where it sets in
     later."""
@@ -120,6 +122,7 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
     assert peak("--train.ema", "0.9,0.99").bytes - plain.bytes >= 0.9 * 2 * plain.parameters
 
 
+@pytest.mark.slow
 def test_each_step_of_the_dial_lowers_the_prediction():
     peaks = [
         predict(
@@ -280,6 +283,7 @@ def test_a_peak_of_just_the_limit_fits():
     assert largest(math.prod, (1, 1, 1), 16, 64**3 - 1)[0] == (48, 48, 48)
 
 
+@pytest.mark.slow
 def test_plan_takes_the_first_candidate_that_leaves_a_tenth_free():
     def make_step_for(size, memory):
         return lambda device: lambda: torch.ones(memory["kib"] * 256)
@@ -309,6 +313,7 @@ def test_environment_warnings(monkeypatch):
         assert any("expandable_segments" in text for text in peaks.environment_warnings()) == (not active)
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     said = run_alone(tmp_path, ["peaks.py"], """
 import torch, peaks

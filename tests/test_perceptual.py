@@ -48,6 +48,7 @@ def textured(shape=(1, 1, 16, 20, 18), seed=0):
     ).clamp(-1, 1)
 
 
+@pytest.mark.slow
 def test_random_features_are_the_same_in_every_process():
     """Other global seed, other hash seed, other process: the same value to the last bit."""
     code = (
@@ -243,6 +244,7 @@ def test_copies_are_those_of_losses():
     assert assert_copies("perceptual.py") == 3
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     said = run_alone(tmp_path, ["perceptual.py"], """
 import torch, perceptual

@@ -162,6 +162,7 @@ def test_bars_need_a_value_for_each_label():
         pictures.bars(["a", "b"], {"predicted": [1.0]}, "t")
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["pictures.py"], """
 import torch, pictures

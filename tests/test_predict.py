@@ -24,6 +24,7 @@ from training.task import named
 from volumes.find import Item
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "vq", "fsq"])
 def test_decode_of_encode_equals_reconstruct_to_the_bit(tmp_path, runs, kind):
     path = ct_file(tmp_path / "in" / "a.nii.gz", "PIR", shape=(19, 26, 13))
@@ -68,6 +69,7 @@ def test_radar_grids_keep_their_channels_and_layout(tmp_path, runs):
     assert found["voxel"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
     """Five times the volume takes less than one and a half times the peak; untiled it takes five times it."""
     torch.manual_seed(0)
@@ -88,6 +90,7 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
     assert found[(8, 16, 32), 120] < 1.5 * found[(8, 16, 32), 24], found
 
 
+@pytest.mark.slow
 def test_default_tiles_depend_on_the_size_alone():
     """So that encode and decode, run apart, compute the same bits; and a large volume is cut."""
     network = vae.set_tiles(vae3d.VAE3D.from_preset("ultra_lightweight"))
@@ -154,6 +157,7 @@ def test_help(command, capsys):
     assert stop.value.code == 0 and (f"predict.py {command}".strip() in text) and len(text.splitlines()) > 8
 
 
+@pytest.mark.slow
 def test_as_a_script_piped(tmp_path, runs):
     """Plain lines, no tracebacks, exit code of the process."""
     path = ct_file(tmp_path / "a.nii.gz")

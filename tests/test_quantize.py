@@ -132,7 +132,7 @@ def test_micro_batches_and_repeated_forwards_move_the_codebook_as_one_batch():
 
 
 def test_dead_codes_revive():
-    """DEFECTS 11: 13 of 8192 codes in use. All latents lie far from a codebook that starts in one corner."""
+    """The defect: 13 of 8192 codes in use. Here all latents lie far from a codebook in one corner."""
     torch.manual_seed(0)
     with_restart, without = quantizer(64, 2), quantizer(64, 2, restart=0.0)
     for vq in (with_restart, without):
@@ -319,6 +319,7 @@ def codebook_of_rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_codebook_is_the_same_on_two_processes_as_on_one(pool, tmp_path):
     pool(2, codebook_of_rank, tmp_path)
     vq = quantizer(16, 3, torch.float64, restart=0.5).train()

@@ -72,6 +72,7 @@ def test_the_two_commands_come_first_and_ci_runs_them():
     assert "grep '^python -m pip install -r requirements' README.md" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c.split(" && ")[-1] for c in COMMANDS if "pytest" not in c])
 def test_command_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
@@ -99,6 +100,7 @@ def test_command_runs(command, folder, monkeypatch):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_python_examples_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

@@ -34,6 +34,7 @@ from training.step import train_step
 
 # ------------------------------------------------------------------------------------- going on to the bit
 
+@pytest.mark.slow
 def test_kill_and_resume_equals_uninterrupted(tmp_path):
     """kill -9 at a random step; final weights, optimizer and log equal those of the run left alone, to the
     bit.
@@ -56,6 +57,7 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path):
     assert_equal_runs(whole, cut)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_everything_on(tmp_path, monkeypatch):
     """Kill in the middle of an epoch: codes, usage, clipping norms, averages, discriminator and LeCam
     anchors go on to the bit.

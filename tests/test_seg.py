@@ -9,12 +9,12 @@ import torch
 
 import predict
 import unet
-import volumes.load
 from predictions import ct_file, failed_line, use
 from tasks import TASKS, seg
 from training.devices import to_device
 from training.ready import Ready, load
 from training.task import named
+from volumes import loading
 from volumes.config import DataConfig
 from volumes.find import Item
 
@@ -107,6 +107,6 @@ def test_labels_go_back_to_a_finer_grid_and_to_their_stored_values(tmp_path, run
                tmp_path / "o") == 0
     found = nib.load(tmp_path / "o" / "a.nii.gz")
     assert found.shape == values.shape and np.unique(found.dataobj).tolist() == [7]
-    x = volumes.load.load(Item(tmp_path / "a.nii.gz"), DataConfig(modality="ct", spacing="3,3,3")).volumes[0][0]
+    x = loading.load(Item(tmp_path / "a.nii.gz"), DataConfig(modality="ct", spacing="3,3,3")).volumes[0][0]
     labels = seg.segment(segmenter(lambda t: torch.cat([0 * t, t], 1), 2), x, (10, 10, 10), size=(30, 30, 30))
     assert (labels.T != (values > 0)).mean() < 0.02

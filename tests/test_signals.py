@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import data
 import train
-import volumes.dataset
 from runs import TINY, assert_equal_runs, command, load, resume, run
 from training.run import stop_if_signalled
 from training.signals import SECOND_SIGNAL
 from training.step import train_step
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
@@ -80,7 +82,7 @@ def test_a_signal_before_the_loop_is_one_line(tmp_path, monkeypatch, capsys):
     def signalled(*_):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
-    monkeypatch.setattr(volumes.dataset, "open_data", signalled)
+    monkeypatch.setattr(data, "open_data", signalled)
     before = signal.getsignal(signal.SIGINT)
     assert run("--steps", "1", out=tmp_path / "r") == 130
     captured = capsys.readouterr()

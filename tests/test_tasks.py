@@ -12,14 +12,13 @@ import unet
 import vae3d
 from runs import SEG, TINY, command, load_config, resume, rows, run
 from tasks import seg
-from volumes.dataset import open_data
 
 # -------------------------------------------------------------------------------------------- tasks/vae.py
 
 def test_latent_statistics_are_stored(tmp_path):
     assert run("--steps", "2", out=tmp_path / "r") == 0
     cfg = load_config(TINY)
-    crops = data.Crops(open_data(cfg.data, 0, say=lambda _: None), 0)
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
     best = torch.load(tmp_path / "r/best.pt", weights_only=True)
     vae = vae3d.VAE3D(cfg.vae).eval()
     vae.load_state_dict(best["model"])
@@ -51,6 +50,7 @@ def test_a_codebook_from_data_is_kept_by_the_first_steps():
 
 # --------------------------------------------------------------------------------------- tasks/features.py
 
+@pytest.mark.slow
 def test_features_are_trained_and_used(tmp_path, capsys):
     """`--task features` learns to tell how a crop was degraded; its best.pt serves as
     loss.perceptual_features.
@@ -75,6 +75,7 @@ def test_features_are_trained_and_used(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------- tasks/seg.py
 
+@pytest.mark.slow
 def test_segmentation_learns_validates_and_resumes_to_the_bit(tmp_path):
     flags = [*SEG, "--steps", "30", "--train.val_every", "10", "--train.save_every", "7",
              "--log.sample_every", "30", "--log.every", "1"]

@@ -23,6 +23,8 @@ from networks import build, objective, peak, relative
 from tasks import TASKS
 from training.task import of
 
+pytestmark = pytest.mark.slow
+
 OLD = dict(
     down_padding="end",
     upsample="transposed3",
@@ -179,7 +181,8 @@ def planning(group) -> dict:
     """Plans with the ranks counted; the least free memory of them decides."""
     vae, size = vae3d.VAE3D.from_preset("high_res"), (64, 96, 96)
     alone, shared = (
-        [(p.work, p.peak_bytes) for p in vae.memory("tile", group=g).tiling().plans(size)] for g in (None, group)
+        [(p.work, p.peak_bytes) for p in vae.memory("tile", group=g).tiling().plans(size)]
+        for g in (None, group)
     )
     plain, originals = (
         vae.memory("tile", budget=1e3).tiling().plan(size, 1, torch.float32),

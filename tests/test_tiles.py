@@ -63,6 +63,7 @@ def test_tiled_equals_untiled_float64(norm, size, tile, stretch):
     assert_same(vae, torch.randn(1, 1, *size, dtype=torch.float64), ("tile", tile, stretch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMED)
 @pytest.mark.parametrize("size, tile, stretch", [
     ((37, 50, 41), (24, 32, 24), "2"), ((64, 64, 64), (32, 64, 64), "1"), ((30, 30, 30), (7, 15, 30), "1+1"),
@@ -146,6 +147,7 @@ def test_random_configs(seed):
     assert_same(vae, x, ("tile", tile, r.choice(tile_plans.compositions(3))), 1e-9, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upsample", vae3d.UPSAMPLES)
 @pytest.mark.parametrize(
     "fields",
@@ -341,6 +343,7 @@ def test_gradcheck_of_a_stretch(norm):
 TILE = ("tile", (4, 8, 4), "2+1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMED)
 def test_autocast_bfloat16(norm):
     """Both modes round at the same places; they differ by what bf16 rounds of sums in another order."""
@@ -448,6 +451,7 @@ def ddp_gradients_of_rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(pool, tmp_path):
     vae, x = ddp_case()
     _, want = outputs_and_gradients(vae, x, ("none",))
@@ -483,6 +487,7 @@ def test_decode_and_encode_alone():
 # ------------------------------------------------------------------------------------------------ tile:
 # memory and planning
 
+@pytest.mark.slow
 def test_live_bytes_fall_with_the_tile_and_hardly_grow_with_the_volume():
     vae = build(torch.float32, base_channels=8, channel_mult=(1, 1), strides=((2, 2, 2),), num_res_blocks=0)
     large, short, long = (64, 32, 32), (64, 16, 16), (128, 16, 16)   # short and long: interior tiles in both
@@ -525,6 +530,7 @@ def test_plans_trade_work_for_memory_and_are_settings_of_the_dial():
     assert grouped.tiling().plans((96, 96, 96))[0].work > 1.5 * plain.tiling().plans((96, 96, 96))[0].work
 
 
+@pytest.mark.slow
 def test_estimate_is_near_the_counted_peak():
     vae = build(torch.float32, base_channels=8, channel_mult=(1, 2), strides=((2, 2, 2),))
     for setting in [("tile", (16, 32, 24), "1"), ("tile", (16, 16, 24), "2"), ("tile", (8, 16, 24), "1+1")]:

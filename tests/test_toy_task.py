@@ -81,6 +81,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_run_that_was_left_alone(tmp_path):
     flags = [*TOY, "--steps", "30", "--train.save_every", "2", "--train.val_every", "7", "--accum", "2",
              "--train.ema", "0.9", "--log.every", "1"]
@@ -111,6 +112,7 @@ def test_out_of_memory_ends_in_one_line_where_a_network_has_no_dial(tmp_path, mo
     assert "has no memory dial" in error and "feature" not in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_memtest_predicts_what_a_step_takes(tmp_path, capsys):
     cfg = load_config([*TINY, *TOY])
     predicted = fit.predicted(cfg, of(TASKS, cfg), CPU).bytes

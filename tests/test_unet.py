@@ -20,8 +20,8 @@ from unet import (
     TimeEmbedding,
     UNet,
     UNetConfig,
-    from_pytorch_unet,
 )
+from unet_weights import from_pytorch_unet
 
 TINY = dict(channels=(4, 6, 8), norm_groups=2)
 FLAT = dict(kernels=((1, 3, 3),), strides=((1, 2, 2),))
@@ -442,6 +442,7 @@ def test_deep_supervision(upsampling):
     assert build().train()(x).deep == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -652,6 +653,9 @@ CHANGES = [
     dict(deep_supervision=1),
     dict(time_channels=4),
     dict(attention=True),
+    dict(attention_levels=2),
+    dict(residual=True),
+    dict(zero_head=True),
 ]
 
 
@@ -670,7 +674,7 @@ def test_every_config_field_changes_something(change):
 def test_fields_are_all_tested_and_plain():
     assert {f.name for f in dataclasses.fields(UNetConfig)} == {
         key for change in CHANGES for key in change
-    } | {"head_channels"}
+    } | {"head_channels", "vector_channels"}                     # vector_channels: tests/test_denoiser.py
     assert {f.type for f in dataclasses.fields(UNetConfig)} <= {
         "int",
         "str",
@@ -771,6 +775,7 @@ def test_cuda_autocast_keeps_the_type_and_checkpoint_lowers_the_peak(norm):
     assert difference(*outs) < 1e-2, difference(*outs)
 
 
+@pytest.mark.slow
 def test_compiled_in_checkpoint_mode_moves_batch_statistics_once():
     plain, saving, x = build(norm="batch"), build(norm="batch"), volume(2, 1, 4, 8, 8)
     compiled = torch.compile(saving.memory("checkpoint"), backend="aot_eager", fullgraph=True)
@@ -789,6 +794,7 @@ def test_copies_are_the_same_as_in_vae3d(path):
     assert f"# same as vae3d.{path.removesuffix('.forward')}" in (ROOT / "unet.py").read_text()
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["unet.py"], """
 import torch, unet

@@ -148,6 +148,7 @@ def test_group_norm_equals_torchs_and_keeps_the_type():
     torch.testing.assert_close(var.double(), far.double().var((2, 3, 4), correction=0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_network():
     vae = build(
         base_channels=2, channel_mult=(1, 1), strides=((1, 2, 2),), num_res_blocks=0, z_channels=1
@@ -350,6 +351,7 @@ def refused(*setting, **fields):
 BESIDE = ["quantize.py", "tile_plans.py", "tiles.py", "local_layers.py", "lean_conv.py"]
 
 
+@pytest.mark.slow
 def test_alone_it_is_the_kl_autoencoder_and_names_the_files_to_copy(tmp_path):
     (tmp_path / "alone").mkdir()
     said = run_alone(tmp_path / "alone", ["vae3d.py"], ALONE + """
@@ -373,6 +375,7 @@ print(step("none", bottleneck="vq"), step("tile", (4, 4, 4)))
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing, needs", [("tiles.py", "tiles.py"), ("tile_plans.py", "tile_plans.py")])
 def test_a_missing_file_of_the_tiles_is_named(tmp_path, missing, needs):
     said = run_alone(tmp_path, ["vae3d.py", *(f for f in BESIDE if f != missing)],
@@ -380,6 +383,7 @@ def test_a_missing_file_of_the_tiles_is_named(tmp_path, missing, needs):
     assert f"needs {needs}; copy" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "files, code",
     [

@@ -13,7 +13,6 @@ from tasks import TASKS, seg
 from training import ready
 from training.task import of
 from training.validation import update_best
-from volumes.dataset import open_data
 
 
 def at_step_1(cfg):
@@ -138,7 +137,7 @@ def test_validation_and_prediction_agree_on_whole_volumes(size, tmp_path):
                "--train.val_every", "20", out=out) == 0
     network = ready.load(out / "last.pt", TASKS, device="cpu")
     cfg = load_config(["--config", str(out / "config.yaml")])
-    dataset = open_data(dataclasses.replace(cfg.data, labels=True), 0, lambda text: None)
+    dataset = data.open_data(dataclasses.replace(cfg.data, labels=True), 0, lambda text: None)
     counts = 0
     for crop in data.WholeVolumes(dataset):
         found = seg.segment(network, crop.image.numpy(), background=crop.entry.intensity.background)

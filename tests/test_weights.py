@@ -163,6 +163,7 @@ def test_export_says_why_not():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_maisi_network_tile_by_tile(transposed):
     """GroupNorm of the whole volume, trilinear or transposed upsampling, padding at the far end: exact
@@ -305,6 +306,7 @@ def broken(state: dict, how: str, key: str) -> dict:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["monai", "maisi", "radar", "diffusers"])
 @pytest.mark.parametrize("how", ["missing", "unexpected", "reshaped"])
 def test_every_wrong_key_is_named(layout, how):

@@ -12,12 +12,12 @@ import numpy as np
 
 from training.console import clear_line
 from training.ready import Ready
+from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError, show
 from volumes.find import Item
-from volumes.formats import origin_of
 from volumes.intensities import Intensity
-from volumes.load import load
+from volumes.loading import load
 from volumes.volume import Origin
 
 
@@ -52,7 +52,7 @@ def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
         raise DataError(f"{item.path}: {found} {channels}, the checkpoint takes {wanted}; use "
                         f"--data.select_channel or --data.four_d, or a checkpoint for such files")
     labels = [class_numbers(label, item, ready, cfg) for label in loaded.labels]
-    origin = origin_of(item.path, loaded.source, cfg.channel_axis)
+    origin = formats.origin_of(item.path, loaded.source, cfg.channel_axis)
     return Case(loaded.volumes, loaded.affine, loaded.spacing, labels, origin)
 
 

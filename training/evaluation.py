@@ -91,8 +91,8 @@ def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
     """Figures of a reconstruction, compared with its volume, both (C, D, H, W) of normalised intensities;
     and sums over voxels, whose ratio over all volumes is their sharpness.
 
-    The figures are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several channels
-    `channels` holds the first three for each.
+    The figures are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several
+    channels `channels` holds the first three for each.
     """
     found = torch.from_numpy(recon)[None].to(device)             # (1, C, D, H, W)
     target = torch.from_numpy(volume)[None].to(device)

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import volumes.dataset
+import data
 from training import ranks
 from training.config import TrainConfig, changed
 from training.task import Task
-from volumes.dataset import Data
 
 
-def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple[TrainConfig, Data]:
+def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple[TrainConfig, data.Data]:
     """The data of the run, and the config with all that follows from them. Raises DataError, or ValueError
     where weights do not fit.
     """
     cfg = changed(cfg, data={"labels": task.LABELS})
-    dataset = volumes.dataset.open_data(cfg.data, cfg.train.seed, say, ranks.world())
+    dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
         cfg,
@@ -31,7 +30,7 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     return cfg, dataset
 
 
-def facts_of(dataset: Data) -> dict:
+def facts_of(dataset: data.Data) -> dict:
     """What predict.py must know about the data to prepare others alike, and the names of the training
     volumes.
     """

@@ -19,9 +19,9 @@ import numpy as np
 from tiles import is_out_of_memory
 from training import latents
 from training.console import clear_line, line_of, short_number
+from volumes import formats
 from volumes.files import DataError, show, sizes, stem_of
 from volumes.find import Item, list_items
-from volumes.formats import known_endings
 
 PROGRAM = "predict.py"                                           # in front of its lines on stderr
 
@@ -56,7 +56,7 @@ def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
                     found.setdefault(real, item)
     if not found:
         where = "" if split == "all" else f" in the list {split}"
-        raise DataError(f"{', '.join(paths)}: no volumes found{where}; looked for {known_endings()}")
+        raise DataError(f"{', '.join(paths)}: no volumes found{where}; looked for {formats.known_endings()}")
     return list(found.values())
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import data
 from training import checkpoints, ranks
 from training.config import TrainConfig, config_dict
 from training.facts import facts_of
 from training.foreign import load_foreign
 from training.state import State
-from volumes.dataset import Data
 from volumes.files import brief
 
 # Fields of State that last.pt holds under their own name.
@@ -40,7 +40,7 @@ COUNTERS = (
 
 # -------------------------------------------------------------------------------- what last.pt holds
 
-def checkpoint_of(cfg: TrainConfig, state: State, dataset: Data) -> dict:
+def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     """The content of last.pt: tensors and plain values only.
 
     It holds nothing that differs between two runs of the same command.

@@ -17,7 +17,6 @@ from training.log import Log
 from training.memory import dial_text, turn_dial, with_recovery
 from training.signals import Stopped
 from training.state import State
-from volumes.dataset import Data
 from volumes.files import write_atomic
 
 
@@ -27,7 +26,7 @@ class Run:
     cfg: TrainConfig
     state: State
     device: torch.device
-    dataset: Data
+    dataset: data.Data
     crops: data.Crops
     held_out: Sequence[data.Crop]
     out: Path

@@ -1,7 +1,8 @@
-"""Entries from the cache folder, or built there.
+"""Entries of files from the cache folder, or built there.
 
-A record (JSON) names the arrays of a file and is written last: its presence says that they are there. Its name holds the hash
-of the file's stamp and of all that changes voxels (config.VoxelSettings), so that nothing stale is ever used. Version 1.0.
+A record is a JSON file beside the arrays that it names, written last: where it is, they are whole. Its name
+has the key: the hash of the files' names, sizes and times and of VoxelSettings. Several processes may share
+the folder. Version 1.1.
 """
 import contextlib
 import dataclasses
@@ -29,68 +30,75 @@ from volumes.files import (
 from volumes.find import Item
 from volumes.formats import stamp
 from volumes.intensities import Intensity
-from volumes.load import check_pair, load
+from volumes.loading import check_pair, load
+from volumes.points import foreground_points
 
-CACHE_VERSION = 2  # raise it whenever the cached voxels of the same file and settings would come out different
+# Raise it whenever the cached voxels of the same file and settings would come out different.
+CACHE_VERSION = 2
+DAY = 86400  # seconds
 
 
 def cache_folder(cfg: DataConfig) -> Path:
-    """data.cache_dir, else vae3d under XDG_CACHE_HOME or ~/.cache; made if need be. Raises DataError where it cannot be written."""
+    """data.cache_dir, else vae3d under XDG_CACHE_HOME or ~/.cache; made if need be.
+
+    Raises DataError where it cannot be written.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.path.expanduser(cfg.cache_dir)) if cfg.cache_dir else Path(base, "vae3d")
+    folder = Path(base, "vae3d")
+    if cfg.cache_dir:
+        folder = Path(os.path.expanduser(cfg.cache_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise DataError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); set data.cache_dir to a folder that can be "
-                        "written") from None
-    remove_temporaries(folder, older_than=86400)  # what is younger, another process may still be writing
+        raise DataError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); set "
+                        f"data.cache_dir to a folder that can be written") from None
+    remove_temporaries(folder, older_than=DAY)  # one that is still being written is younger
     return folder
 
 
-def cached(item: Item, cfg: DataConfig, folder: Path, wait: bool = True) -> list[Entry]:
-    """Entries of one file, from the cache or after building it. Where several processes want it, one builds and the others wait, or get
-    none without `wait`."""
+def key_of(stamps: Sequence, settings: VoxelSettings) -> str:
+    """The key of a record. stamps: of the image's file and, with labels, of the label's.
+
+    A setting that has a default counts where it is another, so that a cache from before the setting came in
+    still serves.
+    """
+    always, where_set = [], []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.default is dataclasses.MISSING:
+            always.append(value)
+        elif value != field.default:
+            where_set.append([field.name, value])
+    key = [CACHE_VERSION, stamps[0], always, *where_set]
+    if len(stamps) > 1:
+        key.append(["labels", stamps[1:]])
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+
+
+def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True) -> list[Entry]:
+    """Entries of one file, from the cache or after building it.
+
+    Where several processes want it, one builds and the others wait, or get none without `wait`.
+    """
     check_pair(item, cfg)
-    files, stamps = [item.path, *([item.label] if cfg.labels else [])], []
+    files, stamps = [item.path], []
+    if cfg.labels:
+        files.append(item.label)
     for file in files:
         try:
             check_is_file(file)
             stamps.append(stamp(file))
         except (DataError, OSError) as error:
             raise DataError(f"{show(file)}: {error}") from None
-    settings = dataclasses.asdict(VoxelSettings.of(cfg, item.kind))
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, stamps, settings]).encode()).hexdigest()[:24]
+    key = key_of(stamps, cfg.voxel_settings(item.kind))
     record = folder / f"{stem_of(item.path)[:40]}-{key}.json"
-    entries = from_cache(record, item)
+    entries = read_record(record, item)
     if entries is None:
-        with one_at_a_time(record, wait) as mine:
-            entries = (from_cache(record, item) or build(item, cfg, record, files, stamps)) if mine else []
-    return entries
-
-
-def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamps: Sequence) -> list[Entry]:
-    """Read the volumes of one file and write them to the cache, unless it changed since it had these stamps."""
-    folder, loaded = record.parent, load(item, cfg)
-    if [stamp(file) for file in files] != stamps:
-        raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is complete")
-    volumes = []
-    try:
-        for number, (array, intensity) in enumerate(loaded.volumes):
-            size = write_atomic(record.with_name(f"{record.stem}-{number}.npy"), functools.partial(np.save, arr=array), shared=True)
-            volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
-        content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(), "guessed": loaded.guessed,
-                   "volumes": volumes}
-        if cfg.labels:
-            sizes = [write_atomic(record.with_name(f"{record.stem}-label{number}.npy"), functools.partial(np.save, arr=array), shared=True)
-                     for number, array in enumerate(loaded.labels)]
-            content |= {"labels": sizes, "label_ids": loaded.label_ids}
-        write_atomic(record, lambda stream: stream.write(json.dumps(content).encode()), shared=True)  # last: its presence says that the arrays are there
-    except OSError as error:
-        raise cache_error(folder, error) from None
-    entries = from_cache(record, item)
-    if entries is None:
-        raise CacheError(f"{show(record)}: the cache vanished while it was written; let no other program clean {show(folder)}")
+        with one_at_a_time(record, wait) as is_mine:
+            if not is_mine:
+                return []
+            entries = read_record(record, item) or build(item, cfg, record, files, stamps)
     return entries
 
 
@@ -115,30 +123,98 @@ def one_at_a_time(record: Path, wait: bool) -> Iterator[bool]:
         yield True
 
 
+# ---------------------------------------------------------------------------------------------- writing
+def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamps: Sequence) -> list[Entry]:
+    """Read the volumes of one file and write them to the cache, unless it changed since it had `stamps`."""
+    folder, loaded = record.parent, load(item, cfg)
+    if [stamp(file) for file in files] != stamps:
+        raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is "
+                        f"complete")
+    volumes = []
+    try:
+        for number, (array, intensity) in enumerate(loaded.volumes):
+            size = write_array(array_file(record, number), array)
+            volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
+        content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(),
+                   "guessed": loaded.guessed, "volumes": volumes}
+        if cfg.labels:
+            content["labels"] = [write_array(label_file(record, number), array)
+                                 for number, array in enumerate(loaded.labels)]
+            content["label_ids"] = loaded.label_ids
+        # Last: its presence says that the arrays are there.
+        write_atomic(record, lambda file: file.write(json.dumps(content).encode()), shared=True)
+    except OSError as error:
+        raise cache_error(folder, error) from None
+    entries = read_record(record, item)
+    if entries is None:
+        raise CacheError(f"{show(record)}: the cache vanished while it was written; let no other program "
+                         f"clean {show(folder)}")
+    return entries
+
+
+def array_file(record: Path, number: int) -> Path:
+    return record.with_name(f"{record.stem}-{number}.npy")
+
+
+def label_file(record: Path, number: int) -> Path:
+    return record.with_name(f"{record.stem}-label{number}.npy")
+
+
+def write_array(path: Path, array: np.ndarray) -> int:
+    """Returns the bytes of the file."""
+    return write_atomic(path, functools.partial(np.save, arr=array), shared=True)
+
+
 def cache_error(folder: Path, error: OSError) -> CacheError:
-    return CacheError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); free some space or set data.cache_dir to "
-                      "another disk")
+    return CacheError(f"{show(folder)}: cannot write the cache ({error.strerror or error}); free some space "
+                      f"or set data.cache_dir to another disk")
 
 
-def from_cache(record: Path, item: Item) -> list[Entry] | None:
+def with_points(entry: Entry) -> Entry:
+    """The entry with its foreground places, which lie beside its voxels in the cache, made once."""
+    if not isinstance(entry.store, str):
+        return dataclasses.replace(entry, points=foreground_points(entry))
+    meaning = ""  # what the stored labels mean
+    if entry.label is not None:
+        text = repr((entry.label_values, entry.ignore_label))
+        meaning = "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = Path(f"{entry.store.removesuffix('.npy')}-points{meaning}.npy")
+    try:
+        np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or damaged
+        points = foreground_points(entry)
+        try:
+            write_array(file, points)
+        except OSError as error:
+            raise cache_error(file.parent, error) from None
+    return dataclasses.replace(entry, points=str(file))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def read_record(record: Path, item: Item) -> list[Entry] | None:
     """Entries of a cache record; None where it is absent, damaged or of arrays that are not whole."""
     try:
         content = json.loads(record.read_bytes())
-        entries, sizes = [], content.get("labels", [])
-        labels = [str(record.with_name(f"{record.stem}-label{number}.npy")) for number in range(len(sizes))]
-        if [os.path.getsize(file) for file in labels] != sizes:
+        label_bytes = content.get("labels", [])
+        labels = [str(label_file(record, number)) for number in range(len(label_bytes))]
+        if [os.path.getsize(file) for file in labels] != label_bytes:
             return None
+        entries = []
         for number, volume in enumerate(content["volumes"]):
-            file = str(record.with_name(f"{record.stem}-{number}.npy"))
-            modality, low, high = volume["intensity"]
+            file = str(array_file(record, number))
             if os.path.getsize(file) != volume["bytes"]:
                 return None
-            suffix = f"_t{number:03d}" if len(content["volumes"]) > 1 else ""
-            entries.append(Entry(stem_of(item.path) + suffix, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
-                                 np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file, content["guessed"]))
+            name = stem_of(item.path)
+            if len(content["volumes"]) > 1:
+                name += f"_t{number:03d}"
+            modality, low, high = volume["intensity"]
+            entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
+                          np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,
+                          content["guessed"])
             if labels:
-                entries[-1] = dataclasses.replace(entries[-1], label=labels[min(number, len(labels) - 1)], label_path=str(item.label),
-                                                  label_ids=tuple(content["label_ids"]))
+                entry = dataclasses.replace(entry, label=labels[min(number, len(labels) - 1)],
+                                            label_path=str(item.label), label_ids=tuple(content["label_ids"]))
+            entries.append(entry)
         return entries or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

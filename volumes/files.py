@@ -1,7 +1,9 @@
-"""Text of messages, errors, names of files, and files that are written whole or not at all. Imports no other room.
+"""Text of messages, errors, names of files, and files that are written whole or not at all. Imports no
+other room.
 
-One line of text names what is wrong with a file: `show`, `one_line`, `brief` and `sizes` make the parts of it.
-`write_atomic` is the one way in which this repository writes a file that a reader may look for. Version 1.0.
+One line of text names what is wrong with a file: `show`, `one_line`, `brief` and `sizes` make the parts of
+it. `write_atomic` is the one way in which this repository writes a file that a reader may look for. Version
+1.0.
 """
 import contextlib
 import logging
@@ -14,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+Say = Callable[[str], object]                       # takes what a user should know, a line each
 COMPRESSED = (".gz", ".bz2", ".zst")                # endings that may follow the ending of a format
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # of what several processes may be writing
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # what `write_atomic` writes as a shared file
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -38,6 +41,13 @@ class StoreError(DataError):
     """Voxels in the cache that were there at the start and are there no more: the end of the run."""
 
 
+def refuse(error: DataError, strict: bool, say: Say) -> None:
+    """Tell that a file is left out; with `strict` that is an error."""
+    if strict:
+        raise DataError(f"{error} (data.strict)") from None
+    say(f"data: refused {error}")
+
+
 # ------------------------------------------------------------------------------------- text of messages
 def show(path: str | os.PathLike) -> str:
     """A path as one printable line, whatever bytes its name holds."""
@@ -53,7 +63,7 @@ def one_line(message: object, limit: int = 200) -> str:
 
 
 def brief(value: object, limit: int = 80) -> str:
-    """A value as one short line, also one that is nested too deep, or too long a number, to be written out."""
+    """A value as one short line, also one that is nested too deep, or too long a number, to be written."""
     try:
         return one_line(repr(value), limit)
     except (RecursionError, ValueError):
@@ -67,7 +77,7 @@ def sizes(size: tuple[int, ...]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """nibabel logs and warns about headers that it then reads or refuses; the one line that matters is ours."""
+    """nibabel logs and warns about headers that it then reads or refuses; the line that matters is ours."""
     logger = logging.getLogger("nibabel.global")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -129,25 +139,30 @@ def check_is_file(path: Path) -> None:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], shared: bool = False) -> int:
     """What `write` puts into a file becomes `path` when it is complete. Returns its bytes.
 
-    A reader sees the old file or the new one, whenever this process is killed; where it fails, or is stopped by
-    an exception, nothing is left beside them. An OSError names `path`.
-    shared: several processes may write this file at once, so each has a name of its own for what is not complete
-    (`remove_temporaries` knows it); a cache, so it is not flushed to the disk either.
+    It is written beside `path` and renamed: a reader sees the old file or the new one, whenever this
+    process is killed. Where it fails, or is stopped by an exception, nothing is left beside them. An
+    OSError names `path`.
+
+    Not shared: flushed to the disk before it is renamed, so that this holds for a loss of power too; what a
+    killed process left is replaced by the next one that writes `path`. shared: other processes may write
+    the same file at this moment, so each has a name of its own beside it (no name of mkstemp, whose files
+    only their owner may read), for `remove_temporaries`. Not flushed: for what can be made again, and whose
+    bytes a reader knows.
     """
     temporary = path.with_name(path.name + ".tmp")
-    if shared:                                       # no name of mkstemp, whose files only their owner may read
+    if shared:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path):
             with open(temporary, "xb" if shared else "wb") as file:
                 write(file)
+                file.flush()
                 if not shared:
-                    file.flush()
                     os.fsync(file.fileno())
             size = os.path.getsize(temporary)
             os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):           # a vanished folder, a disk that is read-only by now
+        with contextlib.suppress(OSError):  # a vanished folder, a disk that is read-only by now
             temporary.unlink()
         raise
     return size
@@ -162,12 +177,12 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or one_line(error), str(path)) from None
 
 
-def remove_temporaries(folder: Path, older_than: float = 0.0) -> None:
-    """Remove what killed processes were writing in `folder`.
+def remove_temporaries(folder: Path, older_than: float) -> None:
+    """Remove what killed processes were writing as `shared` files in `folder`.
 
     older_than: seconds; what is younger may still be written by another process.
     """
     for file in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if TEMPORARY.fullmatch(file.name) and time.time() - file.stat().st_mtime >= older_than:
+            if TEMPORARY.fullmatch(file.name) and time.time() - file.stat().st_mtime > older_than:
                 file.unlink()

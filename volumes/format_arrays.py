@@ -1,8 +1,9 @@
 """numpy's .npy and .npz: dense volumes, and sparse ones of coordinates and features; read, and written back.
 
-The spatial axes are x, y, z, 1 mm; of 4 axes one holds the channels (`data.channel_axis`). An .npz is dense (an array
-named volume, voxel or vol, or its only one) or sparse (shape, coords, features), and may hold its label beside it
-(seg, label, labels, mask). Every header is checked before its data is allocated. Version 1.0.
+The spatial axes are x, y, z, 1 mm; of 4 axes one holds the channels (`data.channel_axis`). An .npz is dense
+(an array named volume, voxel or vol, or its only one) or sparse (shape, coords, features), and may hold its
+label beside it (seg, label, labels, mask). Every header is checked before its data is allocated. Version
+1.0.
 """
 import io
 import math
@@ -18,7 +19,7 @@ from volumes.volume import Origin, Request, Source, Volume, check_dtype, check_s
 
 DENSE_KEYS = ("volume", "voxel", "vol")  # of an .npz, in this order
 LABEL_KEYS = ("seg", "label", "labels", "mask")
-GUESSED_CHANNELS = 8   # an outer axis of a 4-D array is taken for channels up to this length, as many as are tested
+GUESSED_CHANNELS = 8  # an outer axis of a 4-D array is taken for channels up to this length
 MAX_NPY_HEADER = 10_000  # bytes; numpy's own limit, which it looks at when it has read them all
 READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -46,8 +47,8 @@ def read_npz(path: Path, request: Request) -> Source:
             return as_source(array, array.dtype)
         if not {"shape", "coords", "features"} <= set(members):
             found = ", ".join(one_line(key, 40) for key in sorted(members)[:8]) or "none"
-            raise DataError(f"its arrays are {found}; name one volume, voxel or vol, or store shape, coords and "
-                            "features")
+            raise DataError(f"its arrays are {found}; name one volume, voxel or vol, or store shape, coords "
+                            f"and features")
         parts = []
         for key in ("shape", "coords", "features"):
             with open_member(archive, members[key]) as stream:
@@ -74,7 +75,8 @@ def dense_key(members: dict[str, zipfile.ZipInfo], keys: tuple[str, ...]) -> str
 
 def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError("is compressed in a way that numpy does not write; save it with numpy.savez_compressed")
+        raise DataError("is compressed in a way that numpy does not write; save it with "
+                        "numpy.savez_compressed")
     return archive.open(info)
 
 
@@ -123,7 +125,7 @@ def read_data(stream: BinaryIO, available: int, max_gib: float, shape: tuple[int
     data = stream.read(length)
     if len(data) != length:
         raise DataError(f"ends after {len(data)} bytes of an array of shape {shape}; it is truncated")
-    if stream.read(1):                                           # at the end of a member zipfile compares its checksum
+    if stream.read(1):                            # at the end of a member zipfile compares its checksum
         raise DataError("goes on after its array; store one array in a file")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
@@ -138,11 +140,12 @@ def channel_axis_of(shape: tuple[int, ...], channel_axis: int | None) -> int | N
     if channel_axis is None:
         channel_axis = 0 if shape[0] < shape[-1] else -1
         if shape[channel_axis] > GUESSED_CHANNELS:
-            raise DataError(f"4-dimensional array, shape {brief(shape)}: neither the last nor the first axis is as "
-                            f"short as {GUESSED_CHANNELS} channels (a time series?); set data.channel_axis")
+            raise DataError(f"4-dimensional array, shape {brief(shape)}: neither the last nor the first "
+                            f"axis is as short as {GUESSED_CHANNELS} channels (a time series?); set "
+                            f"data.channel_axis")
     if not -4 <= channel_axis < 4:
-        raise DataError(f"4-dimensional array, shape {brief(shape)}, has no axis data.channel_axis={channel_axis}; "
-                        "use -4 to 3")
+        raise DataError(f"4-dimensional array, shape {brief(shape)}, has no axis "
+                        f"data.channel_axis={channel_axis}; use -4 to 3")
     return channel_axis
 
 
@@ -157,16 +160,16 @@ def densify(shape: np.ndarray, coords: np.ndarray, features: np.ndarray, max_gib
     is_whole = shape.dtype.kind in "iu" and coords.dtype.kind in "iu"
     is_table = coords.ndim == 2 and coords.shape[1] == 3 and features.shape[:-1] == coords.shape[:1]
     if not is_whole or shape.shape not in ((3,), (4,)) or not is_table:
-        raise DataError(f"sparse grid with shape {shape.shape} {shape.dtype}, coords {coords.shape} {coords.dtype}, "
-                        f"features {features.shape}; needs shape (3,) or (4,) and coords (N, 3), whole numbers, and "
-                        "features (N, C)")
+        raise DataError(f"sparse grid with shape {shape.shape} {shape.dtype}, coords {coords.shape} "
+                        f"{coords.dtype}, features {features.shape}; needs shape (3,) or (4,) and coords "
+                        f"(N, 3), whole numbers, and features (N, C)")
     if len(shape) == 4 and shape[3] != features.shape[1]:
         raise DataError(f"sparse grid declares {shape[3]} channels, its features have {features.shape[1]}")
     grid = tuple(int(n) for n in shape[:3])
     check_size((*grid, features.shape[1]), 4, max_gib)
     if len(coords) and ((coords < 0) | (coords >= np.array(grid))).any():
-        raise DataError(f"sparse grid of {grid} has coords from {coords.min(0).tolist()} to {coords.max(0).tolist()}, "
-                        "outside of it")
+        raise DataError(f"sparse grid of {grid} has coords from {coords.min(0).tolist()} to "
+                        f"{coords.max(0).tolist()}, outside of it")
     x, y, z = coords.T
     dense = np.zeros((features.shape[1], *grid[::-1]), dtype=np.float32)
     dense[:, z, y, x] = features.T
@@ -174,7 +177,10 @@ def densify(shape: np.ndarray, coords: np.ndarray, features: np.ndarray, max_gib
 
 
 def holds_label(path: Path) -> bool:
-    """Whether an .npz is an image and its label. True also of one that cannot be opened: reading it says why."""
+    """Whether an .npz is an image and its label.
+
+    True also of one that cannot be opened: reading it says why.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -188,14 +194,17 @@ def array_origin(kind: str, path: Path, source: Source, channel_axis: int | None
     """Of an array that has been read already, from its header."""
     shape, key = stored_array(path)
     size = source.volume.array.shape[1:]
-    if shape is None:                                            # a sparse grid comes back dense, channels last
+    if shape is None:                             # a sparse grid comes back dense, channels last
         array = source.volume.array
         return Origin(kind, (*array.shape[:0:-1], len(array)), source.dtype, size, key, -1)
     return Origin(kind, shape, source.dtype, size, key, channel_axis_of(shape, channel_axis))
 
 
 def stored_array(path: Path) -> tuple[tuple[int, ...] | None, str]:
-    """Shape of a .npy, or of the volume of an .npz with its name; no shape for a sparse one. Only headers are read."""
+    """Shape of a .npy, or of the volume of an .npz with its name; no shape for a sparse one.
+
+    Only headers are read.
+    """
     if split_ending(path)[0] == ".npy":
         with open(path, "rb") as stream:
             return read_header(stream)[0], ""

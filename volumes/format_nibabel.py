@@ -1,8 +1,9 @@
 """Everything that nibabel takes for a spatial image, read; NIfTI-1, written back on the grid of its source.
 
-A spatial image (X, Y, Z) is reoriented to the closest RAS axes and transposed: D, H, W are Z, Y, X. An image of
-2 axes, or of 1 slice, is a volume whose third extent is 1, wherever that axis lies after reorientation. The 4th
-axis holds T volumes. What is written has the source's axes, their direction and its affine. Version 1.0.
+A spatial image (X, Y, Z) is reoriented to the closest RAS axes and transposed: D, H, W are Z, Y, X. An
+image of 2 axes, or of 1 slice, is a volume whose third extent is 1, wherever that axis lies after
+reorientation. The 4th axis holds T volumes. What is written has the source's axes, their direction and its
+affine. Version 1.0.
 """
 import contextlib
 import gzip
@@ -28,7 +29,8 @@ from volumes.volume import (
 )
 
 ENDINGS = (".nii", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".head", ".brik")
-HEADER_OF = {".img": ".hdr", ".rec": ".par", ".brik": ".head"}  # voxels -> header of a volume that lies in two files
+# Of a volume that lies in two files: ending of its voxels -> of its header.
+HEADER_OF = {".img": ".hdr", ".rec": ".par", ".brik": ".head"}
 MAX_HEADER = 2**24  # bytes: extensions in front of the voxels, and what may follow them in a compressed file
 MOST_DEFLATED = 1032  # bytes that one byte of a .gz can stand for
 
@@ -50,17 +52,19 @@ def read_image(path: Path, request: Request) -> Source:
     axes = count_axes(shape)
     stored = image.file_map["image"].filename
     packed = packing_of(stored)
-    check_size(shape, dtype.itemsize, request.max_gib, room_for_voxels(image, stored, packed, request.max_gib))
+    room = room_for_voxels(image, stored, packed, request.max_gib)
+    check_size(shape, dtype.itemsize, request.max_gib, room)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
-        raise DataError(f"its affine {affine[:3].round(3).tolist()} is singular or not finite; repair the header")
+        raise DataError(f"its affine {affine[:3].round(3).tolist()} is singular or not finite; repair the "
+                        f"header")
     count = shape[3] if axes == 4 else 1
     if request.volume is not None and not 0 <= request.volume < count:
         raise DataError(f"has {count} volumes, number {request.volume} was asked for; count from 0")
 
     # The voxels, to RAS, and transposed.
     array = read_voxels(image, stored, packed, request.volume if axes == 4 else None)
-    array = array.reshape(*shape[:3], *(1,) * (3 - len(shape)), -1)               # (X, Y, Z, T), axes as stored
+    array = array.reshape(*shape[:3], *(1,) * (3 - len(shape)), -1)        # (X, Y, Z, T), axes as stored
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, array.shape[:3])
     array = nib.apply_orientation(array, to_ras).transpose(3, 2, 1, 0)            # (T, D, H, W)
@@ -99,8 +103,12 @@ def room_for_voxels(image: nib.spatialimages.SpatialImage, stored: str | None, p
     return size - offset
 
 
-def read_voxels(image: nib.spatialimages.SpatialImage, stored: str, packed: str, volume: int | None) -> np.ndarray:
-    """The array as stored, scaled, or one volume of it. Of a compressed file everything is read, to its checksum."""
+def read_voxels(image: nib.spatialimages.SpatialImage, stored: str, packed: str,
+                volume: int | None) -> np.ndarray:
+    """The array as stored, scaled, or one volume of it.
+
+    Of a compressed file everything is read, to its checksum.
+    """
     is_stream = bool(packed) and hasattr(image.dataobj, "file_like")
     with contextlib.ExitStack() as stack:
         if is_stream:
@@ -140,18 +148,21 @@ def check_extensions(path: str) -> None:
             break
         start += size
     if not start <= end < start + 16:
-        raise DataError(f"its header extensions do not end where its voxels begin, or exceed {MAX_HEADER} bytes; "
-                        "repair the header")
+        raise DataError(f"its header extensions do not end where its voxels begin, or exceed {MAX_HEADER} "
+                        f"bytes; repair the header")
 
 
 def read_to_end(stream) -> None:
-    """What follows the voxels in a compressed file: its checksum is looked at only there. Raises what the decoder raises."""
+    """What follows the voxels in a compressed file: its checksum is looked at only there.
+
+    Raises what the decoder raises.
+    """
     left = MAX_HEADER
     while part := stream.read(2**20):
         left -= len(part)
         if left < 0:
-            raise DataError(f"goes on for more than {MAX_HEADER} bytes after its voxels; its header is damaged, or it "
-                            "is a bomb")
+            raise DataError(f"goes on for more than {MAX_HEADER} bytes after its voxels; its header is "
+                            f"damaged, or it is a bomb")
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -172,12 +183,12 @@ def write_image(file: BinaryIO, array: np.ndarray, origin: Origin, slope: float,
     """(C, D, H, W) as .nii.gz with the header of its source: its axes, their direction, its affine."""
     back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"),
                                            nib.io_orientation(np.array(origin.affine)))
-    stored = nib.apply_orientation(array.transpose(3, 2, 1, 0), back)             # (X, Y, Z, C), axes as stored
+    stored = nib.apply_orientation(array.transpose(3, 2, 1, 0), back)        # (X, Y, Z, C), axes as stored
     stored = np.ascontiguousarray(in_source_shape(stored, -1, origin))
     header = nib.Nifti1Header(bytes.fromhex(origin.header), check=False)
     header.set_data_shape(stored.shape)
     header.set_data_dtype(stored.dtype)
-    header["cal_min"] = header["cal_max"] = 0                                     # the display range of other values
+    header["cal_min"] = header["cal_max"] = 0  # the display range of other values
     with quiet():
         image = nib.Nifti1Image(stored, np.array(origin.affine), header, dtype=stored.dtype)
     image.header.set_slope_inter(slope, inter)

@@ -1,8 +1,8 @@
-"""PNG, JPEG, BMP, TIFF and GIF through Pillow: a volume of 1 slice, its rows H from the top; PNG, written back.
+"""PNG, JPEG, BMP, TIFF and GIF through Pillow: a volume of 1 slice, its rows H from the top; PNG, written
+back.
 
 Pillow is asked for only where there is a picture. Version 1.0.
 """
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,11 +17,15 @@ DECODERS = ("PNG", "JPEG", "BMP", "TIFF", "GIF")  # of Pillow; none of those tha
 
 # ---------------------------------------------------------------------------------------------- reading
 def read_picture(path: Path, request: Request) -> Source:
-    """A picture as (C, 1, H, W): 1 channel when it is grey, else 3; alpha is dropped. Of a label see `label_values`."""
+    """A picture as (C, 1, H, W): 1 channel when it is grey, else 3; alpha is dropped.
+
+    Of a label see `label_values`.
+    """
     try:
         from PIL import Image
     except ImportError:
-        raise PillowError("pictures are read with Pillow, which is not installed: python -m pip install pillow") from None
+        raise PillowError("pictures are read with Pillow, which is not installed: python -m pip install "
+                          "pillow") from None
     with Image.open(path, formats=DECODERS) as picture:
         check_size((1, picture.height, picture.width, len(picture.getbands())), 1, request.max_gib)
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's JPEG with a preview
@@ -36,12 +40,13 @@ def read_picture(path: Path, request: Request) -> Source:
         array = array[..., None]                                 # (H, W, C)
     if array.dtype.kind != "u" or array.dtype.itemsize > 1:
         if array.min() < 0 or array.max() > 65535:
-            raise DataError(f"holds pixels from {array.min()} to {array.max()}; store what is no 8 or 16 bit picture "
-                            "as .npy or NIfTI")
+            raise DataError(f"holds pixels from {array.min()} to {array.max()}; store what is no 8 or 16 "
+                            f"bit picture as .npy or NIfTI")
         array = array.astype(np.uint16)
     if request.label and array.shape[-1] > 1:
         if (array != array[..., :1]).any():
-            raise DataError("a colour picture as label; store one class number per pixel, as grey or palette values")
+            raise DataError("a colour picture as label; store one class number per pixel, as grey or "
+                            "palette values")
         array = array[..., :1]
     voxels = np.ascontiguousarray(array.transpose(2, 0, 1)[:, None], dtype=np.float32)  # (C, 1, H, W)
     return Source(Volume(voxels, (1.0, 1.0, 1.0), np.eye(4)), False, str(array.dtype), "-")
@@ -61,11 +66,13 @@ def intensities(picture) -> np.ndarray:
 
 
 def label_values(picture) -> np.ndarray:
-    """Grey values or palette numbers (H, W), or the three channels (H, W, 3) of a picture that has neither."""
+    """Grey values or palette numbers (H, W), or the colours (H, W, 3) of a picture that has neither."""
+    if picture.format == "GIF":                                  # nothing but palettes: masks are grey
+        return np.asarray(picture.convert("L"))
     if picture.mode == "P":
-        return grey_palette(np.asarray(picture), picture.getpalette("RGB"))
+        return np.asarray(picture)
     if picture.mode == "PA":
-        return grey_palette(np.asarray(picture.getchannel("P")), picture.getpalette("RGB"))
+        return np.asarray(picture.getchannel("P"))
     if picture.mode == "1":
         return np.asarray(picture).astype(np.uint8)
     if picture.mode == "LA":
@@ -73,19 +80,6 @@ def label_values(picture) -> np.ndarray:
     if is_grey(picture.mode):
         return np.asarray(picture)
     return np.asarray(picture.convert("RGB"))
-
-
-def grey_palette(index: np.ndarray, palette: Sequence[int]) -> np.ndarray:
-    """Label values of palette numbers (H, W): their greys where the palette is a grey one, else the numbers themselves.
-
-    A GIF numbers black and white 0 and 1, a PNG 0 and 255.
-    """
-    colours = np.array(palette, dtype=np.uint8).reshape(-1, 3)
-    used = np.unique(index)
-    is_grey_one = (colours == colours[:, :1]).all() and used[-1] < len(colours)
-    if is_grey_one and len(np.unique(colours[used, 0])) == len(used):
-        return colours[:, 0][index]
-    return index
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -1,7 +1,7 @@
 """The table of formats: a file is read, and a result written, by the row that its ending names.
 
-A new format is one row: its endings, a reader and a writer. Finding files, the cache, predict.py and the messages that
-name the formats all look here. Version 1.0.
+A new format is one row: its endings, a reader and a writer. Finding files, the cache, predict.py and the
+messages that name the formats all look here. Version 1.0.
 """
 import dataclasses
 import os
@@ -23,10 +23,10 @@ class Format(NamedTuple):
     endings: tuple[str, ...]                                # lower case, without compression
     read: Callable[[Path, Request], Source]                 # may raise anything for a damaged file
     write: Callable[[BinaryIO, np.ndarray, Origin, float, float], None]  # (C, D, H, W), origin, slope, inter
-    goes_out: str = ""                                      # ending of what is written; "": the first of `endings`
-    origin: Callable[[str, Path, Source, int | None], Origin] = plain_origin  # what `write` gets, from the header
+    goes_out: str = ""                                      # of what is written; "": the first of `endings`
+    origin: Callable[[str, Path, Source, int | None], Origin] = plain_origin  # for `write`
     is_picture: bool = False                                # 1 slice; intensities over the range of its type
-    header_of: Mapping[str, str] = {}                       # ending of voxels -> of the header that lies apart
+    header_of: Mapping[str, str] = {}                       # ending of voxels -> of a header apart
     holds_label: Callable[[Path], bool] = lambda path: False  # whether a file is an image and its label
     note: str = ""                                          # for the message that names the formats
 
@@ -82,11 +82,12 @@ def stamp(path: Path) -> list[tuple[str, int, int]]:
 # ---------------------------------------------------------------------------------------------- reading
 def read_volume(path: str | os.PathLike, *, volume: int | None = None, nan: str = "error",
                 channel_axis: int | None = None, max_gib: float = 8.0) -> Volume:
-    """Read one file whole. The 4th axis of an image comes as channels; `volume` picks one of it (then C is 1).
+    """Read one file whole. The 4th axis of an image comes as channels; `volume` picks one of it (then C is
+    1).
 
-    nan: "error" refuses NaN and infinite voxels, "zero" replaces them. channel_axis: of 4-D arrays, see DataConfig.
-    Raises DataError, one line that names the file, for whatever is wrong with it; nothing larger than max_gib is
-    allocated.
+    nan: "error" refuses NaN and infinite voxels, "zero" replaces them. channel_axis: of 4-D arrays, see
+    DataConfig. Raises DataError, one line that names the file, for whatever is wrong with it; nothing
+    larger than max_gib is allocated.
     """
     return read_source(Path(path), Request(volume, channel_axis, max_gib), nan).volume
 
@@ -96,14 +97,15 @@ def read_source(path: Path, request: Request, nan: str = "error") -> Source:
     try:
         check_is_file(path)
         if split_ending(path)[0] == NO_SHAPE:
-            raise DataError("raw .bin rows carry no shape; turn the points into a voxel grid (.npy or .npz) first")
+            raise DataError("raw .bin rows carry no shape; turn the points into a voxel grid (.npy or .npz) "
+                            "first")
         with quiet(), np.errstate(all="ignore"):
             source = format_of(path).read(path, request)
         check_finite(source.volume.array, nan)
         return source
     except DataError as error:
         raise type(error)(f"{show(path)}: {error}") from None
-    except Exception as error:  # a decoder that meets damaged or hostile bytes may raise anything; the cause stays chained
+    except Exception as error:  # a decoder that meets damaged or hostile bytes may raise anything
         raise DataError(f"{show(path)}: cannot be read ({type(error).__name__}: {one_line(error)}); "
                         "repair the file or take it out of the data") from error
 
@@ -120,7 +122,8 @@ def ending_out(path: str | os.PathLike) -> str:
     return format_of(path).kind
 
 
-def write_volume(path: Path, array: np.ndarray, origin: Origin, slope: float = 1.0, inter: float = 0.0) -> None:
+def write_volume(path: Path, array: np.ndarray, origin: Origin, slope: float = 1.0,
+                 inter: float = 0.0) -> None:
     """(C, D, H, W) in the type that is wanted on disk -> a file on the source's grid, whole or not at all.
 
     slope, inter: value = slope * stored + inter, kept where the format has a place for it.

@@ -1,6 +1,8 @@
-"""What a network made of a file, written as the file is: on its grid, in its scale and in its type of numbers.
+"""What a network made of a file, written as the file is: on its grid, in its scale and in its type of
+numbers.
 
-Intensities in [-1, 1] on the network's grid go in. Shapes: C channels, D H W, T volumes of a 4-D file. Version 1.0.
+Intensities in [-1, 1] on the network's grid go in. Shapes: C channels, D H W, T volumes of a 4-D file.
+Version 1.0.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +43,7 @@ def to_source_grid(volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.n
 
 
 def in_stored_type(array: np.ndarray, origin: Origin) -> np.ndarray:
-    """Values -> what stands for them on disk: whole numbers rounded and clipped to their type, else float32."""
+    """Values -> what stands for them on disk: rounded and clipped to a whole type, else float32."""
     dtype = np.dtype(origin.dtype)
     if dtype.kind not in "iub":
         return array

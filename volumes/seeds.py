@@ -7,4 +7,5 @@ import numpy as np
 
 def seeded(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
     """A generator of its own for every (seed, purpose, number). Seeds below 0 count too."""
-    return np.random.Generator(np.random.PCG64([seed & 2**64 - 1, int.from_bytes(purpose.encode(), "big"), number]))
+    words = [seed & 2**64 - 1, int.from_bytes(purpose.encode(), "big"), number]
+    return np.random.Generator(np.random.PCG64(words))

@@ -1,4 +1,5 @@
-"""What a file of a volume holds, what is asked of its reader, and how it lay on disk; checks that all readers share.
+"""What a file of a volume holds, what is asked of its reader, and how it lay on disk; checks that all
+readers share.
 
 C channels, D H W depth height width, T volumes of a 4-D file. Version 1.0.
 """
@@ -37,7 +38,10 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """How a source lay on disk: what it takes to write a result onto its grid. Plain values, kept in latents as JSON."""
+    """How a source lay on disk: what it takes to write a result onto its grid.
+
+    Plain values, kept in latents as JSON.
+    """
     kind: str                                   # .nii.gz | .npy | .npz | .png: ending of what goes out
     shape: tuple[int, ...]                      # as stored
     dtype: str                                  # as stored
@@ -95,8 +99,8 @@ def check_size(shape: tuple[int, ...], itemsize: int, max_gib: float, available:
         raise DataError(f"declares shape {named}, {gib:.3g} GiB, more than data.max_gib={max_gib:g}; "
                         "raise that if the file is what it says")
     if available is not None and count * itemsize > available:
-        raise DataError(f"declares {count * itemsize} bytes of voxels (shape {named}) but can hold no more than "
-                        f"{max(0, available)}; it is truncated or its header is damaged")
+        raise DataError(f"declares {count * itemsize} bytes of voxels (shape {named}) but can hold no more "
+                        f"than {max(0, available)}; it is truncated or its header is damaged")
 
 
 NOT_REAL = {  # numpy's kinds of types that are no voxels
@@ -115,7 +119,8 @@ def check_dtype(dtype: np.dtype) -> None:
 def check_finite(array: np.ndarray, nan: str) -> None:
     """NaN policy of an array (C, D, H, W), in place. Infinite voxels, and values beyond float32, count too.
 
-    nan: "zero" replaces them by 0; else they are refused, and where it is "error" the line names that way out.
+    nan: "zero" replaces them by 0; else they are refused, and where it is "error" the line names that way
+    out.
     """
     if np.isfinite(array).all():
         return

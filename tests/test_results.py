@@ -15,7 +15,7 @@ from volumes.config import DataConfig
 from volumes.find import Item
 from volumes.formats import ending_out
 from volumes.intensities import Intensity, denormalise
-from volumes.load import load
+from volumes.loading import load
 from volumes.results import in_stored_type, to_source_grid, write_result
 from volumes.volume import Origin
 
