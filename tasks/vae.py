@@ -241,7 +241,7 @@ def metrics(
 
 
 def counts(
-    cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, dataset: Data
+    cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, dataset: data.Data
 ) -> dict[str, Tensor]:
     """Of one crop: the gradient energies of reconstruction and image, (2,)."""
     return {"energy": losses.gradient_energy(out.recon, micro.image).cpu().double()}

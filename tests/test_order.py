@@ -65,7 +65,7 @@ def test_batches_are_a_function_of_step_alone(workers):
 
 def test_noise_is_another_one_in_each_step_and_for_each_crop():
     cfg = load_config([*TINY, "--batch", "2", "--accum", "2"])
-    crops = data.Crops(open_data(cfg.data, 0, say=lambda _: None), 0)
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
     seeds = []
     for _, micro_batches in step_batches(cfg, crops, range(0, 6), CPU, 4):
         seeds += [seed for micro in micro_batches for seed in micro.seeds]
@@ -93,8 +93,8 @@ def test_workers_begin_by_every_start_method_with_and_without_ranks(method, rank
     script.write_text(STARTS)
     words = [sys.executable, str(script)]
     if ranks > 1:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-                 str(script)]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc_per_node", str(ranks), str(script)]
     words += [method, *TINY, "--steps", "2", "--workers", "1", "--train.val_crops", "1",
               "--out", str(tmp_path / "r")]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
