@@ -1,4 +1,4 @@
-"""volumes/cache.py: what was cached under other settings is not reused, for every setting that changes voxels."""
+"""volumes/cache.py: what was cached under another setting is not reused, for each that changes voxels."""
 import dataclasses
 import json
 

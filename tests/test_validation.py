@@ -100,7 +100,7 @@ def test_the_average_is_what_is_validated_and_shipped(tmp_path):
     assert all(torch.equal(best["model"][name], average[name]) for name in average)
     assert any(not torch.equal(last["model"][name], average[name]) for name in average)
     cfg = load_config(["--config", str(tmp_path / "r/config.yaml")])
-    dataset = open_data(cfg.data, 0, lambda text: None)
+    dataset = data.open_data(cfg.data, 0, lambda text: None)
     errors = []
     for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
         x = crop.image[None]
