@@ -76,6 +76,7 @@ def test_held_out_files_are_those_that_the_run_did_not_train_on(tmp_path, capsys
     assert "all of 1 files were trained on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_series_that_are_resampled_count_for_each_voxel_of_their_source_and_are_known_by_their_file(tmp_path):
     """A 4-D file of 1 mm slices in a run of 2 mm: the bits of its latent are set beside the source's voxels
     and bits, for each of its volumes. It was trained on, as two volumes; a file that came later was not.

@@ -172,6 +172,7 @@ def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch):
     assert (saved.train.batch, saved.train.accum) == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_validation_that_runs_out_of_memory_does_not_turn_the_dial_of_training(tmp_path, monkeypatch):
     """Whole volumes may need tiles where the crops of a step do not: the steps stay as fast as they were.
     The next validation begins where the last one came to, and the figures are the same.

@@ -83,6 +83,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])       # fork: test_batches_are_a_function ...
 def test_workers_begin_by_every_start_method_with_and_without_ranks(method, ranks, tmp_path):

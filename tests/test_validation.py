@@ -90,6 +90,7 @@ def test_early_stopping_waits_as_keras_and_lightning_do(values, waited, sign, me
     assert state.best == sign * max(values)                      # best.pt takes every gain
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_validated_and_shipped(tmp_path):
     """best.pt holds the first average, and its figures are those of the average."""
     assert run("--steps", "3", "--train.ema", "0.9", "--optim.lr", "1e-2", out=tmp_path / "r") == 0
