@@ -21,6 +21,7 @@ from runs import (
     command,
     flags_of,
     load,
+    load_config,
     new_state,
     resume,
     rows,
@@ -28,8 +29,8 @@ from runs import (
     same,
     weights,
 )
-from training.config import TrainConfig, config_from
-from training.resume import restore
+from training.config import TrainConfig, config_dict, config_from
+from training.resume import restore, resumed_config
 from training.step import train_step
 
 # ------------------------------------------------------------------------------------- going on to the bit
@@ -221,3 +222,10 @@ def test_a_learned_codebook_trains_in_stage_1(tmp_path):
     assert run(*flags, "--init", str(tmp_path / "kl"), "--train.stage", "1", out=tmp_path / "one") == 0
     vq = [r["vq"] for r in rows(tmp_path / "one", "val")]
     assert vq[-1] < vq[0]
+
+
+def test_a_run_from_before_patients_goes_on_with_its_own_split():
+    config = config_dict(load_config([]))
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "auto"
+    del config["data"]["patient"]
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "file"

@@ -17,6 +17,7 @@ from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
 from volumes.intensities import Intensity, guess_modality, normalise
+from volumes.layouts import joined
 from volumes.volume import Request, Source, Volume, check_size, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
@@ -40,6 +41,8 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     check_pair(item, cfg)
     settings = cfg.voxel_settings(item.kind)
     source = formats.read_source(item.path, Request(None, settings.channel_axis, cfg.max_gib), settings.nan)
+    if item.more:
+        source = joined(item.more, source, Request(None, settings.channel_axis, cfg.max_gib), settings.nan)
     try:
         volumes = split_volumes(source, settings)
         named = modality_named(item, settings)
