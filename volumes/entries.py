@@ -10,6 +10,7 @@ import numpy as np
 
 from volumes.files import StoreError, one_line, show
 from volumes.intensities import Intensity
+from volumes.volume import Note
 
 Region = tuple[slice, slice, slice]  # of D, H, W
 
@@ -36,6 +37,7 @@ class Entry:
     label_ids: tuple[int, ...] = ()      # values that occur in that file, ascending
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as classes
     ignore_label: int | None = None
+    notes: tuple[Note, ...] = ()         # what a user should know of its file
 
     def read(self, region: Region | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region, of which alone is read."""

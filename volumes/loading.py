@@ -6,7 +6,7 @@ their image's grid, follow it through every change (nearest voxel), and come as 
 
 Shapes: C channels, D H W depth height width, T volumes of a 4-D file. Version 1.1.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from volumes.config import MAX_CLASSES, MODALITIES, DataConfig, VoxelSettings
 from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, guess_modality, normalise
-from volumes.volume import Request, Source, Volume, check_size, spacing_of
+from volumes.intensities import Intensity, guess_modality, normalise, notes_of
+from volumes.volume import Note, Request, Source, Volume, check_size, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
 WHOLE = 1e-4    # labels may be so far from whole numbers
@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
     labels: list[np.ndarray]                     # (D, H, W) uint8 or int16, for each volume or one for all;
                                                  # none without data.labels
     label_ids: tuple[int, ...]                   # values that occur in them, before they are resampled
+    notes: tuple[Note, ...] = ()                 # what a user should know of the file
 
 
 def load(item: Item, cfg: DataConfig) -> Loaded:
@@ -53,10 +54,11 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
                 raise DataError(f"holds {source.dtype}; modality picture is for whole numbers, whose type "
                                 f"gives the range")
             picture_max = float(np.iinfo(source.dtype).max)
-        done = []
+        done, notes = [], list(source.notes)
         for array in volumes:
             volume = source.volume._replace(array=array)
             done.append(finish(volume, modality, settings, cfg.max_gib, picture_max))
+            notes += notes_of(array, done[-1][1])
     except DataError as error:
         raise DataError(f"{show(item.path)}: {error}") from None
     voxels, _, affine = done[0]
@@ -64,7 +66,16 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     if cfg.labels:
         labels, ids = load_labels(item, source, len(volumes), voxels.shape[1:], cfg.max_gib)
     pairs = [(array, intensity) for array, intensity, _ in done]
-    return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids)
+    return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids,
+                  one_of_each(notes))
+
+
+def one_of_each(notes: Sequence[Note]) -> tuple[Note, ...]:
+    """The first note of each kind: a series of 200 volumes says once what holds for all of them."""
+    first: dict[str, Note] = {}
+    for note in notes:
+        first.setdefault(note.kind, note)
+    return tuple(first.values())
 
 
 def check_pair(item: Item, cfg: DataConfig) -> None:

@@ -20,12 +20,19 @@ class Volume(NamedTuple):
     affine: np.ndarray                   # (4, 4) of the RAS grid: X, Y, Z -> mm
 
 
+class Note(NamedTuple):
+    """What a user should know of a file that is used all the same."""
+    kind: str  # notes of one kind are told in one line, of the first file
+    text: str  # goes on after the file's name
+
+
 class Source(NamedTuple):
     """A file that has been read."""
     volume: Volume
     is_series: bool   # its 4th axis is that of an image (data.four_d), not the channels of an array
     dtype: str        # as stored
     orientation: str  # axis codes on disk such as LPS; "-" where the format has none
+    notes: tuple[Note, ...] = ()
 
 
 class Request(NamedTuple):
