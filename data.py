@@ -183,6 +183,8 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
     firsts = [group[0] for part in groups.values() for group in part]
     tell_guesses(firsts, say)
     tell_notes(firsts, say)
+    if cfg.voxel_scale is None:
+        tell_scales([entry for part in groups.values() for group in part for entry in group], say)
     return groups["training"], groups["validation"]
 
 
@@ -209,6 +211,18 @@ def tell_notes(entries: Sequence[Entry], say: Say) -> None:
     for (entry, text), *others in noted.values():
         more = f" (so too, in their own numbers, {len(others)} more files)" if others else ""
         say(f"data: {show(entry.path)}: {text}{more}")
+
+
+def tell_scales(entries: Sequence[Entry], say: Say) -> None:
+    """A line where voxel grids have a scale each: what is 1 in one of them is less in another."""
+    highs = [entry.intensity.high for entry in entries if entry.intensity.modality == "voxel"]
+    if len(set(highs)) < 2:
+        return
+    spread = [(min(channel), max(channel)) for channel in zip(*highs)]
+    least, largest = max(spread, key=lambda limits: limits[1] / limits[0])
+    one = ",".join(f"{limits[1]:.4g}" for limits in spread)
+    say(f"data: each of {len(highs)} voxel grids has its own scale, from {least:.4g} to {largest:.4g}; "
+        f"--data.voxel_scale {one} is one for all")
 
 
 def check_channels(item: Item, found: int, expected: int) -> None:

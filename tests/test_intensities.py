@@ -188,6 +188,41 @@ def test_an_outlier_is_told_and_the_lines_are_one_for_all_files(tmp_path):
     assert not notes_of(grid, normalise(grid, "ct")[1]), "a CT is clipped"
 
 
+@pytest.mark.parametrize("modality", ["ct", "auto"])
+def test_nan_of_a_ct_is_air(modality, tmp_path):
+    """Under data.nan=zero: 0 HU would be water. Where most of it is NaN too."""
+    array = ct_like((20, 24, 28)).astype(np.float32)
+    array[:19] = np.nan
+    array[19, 0, 0] = np.inf
+    save(tmp_path / "in" / "a.nii.gz", array)
+    _, opened = said_and_data(tmp_path / "in", tmp_path, modality=modality, labels=False, nan="zero")
+    out = opened.train[0].read()[0]
+    assert opened.train[0].intensity.modality == "ct"
+    assert (out[:, :, :19] == -1).all() and out[0, 0, 19] == -1 and (out[:, :, 19] > -1).mean() > 0.9
+
+
+def test_nan_of_other_data_is_their_background(tmp_path):
+    mr = np.random.default_rng(0).gamma(4, 100, (20, 24, 28)).astype(np.float32)
+    for name, array, expected in (("mr", mr, -1), ("floor", np.maximum(mr - 300, -100), -1),
+                                  ("signed", mr - 400, 0)):
+        array[3:5] = np.nan
+        path = save(tmp_path / f"{name}.nii.gz", array)
+        _, opened = said_and_data(path, tmp_path, modality="auto", labels=False, nan="zero")
+        assert (opened.train[0].read()[0][:, :, 3:5] == expected).all(), name
+
+
+def test_voxel_grids_with_a_scale_each_are_told(tmp_path):
+    grid = np.zeros((20, 24, 28), np.float32)
+    grid[3:6, 3, :] = 1
+    for name, factor in (("a", 2), ("b", 10), ("c", 4)):
+        save(tmp_path / "in" / f"{name}.nii.gz", grid * factor)
+    said, _ = said_and_data(tmp_path / "in", tmp_path, labels=False)
+    (line,) = [line for line in said if "its own scale" in line]
+    one_line(ValueError(line), "each of 3 voxel grids", "from 2 to 10", "data.voxel_scale 10 is one")
+    said, opened = said_and_data(tmp_path / "in", tmp_path, labels=False, voxel_scale=(10.0,))
+    assert not [line for line in said if "scale" in line] and opened.train[0].intensity.high == (10,)
+
+
 @needs_real
 def test_modality_is_guessed_from_the_values():
     expected = {

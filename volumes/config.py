@@ -65,7 +65,8 @@ class DataConfig:
                                              # resize wins
     four_d: str = "volumes"                  # 4th axis of an image: volumes (separate; split by file
                                              # all the same) | channels
-    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero
+    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero (or
+                                             # what is background: air in a CT, the floor of an MR)
     channel_axis: int | None = None          # of 4-D .npy and .npz; None: the shorter of the last and the
                                              # first axis, up to 8
     select_channel: int | None = None        # use this channel alone, from 0

@@ -20,6 +20,7 @@ from volumes.volume import Note
 PADDINGS = 4       # values below air that a CT may hold: scanners and stitching pad with one each
 SIGNED = 0.1       # of the high end of the values: a low end further below 0 is no noise or ringing
 AT_LEAST = 0.02    # share of the voxels at the least value, from which on it is taken for the background
+AIR = -1000.0      # HU
 CT_AIR = -950.0    # HU below which nothing is told to be clipped: air, and padding
 CLIPPED = 0.01     # share of the voxels that are no background; more than that is told when it is clipped
 FEW = 10           # voxels that may be clipped in silence whatever their share, of a volume of 3,3,3 say
@@ -61,6 +62,19 @@ def guess_modality(array: np.ndarray) -> str:
     if is_padding and has_air and is_rarely_above:
         return "ct"
     return "signed" if is_signed(values) and not has_floor(values) else "mr"
+
+
+def fill(array: np.ndarray, bad: np.ndarray, modality: str) -> None:
+    """Put background where `bad`, in place: air in a CT, 0 in others, of an MR no more than its least value.
+
+    array (C, D, H, W) as stored; bad: a mask of it.
+    """
+    value = 0.0
+    if modality == "ct":
+        value = AIR
+    elif modality == "mr" and not bad.all():
+        value = min(0.0, float(array[~bad].min()))
+    array[bad] = value
 
 
 def is_signed(values: np.ndarray) -> bool:

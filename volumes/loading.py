@@ -16,7 +16,7 @@ from volumes.config import MAX_CLASSES, MODALITIES, DataConfig, VoxelSettings
 from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, guess_modality, normalise, notes_of
+from volumes.intensities import Intensity, fill, guess_modality, normalise, notes_of
 from volumes.volume import Note, Request, Source, Volume, check_size, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
@@ -40,14 +40,25 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     """Read, select, split into volumes, normalise, resample. Raises DataError naming the file."""
     check_pair(item, cfg)
     settings = cfg.voxel_settings(item.kind)
-    source = formats.read_source(item.path, Request(None, settings.channel_axis, cfg.max_gib), settings.nan)
+    nan = "keep" if settings.nan == "zero" else settings.nan
+    source = formats.read_source(item.path, Request(None, settings.channel_axis, cfg.max_gib), nan)
     try:
-        volumes = split_volumes(source, settings)
-        named = modality_named(item, settings)
-        if named == "auto":
-            modality = guess_modality(source.volume.array)
-        else:
+        # First what is measured, and the background in place of NaN.
+        stored, named = source.volume.array, modality_named(item, settings)
+        bad = None
+        if nan == "keep" and not np.isfinite(stored).all():
+            bad = ~np.isfinite(stored)
+        if named != "auto":
             modality = MODALITIES[named]
+        elif bad is None or bad.all():
+            modality = guess_modality(stored)
+        else:
+            modality = guess_modality(stored[~bad])
+        if bad is not None:
+            fill(stored, bad, modality)
+
+        # Then each volume of it.
+        volumes = split_volumes(source, settings)
         picture_max = 255.0
         if modality == "picture":
             if np.dtype(source.dtype).kind not in "iu":

@@ -126,10 +126,10 @@ def check_dtype(dtype: np.dtype) -> None:
 def check_finite(array: np.ndarray, nan: str) -> None:
     """NaN policy of an array (C, D, H, W), in place. Infinite voxels, and values beyond float32, count too.
 
-    nan: "zero" replaces them by 0; else they are refused, and where it is "error" the line names that way
-    out.
+    nan: "zero" replaces them by 0, "keep" leaves them; else they are refused, and where it is "error" the
+    line names that way out.
     """
-    if np.isfinite(array).all():
+    if nan == "keep" or np.isfinite(array).all():
         return
     bad = ~np.isfinite(array)
     if nan == "zero":
