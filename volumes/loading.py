@@ -20,7 +20,8 @@ from volumes.intensities import Intensity, fill, guess_modality, normalise, note
 from volumes.volume import Note, Request, Source, Volume, check_size, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
-WHOLE = 1e-4    # labels may be so far from whole numbers
+WHOLE = 1e-4    # labels may be so far from whole numbers,
+SURELY = 0.25   # and so far where whole numbers stand for them by a scale that misses them
 
 
 class Loaded(NamedTuple):
@@ -70,6 +71,7 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
             volume = source.volume._replace(array=array)
             done.append(finish(volume, modality, settings, cfg.max_gib, picture_max))
             notes += notes_of(array, done[-1][1])
+        notes += thin_axes(source.volume.array.shape[1:], done[0][0].shape[1:], source.volume.spacing)
     except DataError as error:
         raise DataError(f"{show(item.path)}: {error}") from None
     voxels, _, affine = done[0]
@@ -79,6 +81,16 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     pairs = [(array, intensity) for array, intensity, _ in done]
     return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids,
                   one_of_each(notes))
+
+
+def thin_axes(old: Sequence[int], new: Sequence[int], spacing: Sequence[float]) -> list[Note]:
+    """A note where a resampling leaves one voxel of several on an axis. Sizes and spacing (mm): D, H, W."""
+    thin = [axis for axis in range(3) if new[axis] == 1 < old[axis]]
+    if not thin:
+        return []
+    lost = " and ".join(f"{old[axis]} voxels of {spacing[axis]:.3g} mm along {'DHW'[axis]}" for axis in thin)
+    return [Note("thin", f"its {lost} become one by resampling; see data.spacing, data.resize and data.scale "
+                         f"(sizes and mm are D,H,W), and the unit of its header")]
 
 
 def one_of_each(notes: Sequence[Note]) -> tuple[Note, ...]:
@@ -158,7 +170,7 @@ def load_labels(item: Item, image: Source, count: int, size: tuple[int, ...],
             plural = "s" if count > 1 else ""
             raise DataError(f"has {len(array)} volumes or channels, its image {show(item.path.name)} {count} "
                             f"volume{plural}; store one class number per voxel")
-        whole = whole_numbers(array)
+        whole = whole_numbers(array, source.step)
         ids = values_in(whole)
         if len(ids) > MAX_CLASSES:
             raise DataError(f"holds {len(ids)} different values, from {whole.min()} to {whole.max()}, more "
@@ -186,10 +198,13 @@ def check_grid(source: Source, image: Source, name: str) -> None:
                         f"resample the label onto its image's grid")
 
 
-def whole_numbers(array: np.ndarray) -> np.ndarray:
-    """Labels (T, D, H, W) float32 -> uint8 or int16."""
+def whole_numbers(array: np.ndarray, step: float = 0.0) -> np.ndarray:
+    """Labels (T, D, H, W) float32 -> uint8 or int16.
+
+    step: between the values that their file can hold, of which each label lies at the nearest.
+    """
     whole = np.rint(array)
-    bad = np.abs(array - whole) > WHOLE
+    bad = np.abs(array - whole) > max(WHOLE, min(0.51 * step, SURELY))
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
         raise DataError(f"{int(bad.sum())} labels are no whole numbers, first {array[first]:g} at "

@@ -33,6 +33,7 @@ class Source(NamedTuple):
     dtype: str        # as stored
     orientation: str  # axis codes on disk such as LPS; "-" where the format has none
     notes: tuple[Note, ...] = ()
+    step: float = 0.0  # between neighbouring values, of whole numbers that are stored with a scale
 
 
 class Request(NamedTuple):
