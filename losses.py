@@ -6,7 +6,6 @@
 
 Losses are computed in float32 or wider, also under autocast. Reconstruction, structure and segmentation
 work slab by slab: no full-size float32 copy of a 16-bit volume exists, only a gradient in its dtype.
-
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, K classes.
 Intensities are in [-1, 1], so data_range is 2. Version 0.3 (2026-11).
 """

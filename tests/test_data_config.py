@@ -94,13 +94,3 @@ KEYS = {
     "half": "a7bcf20577b4d601e5712b2c",
     "all": "832ff7693445c9d92e5ed298",
 }
-
-
-def test_keys_are_those_of_version_1():
-    """A cache is not built anew because the code was rewritten."""
-    stamps = [[("/data/scan.nii.gz", 1234, 5678)]]
-    expected = {
-        "": {}, "lung": {"window": "lung"}, "half": {"scale": 0.5}, "all": {"percentiles_of": "all"},
-    }
-    assert {name: key_of(stamps, DataConfig(**fields).voxel_settings("ct"))
-            for name, fields in expected.items()} == KEYS
