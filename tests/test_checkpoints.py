@@ -32,6 +32,7 @@ def test_every_load_is_weights_only():
     assert found
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path, rng, found = tmp_path / "x.pt", random.Random(0), 0
     model = {"a": torch.arange(40.0), "b": torch.ones(3)}

@@ -86,11 +86,3 @@ def test_a_setting_that_comes_in_later_leaves_old_caches_as_they_are():
     later = dataclasses.make_dataclass("Later", [("gamma", float, 1.0)], bases=(VoxelSettings,), frozen=True)
     values = dataclasses.astuple(settings)
     assert key_of(stamps, later(*values)) == key_of(stamps, settings) != key_of(stamps, later(*values, 2.0))
-
-
-KEYS = {
-    "": "d1659d1e7618d68bd6ebb4b9",
-    "lung": "abe6e0f715d91860e4b187c9",
-    "half": "a7bcf20577b4d601e5712b2c",
-    "all": "832ff7693445c9d92e5ed298",
-}

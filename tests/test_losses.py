@@ -511,6 +511,7 @@ def test_config_takes_lists():
     )
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     said = run_alone(tmp_path, ["losses.py"], """
 import torch, losses

@@ -77,6 +77,7 @@ def test_out_of_memory_with_discriminator_and_codebook_changes_no_result(share):
     assert farthest(*results) < 1e-5
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_count_a_repeated_step_once():
     """Running statistics move in the forward pass, before anyone knows how the step ends."""
     results, notes = [], []
@@ -91,6 +92,7 @@ def test_batch_norm_statistics_count_a_repeated_step_once():
     assert farthest(results[0].values(), results[1].values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.93, 0.96, 0.999])
 def test_out_of_memory_inside_the_update_stops_or_changes_nothing(share):
     """An update of which a part is written cannot be repeated."""
@@ -145,6 +147,7 @@ def test_other_errors_are_no_reason_to_turn_the_dial():
 
 # ---------------------------------------------------------------------------------------- in a whole run
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch):
     """Epoch, optimizer and effective batch are kept, the change is logged and in config.yaml, and the
     resolution is never touched; once it was halved.

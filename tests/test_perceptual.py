@@ -186,6 +186,7 @@ def test_each_degradation_does_what_it_says():
     assert seen == set(perceptual.DEGRADATIONS)
 
 
+@pytest.mark.slow
 def test_feature_trainer_learns_and_its_file_comes_back():
     torch.manual_seed(0)
     trainer = FeatureTrainer(FeatureNet3d((8, 16)))

@@ -250,6 +250,7 @@ def test_network_with_codes(fields):
         build().decode_indices(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [dict(bottleneck="vq", num_codes=32), dict(bottleneck="fsq", fsq_levels=(5, 4))], ids=str
 )
