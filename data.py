@@ -39,7 +39,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from volumes import formats
 from volumes.cache import cache_folder, cached_entries, with_points
@@ -49,7 +48,7 @@ from volumes.entries import Entry, Groups
 from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
-from volumes.grids import resample_label
+from volumes.grids import resample, resample_label
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
@@ -172,7 +171,11 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
     if refused:
         say(f"data: {refused} of {len(items)} files refused, going on with the others; --data.strict makes "
             f"that an error")
-    tell_guesses([group[0] for part in groups.values() for group in part], say)
+    firsts = [group[0] for part in groups.values() for group in part]
+    tell_guesses(firsts, say)
+    tell_notes(firsts, say)
+    if cfg.voxel_scale is None:
+        tell_scales([entry for part in groups.values() for group in part for entry in group], say)
     return groups["training"], groups["validation"]
 
 
@@ -188,6 +191,29 @@ def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
         more = ", ..." if len(guessed) > 4 else ""
         say(f"data: guessed {modality} from the values of {len(guessed)} file{plural} ({names}{more}); "
             f"data.modality or a datalist's class says it")
+
+
+def tell_notes(entries: Sequence[Entry], say: Say) -> None:
+    """A line for each kind of note on files, of the first one. entries: one of each file."""
+    noted: dict[str, list[tuple[Entry, str]]] = {}
+    for entry in entries:
+        for note in entry.notes:
+            noted.setdefault(note.kind, []).append((entry, note.text))
+    for (entry, text), *others in noted.values():
+        more = f" (so too, in their own numbers, {len(others)} more files)" if others else ""
+        say(f"data: {show(entry.path)}: {text}{more}")
+
+
+def tell_scales(entries: Sequence[Entry], say: Say) -> None:
+    """A line where voxel grids have a scale each: what is 1 in one of them is less in another."""
+    highs = [entry.intensity.high for entry in entries if entry.intensity.modality == "voxel"]
+    if len(set(highs)) < 2:
+        return
+    spread = [(min(channel), max(channel)) for channel in zip(*highs)]
+    least, largest = max(spread, key=lambda limits: limits[1] / limits[0])
+    one = ",".join(f"{limits[1]:.4g}" for limits in spread)
+    say(f"data: each of {len(highs)} voxel grids has its own scale, from {least:.4g} to {largest:.4g}; "
+        f"--data.voxel_scale {one} is one for all")
 
 
 def check_channels(item: Item, found: int, expected: int) -> None:
@@ -356,7 +382,8 @@ def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, 
         size = tuple(max(1, round(n / zoom)) if n > 1 else 1 for n in patch)
     crop, label = cut(entry, size, starts_of(entry, size, draw[:3], point))
     if size != patch:
-        crop = F.interpolate(torch.from_numpy(crop)[None], size=patch, mode="trilinear")[0].numpy()
+        # Where it shrinks with a wider kernel, as a coarser scan has it: without, noise and lines alias.
+        crop, _ = resample(crop, np.eye(4), patch)
         label = None if label is None else resample_label(label, patch)
     # Flips.
     if cfg.flip != "none":
@@ -417,6 +444,7 @@ def check(paths: list[str]) -> int:
                 except DataError as error:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
+            verdict = "; ".join([verdict, *(note.text for note in loaded.notes)])
             print(COLUMNS.format(show(item.path), *described(loaded), verdict, width=width), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")
     return 1 if refused else 0

@@ -6,7 +6,6 @@
 
 Losses are computed in float32 or wider, also under autocast. Reconstruction, structure and segmentation
 work slab by slab: no full-size float32 copy of a 16-bit volume exists, only a gradient in its dtype.
-
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, K classes.
 Intensities are in [-1, 1], so data_range is 2. Version 0.3 (2026-11).
 """
@@ -28,7 +27,7 @@ OCCUPIED = 0.05              # distance of an occupied voxel from the background
 SLAB_VOXELS = 1 << 21        # elements widened to float32 at a time: 8 MiB a temporary
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """The training criterion: reconstruction, KL or codebook, further terms; or cross-entropy and Dice."""
     recon: str = "l1"                           # l1 | mse | l1_l2 (half and half)
@@ -52,6 +51,7 @@ class LossConfig:
     disc_strides: tuple[int, int, int] | tuple[tuple[int, int, int], ...] = (2, 2, 2)  # of all, or of each
     disc_norm: str = "none"                     # none | group | instance | spectral
     disc_lr: float | None = None                # none: optim.lr
+    disc_grad_clip: float = 0.0                 # largest norm of its own gradient; 0: no clipping
     feature_matching_weight: float = 0.0        # L1 of the discriminator's features (arXiv:1711.11585: 10)
     r1_weight: float = 0.0                      # gamma of arXiv:1801.04406, Eq. 9 (there 10)
     r1_every: int = 16                          # every so many steps, times so many (arXiv:1912.04958)
@@ -70,8 +70,8 @@ class LossConfig:
         # `not x >= 0` rather than `x < 0`: NaN fails it too
         least = {name: 0 for name in (
             "kl_weight", "structure_weight", "perceptual_weight", "perceptual_start", "perceptual_warmup",
-            "adv_weight", "disc_start", "disc_warmup", "feature_matching_weight", "r1_weight",
-            "lecam_weight")}
+            "adv_weight", "disc_start", "disc_warmup", "disc_grad_clip", "feature_matching_weight",
+            "r1_weight", "lecam_weight")}
         for name, bound in (least | {"disc_channels": 1, "disc_layers": 1, "r1_every": 1}).items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"loss.{name} must be {bound} or more, got {getattr(self, name)}")
@@ -85,18 +85,19 @@ class LossConfig:
         if self.perceptual_features in ("", "none"):
             raise ValueError("loss.perceptual_features must be random or a file; "
                              "loss.perceptual_weight=0 switches the term off")
-        # lists, as YAML has them, become tuples
+        # lists, as YAML has them, become tuples; object's own __setattr__: the instance is frozen
         if self.crop is not None:
-            self.crop = tuple(self.crop)
+            object.__setattr__(self, "crop", tuple(self.crop))
             if len(self.crop) != 3 or min(self.crop) < 1:
                 raise ValueError(f"loss.crop needs three sizes D,H,W of 1 or more, got {self.crop}")
-        self.disc_strides = tuple(tuple(s) if isinstance(s, (tuple, list)) else s for s in self.disc_strides)
+        strides = tuple(tuple(s) if isinstance(s, (tuple, list)) else s for s in self.disc_strides)
+        object.__setattr__(self, "disc_strides", strides)
         layer_strides(self.disc_strides, self.disc_layers, "loss.disc_strides")
         for name, what in (("channel_weights", "channel"), ("class_weights", "class")):
             if getattr(self, name) is None:
                 continue
             factors = tuple(getattr(self, name))
-            setattr(self, name, factors)
+            object.__setattr__(self, name, factors)
             if not factors or not min(factors) >= 0:
                 raise ValueError(f"loss.{name} needs one factor of 0 or more per {what}, got {factors}")
 
@@ -294,15 +295,15 @@ def ssim(recon: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
         for d in range(0, out_size[0], depth):
             part = slice(b, b + 1), slice(None), slice(d, min(d + depth, out_size[0]) + halo)
             total += _ssim_map(recon[part].to(dtype), target[part].to(dtype), kernels, data_range).sum()
-    positions = recon.shape[0] * recon.shape[1] * out_size[0] * out_size[1] * out_size[2]
-    return total / positions
+    return total / (recon.shape[0] * recon.shape[1] * out_size[0] * out_size[1] * out_size[2])
 
 
 def _ssim_map(x: Tensor, y: Tensor, kernels: list[Tensor], data_range: float) -> Tensor:
     """SSIM at each position of the kernel: x, y (1, C, D, H, W) -> (C, 1, D', H', W')."""
     moments = torch.cat([x, y, x * x, y * y, x * y], dim=1).movedim(1, 0)   # (5C, 1, D, H, W)
     for axis, kernel in enumerate(kernels, 2):
-        moments = F.conv3d(moments, kernel.view([-1 if i == axis else 1 for i in range(5)]))
+        with torch.autocast(x.device.type, enabled=False):  # variances are differences: 16 bits lose them
+            moments = F.conv3d(moments, kernel.view([-1 if i == axis else 1 for i in range(5)]))
     mx, my, xx, yy, xy = moments.split(x.shape[1])
     # Eq. 13: (2 mx my + c1) (2 cov + c2) / ((mx^2 + my^2 + c1) (vx + vy + c2))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -317,23 +318,24 @@ def _gaussian(length: int, dtype: torch.dtype, device: torch.device, sigma: floa
     return kernel / kernel.sum()
 
 
-@torch.no_grad()
 def sharpness(recon: Tensor, target: Tensor) -> Tensor:
-    """Sum of recon's squared forward differences over that of target's: below 1 is blurrier, above noisier.
+    """() gradient energy of recon over that of target: below 1 is blurrier; not finite for a flat target."""
+    return torch.divide(*gradient_energy(recon, target))
 
-    recon, target (B, C, D, H, W) -> () float32 or wider, not finite for a flat target.
-    """
-    check_pair("sharpness", recon, target)
-    dtype = torch.promote_types(recon.dtype, torch.float32)
-    energy = recon.new_zeros(2, dtype=dtype)
+
+@torch.no_grad()
+def gradient_energy(recon: Tensor, target: Tensor) -> Tensor:
+    """Sums of squared forward differences of recon and of target, both (B, C, D, H, W) -> (2,)."""
+    check_pair("gradient_energy", recon, target)
+    energy = recon.new_zeros(2, dtype=torch.promote_types(recon.dtype, torch.float32))
     for part in slabs(recon):
         # the next slab's first slice ends the last difference along D
         read = part[0], part[1], slice(part[2].start, part[2].stop + 1)
-        for i, x in enumerate((recon[read].to(dtype), target[read].to(dtype))):
+        for i, x in enumerate((recon[read].to(energy.dtype), target[read].to(energy.dtype))):
             own = x[:, :, :part[2].stop - part[2].start]
             energy[i] += x.diff(dim=2).square().sum()
             energy[i] += own.diff(dim=3).square().sum() + own.diff(dim=4).square().sum()
-    return energy[0] / energy[1]
+    return energy
 
 
 @torch.no_grad()
@@ -354,7 +356,6 @@ def occupancy_iou(recon: Tensor, target: Tensor, background: float = -1.0,
 
 
 # --------------------------------------------------------------------------------------------- segmentation
-
 
 class SegmentationLoss(NamedTuple):
     loss: Tensor            # () (1 - dice_share) * ce + dice_share * dice_loss

@@ -323,9 +323,9 @@ def far_rows(rows: Tensor, codes: Tensor, amount: int, generator: torch.Generato
     nearest code.
     """
     index, _, _ = nearest(rows, codes)
-    error = (rows - codes[index]).square().sum(1).double()
-    # On the CPU: CUDA's running sum differs from run to run.
-    edges = (error + 1e-12 + 1e-3 * error.mean()).cpu().cumsum(0)
+    # On the CPU: CUDA's running sum differs from run to run, and MPS has no float64.
+    error = (rows - codes[index]).square().sum(1).cpu().double()
+    edges = (error + 1e-12 + 1e-3 * error.mean()).cumsum(0)
     draw = torch.rand(amount, generator=generator, dtype=torch.float64) * edges[-1]
     drawn = torch.searchsorted(edges, draw).clamp_max(len(rows) - 1)
     return rows[drawn.to(rows.device)]

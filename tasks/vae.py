@@ -31,7 +31,7 @@ from training.adversary import disc_rate
 from training.cases import Case
 from training.config import TrainConfig
 from training.devices import on_device, to_device
-from training.evaluation import compared
+from training.evaluation import MOST_PSNR, compared
 from training.forward import forward
 from training.latents import LatentKind
 from training.log import codebook_use
@@ -226,17 +226,33 @@ def reconstruction_terms(
 def metrics(
     cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, crop: data.Crop
 ) -> dict[str, Tensor]:
-    """psnr, ssim, (unweighted) l1, sharpness, and iou of occupied voxels for voxel grids."""
+    """psnr, ssim, (unweighted) l1, and iou of occupied voxels for voxel grids. A perfect crop has
+    MOST_PSNR, so that it does not make the mean infinite.
+    """
     x = micro.image
     found = {
-        "psnr": losses.psnr(out.recon, x),
+        "psnr": losses.psnr(out.recon, x).clamp(max=MOST_PSNR),
         "ssim": losses.ssim(out.recon, x),
         "l1": losses.reconstruction_loss(out.recon, x, "l1"),
-        "sharpness": losses.sharpness(out.recon, x),
     }
     if crop.entry.intensity.modality == "voxel":
         found["iou"] = losses.occupancy_iou(out.recon, x, cfg.loss.background)
     return found
+
+
+def counts(
+    cfg: TrainConfig, out: vae3d.VAEOutput | vae3d.VQOutput, micro: MicroBatch, dataset: data.Data
+) -> dict[str, Tensor]:
+    """Of one crop: the gradient energies of reconstruction and image, (2,)."""
+    return {"energy": losses.gradient_energy(out.recon, micro.image).cpu().double()}
+
+
+def figures(sums: dict[str, Tensor]) -> dict[str, float]:
+    """sharpness, the ratio of the sums over all held-out crops: the mean of the crops' ratios would be that
+    of the flattest one.
+    """
+    recon, target = sums["energy"].tolist()
+    return {"sharpness": recon / target if target else math.nan}
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: vae3d.VAEOutput | vae3d.VQOutput) -> Picture:
@@ -299,7 +315,7 @@ def latent_statistics(run: Run, vae: VAE3D) -> dict:
         if ranks.world() == 1:
             stop_if_signalled(run)
         x = to_device(run.crops[index][0][None], run.device)
-        mu = forward(run.state, vae.encode, x)[0].double()
+        mu = forward(run.state, vae.encode, x)[0].cpu().double()  # MPS has no float64
         count = count + mu[0, 0].numel()
         total = total + mu.sum((0, 2, 3, 4))
         squares = squares + mu.square().sum((0, 2, 3, 4))
@@ -407,7 +423,7 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     latent = encode(ready, volume, tick=tick)
     recon = decode(ready, latent, volume.shape[1:], tick)
     seconds = time.monotonic() - started
-    scores = compared(recon, volume, intensity, ready.device)
+    scores, sums = compared(recon, volume, intensity, ready.device)
 
     # Then how small the latent is: its bits beside the source's voxels, and beside the bits that the source
     # has on disk for each of its volumes. A latent of numbers is counted with 32 bits each and with 16.
@@ -418,11 +434,11 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
         scores[f"bits_per_voxel{kind}"] = latent.size * each / voxels
         scores[f"compression{kind}"] = source_bits / (latent.size * each)
     if codes is None:
-        return Scored(scores, recon, seconds, {})
+        return Scored(scores, recon, seconds, sums)
 
     # Then which codes are used, of this volume, and to be added up over all.
     usage = torch.bincount(torch.from_numpy(latent).flatten(), minlength=codes)
-    return Scored(scores | codebook_use(usage), recon, seconds, {"usage": usage})
+    return Scored(scores | codebook_use(usage), recon, seconds, sums | {"usage": usage})
 
 
 def pooled(sums: dict[str, Tensor]) -> dict[str, float]:

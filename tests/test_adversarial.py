@@ -30,6 +30,17 @@ def test_discriminator_parameter_count(norm, count):
     assert sum(p.numel() for p in PatchDiscriminator3d(1, 32, 3, norm=norm).parameters()) == count
 
 
+@pytest.mark.parametrize("norm", ["none", "group", "spectral"])
+def test_weights_begin_as_he_has_it_for_leaky_relu(norm):
+    """std = sqrt(2 / (1 + .2^2) / fan in) (arXiv:1502.01852, Eq. 15), fan in = channels x 4^3."""
+    torch.manual_seed(0)
+    network = PatchDiscriminator3d(1, 32, 2, norm=norm)
+    for width, block in zip((32, 64), network.hidden[1:]):
+        weight = block[0].weight.detach()
+        wanted = math.sqrt(2 / 1.04 / (width * 64))
+        assert weight[0].numel() == width * 64 and abs(float(weight.std()) / wanted - 1) < 0.02
+
+
 @pytest.mark.parametrize(
     "norm,theirs",
     [

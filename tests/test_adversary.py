@@ -47,6 +47,30 @@ def test_discriminator_gradients_are_those_of_its_own_loss_alone(kind, sizes, am
         assert b.norm() > 0 and far <= (1e-2 if amp else 1e-5), far
 
 
+def disc_gradients(**fields):
+    """Gradients of discriminator and network after a step."""
+    cfg, state = tiny_state(**GAN, loss__r1_every=1, **fields)
+    train_step(cfg, state, micro_batches([1, 1]))
+    return gradients(state.disc), gradients(state.model)
+
+
+def test_the_weight_of_r1_is_not_clipped_away():
+    """g(w) = g(0) + w g(R1): optim.grad_clip is the network's alone. It once clipped both, and r1_weight 1
+    and 10 gave the same step.
+    """
+    none, one, ten = (disc_gradients(loss__r1_weight=w, optim__grad_clip=1e-3)[0] for w in (0, 100, 1000))
+    assert one.norm() > 1 and (one - none).norm() > 0.1
+    torch.testing.assert_close(ten - none, 10 * (one - none), rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+def test_the_discriminators_own_limit_clips_it_and_nothing_else():
+    disc, model = disc_gradients(optim__grad_clip=1e-3)
+    clipped, same_model = disc_gradients(optim__grad_clip=1e-3, loss__disc_grad_clip=0.01)
+    assert disc.norm() > 0.02 and abs(float(clipped.norm()) - 0.01) < 1e-5
+    torch.testing.assert_close(clipped, disc * (0.01 / disc.norm()), rtol=1e-3, atol=1e-7)
+    assert torch.equal(model, same_model) and abs(float(model.norm()) - 1e-3) < 1e-6
+
+
 def test_two_optimizers_share_a_gradient_scaler():
     """An overflow in the discriminator alone skips both, and halves the scale."""
     cfg, state = tiny_state(**GAN)

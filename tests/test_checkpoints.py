@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import zipfile
 from typing import Any, TypedDict
 
 import pytest
@@ -31,6 +32,7 @@ def test_every_load_is_weights_only():
     assert found
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path, rng, found = tmp_path / "x.pt", random.Random(0), 0
     model = {"a": torch.arange(40.0), "b": torch.ones(3)}
@@ -53,6 +55,19 @@ def test_any_flipped_bit_is_found_or_changes_nothing(tmp_path):
     path.write_bytes(good[:len(good) // 2])
     with pytest.raises(ValueError, match="cut short"):
         checkpoints.read(path)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """A gigabyte of zeros packs into a megabyte: what is read must be as large as the file says."""
+    plain, packed = tmp_path / "plain.pt", tmp_path / "packed.pt"
+    content = {"kind": "vae3d.train", "version": checkpoints.VERSIONS["vae3d.train"], "x": torch.zeros(999)}
+    checkpoints.save(plain, content)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert torch.load(packed, weights_only=True)["x"].shape == (999,)   # torch would take it
+    with pytest.raises(ValueError, match="packed.pt.*compressed"):
+        checkpoints.read(packed)
 
 
 class Inner(TypedDict):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from runs import CPU, ROOT, load_config
+from test_imports import files
 from training import devices
 from training.devices import pick_precision, set_backend
 
@@ -47,3 +48,25 @@ def test_amp_without_native_bf16_says_so(monkeypatch):
     monkeypatch.setattr(devices, "cpu_bf16_is_right", lambda: True)
     assert pick_precision(True, CPU)[0] is torch.bfloat16
     assert pick_precision(True, torch.device("cuda"))[0] is torch.bfloat16
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("pynvml"), RuntimeError("NVML: not supported"),
+                                   AttributeError("nvmlInit"), OSError("libnvidia-ml.so.1")])
+def test_what_nvml_raises_ends_no_run(error, monkeypatch):
+    """Under MIG, after an update of the driver, in a container without its library."""
+    def fails(device):
+        raise error
+    monkeypatch.setattr(torch.cuda, "utilization", fails)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 ** 30)
+    assert devices.gpu_use(torch.device("cuda")) == {"gpu_reserved_gib": 1.0}
+
+
+def test_float64_is_made_on_the_cpu_alone():
+    """`.double()` on MPS, which has none, raised at the end of a run, after a dead code, and at its first
+    validation of a codebook.
+    """
+    for path in files():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            made = line.replace(".cpu().double()", "")
+            at_home = "usage.double()" in line or "(usage > 0)" in line     # moved to the CPU before
+            assert ".double()" not in made or at_home, f"{path.name}:{number}: {line.strip()}"

@@ -2,10 +2,12 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 
 import predict
@@ -15,6 +17,7 @@ from tasks import TASKS, vae
 from training import evaluation
 from training.cases import read_case
 from training.ready import data_config, load
+from training.task import Scored
 from volumes.find import Item
 
 
@@ -74,6 +77,34 @@ def test_held_out_files_are_those_that_the_run_did_not_train_on(tmp_path, capsys
     assert "all of 1 files were trained on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_series_that_are_resampled_count_for_each_voxel_of_their_source_and_are_known_by_their_file(tmp_path):
+    """A 4-D file of 1 mm slices in a run of 2 mm: the bits of its latent are set beside the source's voxels
+    and bits, for each of its volumes. It was trained on, as two volumes; a file that came later was not.
+    """
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    series = rng.integers(-1000, 1001, (12, 14, 10, 2)).astype(np.int16)
+    nib.save(nib.Nifti1Image(series, np.eye(4)), folder / "series.nii.gz")
+    assert train.main([*TINY, "--vae.base_channels", "4", "--data", str(folder), "--data.spacing", "2,1,1",
+                       "--data.val_fraction", "0", "--data.cache_dir", str(tmp_path / "cache"),
+                       "--out", str(tmp_path / "run")]) == 0
+    assert use("evaluate", tmp_path / "run", "--data", folder, "--json", tmp_path / "a.json") == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["volumes"]
+
+    # 10,14,12 -> 5,14,12 -> a latent of 3,4,3 of 4 channels at 32 bits; 16 bits a voxel on disk.
+    bits = 3 * 4 * 3 * 4 * 32 / (10 * 14 * 12)
+    assert [row["shape"] for row in rows] == [[5, 14, 12]] * 2
+    assert all(math.isclose(row["bits_per_voxel"], bits) for row in rows)
+    assert all(math.isclose(row["compression"], 16 / bits) for row in rows)
+
+    ct_file(folder / "later.nii.gz", shape=(12, 14, 10))
+    assert use("evaluate", tmp_path / "run", "--data", folder, "--split", "held-out",
+               "--json", tmp_path / "b.json") == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["volumes"]
+    assert [Path(row["file"]).name for row in rows] == ["later.nii.gz"]
+
+
 def test_evaluate_counts_codes_and_channels(tmp_path, runs):
     path = ct_file(tmp_path / "a.nii.gz", shape=(16, 16, 8))
     assert use("evaluate", runs("vq"), "--data", path, "--json", tmp_path / "vq.json") == 0
@@ -123,6 +154,38 @@ def test_worst_median_and_best_by_a_figure_of_which_more_or_less_is_better():
     assert evaluation.worst_median_best(rows, "l1", False) == {"Worst": 1, "Median": 4, "Best": 3}
     assert evaluation.worst_median_best(rows[2:4], "l1", False) == {"Worst": 0, "Best": 1}
     assert evaluation.worst_median_best(rows[:1], "l1") == {"The only": 0}
+
+
+def test_one_perfect_or_flat_volume_makes_no_mean():
+    """A perfect reconstruction counts as 100 dB. Sharpness is a ratio of sums: 1 of a noisy volume that is
+    given back and 0.25 of one at half its contrast, which has 4 times the gradient energy, are 0.4; a flat
+    volume with noise adds next to nothing, and not a ratio of millions.
+    """
+    rng = np.random.default_rng(0)
+    noise = (0.1 * rng.standard_normal((1, 8, 8, 8))).astype(np.float32)
+    flat = np.full_like(noise, 0.5)
+    pairs = [(noise, noise), (noise, 2 * noise), (flat + 1e-4 * noise, flat)]
+    rows, totals = [], evaluation.Totals()
+    for recon, volume in pairs:
+        intensity = types.SimpleNamespace(modality="ct")
+        scores, sums = evaluation.compared(recon, volume, intensity, torch.device("cpu"))
+        rows.append({"file": "x"} | scores)
+        totals.add(volume, Scored(scores, recon, 1.0, sums))
+    task = types.SimpleNamespace(pooled=lambda sums: {})
+    ready = types.SimpleNamespace(device=torch.device("cpu"), task=task)
+    mean = evaluation.summary(ready, rows, [], totals)["mean"]
+    assert rows[0]["psnr"] == 100 and rows[2]["sharpness"] > 1e3
+    assert math.isclose(mean["sharpness"], (1 + 1) / (1 + 4), rel_tol=1e-4)
+    assert math.isclose(mean["psnr"], (100 + rows[1]["psnr"] + rows[2]["psnr"]) / 3)
+    # The same in validation.
+    counts, crop = [], types.SimpleNamespace(entry=types.SimpleNamespace(intensity=intensity))
+    for recon, volume in pairs:
+        out = types.SimpleNamespace(recon=torch.from_numpy(recon)[None])
+        micro = types.SimpleNamespace(image=torch.from_numpy(volume)[None])
+        found = vae.metrics(None, out, micro, crop)
+        assert math.isclose(float(found["psnr"]), rows[len(counts)]["psnr"], rel_tol=1e-5)
+        counts.append(vae.counts(None, out, micro, None)["energy"])
+    assert math.isclose(vae.figures({"energy": sum(counts)})["sharpness"], 2 / 5, rel_tol=1e-4)
 
 
 def test_means_are_of_finite_figures():

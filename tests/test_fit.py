@@ -1,12 +1,14 @@
 """training/fit.py: the predicted peak of a dry run, and the settings that --fit chooses."""
 import pytest
+import torch
 
 import train
 from runs import CPU, TINY, load_config
 from tasks import TASKS
 from training.config import changed
-from training.fit import fit, predicted
+from training.fit import fit, predicted, tile_plans
 from training.task import of
+from vae3d import VAE3D
 
 
 def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -32,3 +34,11 @@ def test_fit_takes_the_cheapest_settings_that_fit():
         fit(cfg, task, CPU, "0.001", print)
     with pytest.raises(ValueError, match="--fit 16"):
         fit(cfg, task, CPU, "free", print)
+
+
+def test_tile_plans_take_at_most_twice_as_long_as_a_checkpointed_step():
+    network = VAE3D.from_preset("high_res")
+    every = network.memory("tile").tiling().plans((96, 96, 96))
+    assert any(2 < plan.work < 20 for plan in every)
+    wanted = [plan for plan in every if plan.work <= 2]
+    assert tile_plans(network, (96, 96, 96), 1, torch.float32) == wanted

@@ -156,6 +156,7 @@ def test_a_damaged_last_falls_back_to_the_one_before_and_a_damaged_best_is_made_
 
 # ---------------------------------------------------------------------------------------------- full disks
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "best.pt", "last.next.pt", "log.jsonl", "config.yaml", ".png", ".nii.gz", "folder"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_state(name, tmp_path, monkeypatch, capsys):

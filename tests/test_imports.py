@@ -9,6 +9,7 @@ called.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -82,6 +83,7 @@ def place(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def rooms() -> dict[str, ast.Module]:
     """Name of a module -> its syntax tree."""
     found = {}

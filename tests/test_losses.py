@@ -165,6 +165,18 @@ def test_ssim_equals_monai():
     assert abs(float(ssim(x, y, 2.0)) - float(reference)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_metrics_are_of_float32_under_autocast(kind):
+    """A smooth pair, whose variances are small beside their means: SSIM in bf16 is off in its first digit."""
+    target = torch.linspace(0.5, 0.6, 12).expand(1, 1, 12, 12, 12).to(getattr(torch, kind))
+    recon = (target.float() + 0.01 * pair((1, 1, 12, 12, 12), torch.float32)[0]).to(target.dtype)
+    for metric in (psnr, ssim, sharpness, occupancy_iou):
+        wanted = metric(recon.double(), target.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = metric(recon, target)
+        assert found.dtype == torch.float32 and abs(float(found / wanted) - 1) < 2e-3, metric.__name__
+
+
 def test_errors_say_what_is_wrong():
     x, y = pair((1, 1, 4, 4, 4))
     with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 4\) and \(1, 1, 4, 4, 3\)"):
@@ -447,6 +459,7 @@ def test_every_loss_field_changes_the_loss():
         "disc_start",
         "disc_warmup",
         "disc_lr",
+        "disc_grad_clip",
         "feature_matching_weight",
         "r1_weight",
         "r1_every",
@@ -469,6 +482,7 @@ def test_every_loss_field_changes_the_loss():
         ({"disc_layers": 0}, "loss.disc_layers must be 1 or more"),
         ({"r1_every": 0}, "loss.r1_every"),
         ({"disc_lr": 0.0}, "loss.disc_lr"),
+        ({"disc_grad_clip": -1.0}, "loss.disc_grad_clip must be 0 or more"),
         ({"dice_share": 1.5}, "loss.dice_share must be from 0"),
         ({"crop": (0, 8, 8)}, "loss.crop"),
         ({"crop": (8, 8)}, "loss.crop"),
@@ -497,6 +511,7 @@ def test_config_takes_lists():
     )
 
 
+@pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     said = run_alone(tmp_path, ["losses.py"], """
 import torch, losses

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train
+import training.validation
 from runs import (
     EVERYTHING,
     SEG,
@@ -16,6 +17,7 @@ from runs import (
     snapshot,
     tiny_state,
 )
+from tasks import vae
 from training.memory import with_recovery
 from training.signals import RunStopped
 from training.step import train_step
@@ -75,6 +77,7 @@ def test_out_of_memory_with_discriminator_and_codebook_changes_no_result(share):
     assert farthest(*results) < 1e-5
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics_count_a_repeated_step_once():
     """Running statistics move in the forward pass, before anyone knows how the step ends."""
     results, notes = [], []
@@ -89,6 +92,7 @@ def test_batch_norm_statistics_count_a_repeated_step_once():
     assert farthest(results[0].values(), results[1].values()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.93, 0.96, 0.999])
 def test_out_of_memory_inside_the_update_stops_or_changes_nothing(share):
     """An update of which a part is written cannot be repeated."""
@@ -105,6 +109,17 @@ def test_out_of_memory_inside_the_update_stops_or_changes_nothing(share):
             return
         results.append(values_of(state.model, state.disc, state.lecam))
     assert farthest(*results) < 1e-5
+
+
+def test_the_loss_scale_survives_a_repeated_step():
+    """It had been found over many steps; a new one would begin at 65536 and overflow again."""
+    cfg, state = tiny_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=50)
+    notes = []
+    recovering_step(cfg, state, micro_batches([1, 1]), 100, notes)
+    assert len(notes) == 1
+    assert state.scaler.get_scale() == 512 and state.scaler.get_growth_interval() == 50
+    assert state.scaler.state_dict()["_growth_tracker"] == 1     # the step counts once
 
 
 @pytest.mark.slow
@@ -132,6 +147,7 @@ def test_other_errors_are_no_reason_to_turn_the_dial():
 
 # ---------------------------------------------------------------------------------------- in a whole run
 
+@pytest.mark.slow
 def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch):
     """Epoch, optimizer and effective batch are kept, the change is logged and in config.yaml, and the
     resolution is never touched; once it was halved.
@@ -157,6 +173,40 @@ def test_a_run_that_runs_out_of_memory_goes_on(tmp_path, monkeypatch):
     saved = load_config(["--config", str(tmp_path / "short/config.yaml")])
     assert saved.memory.mode == "tile" and saved.data.patch == (4, 8, 8)
     assert (saved.train.batch, saved.train.accum) == (1, 2)
+
+
+@pytest.mark.slow
+def test_a_validation_that_runs_out_of_memory_does_not_turn_the_dial_of_training(tmp_path, monkeypatch):
+    """Whole volumes may need tiles where the crops of a step do not: the steps stay as fast as they were.
+    The next validation begins where the last one came to, and the figures are the same.
+    """
+    flags = ["--steps", "3", "--train.val_every", "1", "--train.val_whole", "--log.sample_every", "1"]
+    assert run(*flags, out=tmp_path / "whole") == 0
+    criterion, picture, modes, tried = vae.criterion, training.validation.forward, [], []
+
+    def short_of_memory(cfg, state, *rest):
+        tried.append(state.dial.mode)
+        with RunsOut([20] if state.dial.mode == "none" else []):
+            return criterion(cfg, state, *rest)
+
+    def short_for_a_picture(state, *rest):
+        with RunsOut([20] if state.dial.mode == "none" else []):
+            return picture(state, *rest)
+
+    def step(cfg, state, batches):
+        modes.append(state.dial.mode)
+        return train_step(cfg, state, batches)
+    monkeypatch.setattr(vae, "criterion", short_of_memory)
+    monkeypatch.setattr(training.validation, "forward", short_for_a_picture)
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(*flags, out=tmp_path / "short") == 0
+    assert modes == ["none"] * 3 and tried[0] == "none" and set(tried[1:]) == {"checkpoint"}
+    assert len(rows(tmp_path / "short", "memory")) == 1
+    saved = torch.load(tmp_path / "short/last.pt", weights_only=True)["config"]["memory"]["mode"]
+    written = load_config(["--config", str(tmp_path / "short/config.yaml")]).memory.mode
+    assert saved == written == "none"
+    for a, b in zip(rows(tmp_path / "whole", "val"), rows(tmp_path / "short", "val")):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["psnr"] - b["psnr"]) < 1e-3
 
 
 def test_segmentation_recovers_from_out_of_memory(tmp_path, monkeypatch):

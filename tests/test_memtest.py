@@ -180,6 +180,7 @@ def test_a_row_runs_in_its_own_process():
     assert "unknown flag --nonsense" in memtest.in_process(["--nonsense"])["error"]
 
 
+@pytest.mark.slow
 def test_the_gpu_bench_says_that_it_cannot_run():
     if not torch.cuda.is_available():
         done = subprocess.run(

@@ -1,11 +1,14 @@
 """training/order.py: learning rate, crops and noise of a step are functions of its number alone."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import data
-from runs import CPU, TINY, load_config, rows, run
+from runs import CPU, ROOT, TINY, load_config, rows, run
 from training.config import OptimConfig
 from training.order import crops_of_step, learning_rate, step_batches, steps_per_epoch
 
@@ -58,3 +61,44 @@ def test_batches_are_a_function_of_step_alone(workers):
     for step in late:
         for a, b in zip(whole[step], late[step], strict=True):
             assert torch.equal(a.image, b.image) and a.volumes == b.volumes and a.seeds == b.seeds
+
+
+def test_noise_is_another_one_in_each_step_and_for_each_crop():
+    cfg = load_config([*TINY, "--batch", "2", "--accum", "2"])
+    crops = data.Crops(data.open_data(cfg.data, 0, say=lambda _: None), 0)
+    seeds = []
+    for _, micro_batches in step_batches(cfg, crops, range(0, 6), CPU, 4):
+        seeds += [seed for micro in micro_batches for seed in micro.seeds]
+    # 9 crops an epoch: steps of 4, 4 and 1, twice.
+    assert len(seeds) == 18 and len(set(seeds)) == 18
+
+
+STARTS = """
+import multiprocessing, sys
+import train
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])       # fork: test_batches_are_a_function ...
+def test_workers_begin_by_every_start_method_with_and_without_ranks(method, ranks, tmp_path):
+    """Python 3.14 has forkserver on Linux, macOS spawn: what a worker is given is pickled. A lambda once
+    ended every run of several ranks there.
+    """
+    script = tmp_path / "start.py"
+    script.write_text(STARTS)
+    words = [sys.executable, str(script)]
+    if ranks > 1:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc_per_node", str(ranks), str(script)]
+    words += [method, *TINY, "--steps", "2", "--workers", "1", "--train.val_crops", "1",
+              "--out", str(tmp_path / "r")]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["step"] for row in rows(tmp_path / "r", "train")] == [1, 2]

@@ -212,6 +212,7 @@ def test_predict_reads_scalars_and_leaves_the_process_as_it_was():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp, expected", [(True, 5.58), (False, 6.77)])
 def test_reference_figures_of_monai_are_reproduced(amp, expected):
     nets = pytest.importorskip("monai.networks.nets")

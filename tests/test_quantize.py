@@ -147,6 +147,37 @@ def test_dead_codes_revive():
     assert used[0] >= 60 and used[1] < 20, used
 
 
+def test_a_restarted_code_has_twice_the_count_of_death():
+    """By hand: after 8 latents at code 0 the counts are .5 (1 + 8) and .5, their mean 1.5; below .5 x 1.5 a
+    code is dead, and begins anew with 2 x .5 x 1.5.
+    """
+    vq = quantizer(4, 1, decay=0.5, restart=0.5).train()
+    vq.codebook.copy_(torch.tensor([[0.0], [10.0], [20.0], [30.0]]))
+    vq.quantize_volume(torch.full((1, 1, 2, 2, 2), 1.0))
+    vq.update(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(vq.code_count, torch.tensor([4.5, 1.5, 1.5, 1.5]))
+    torch.testing.assert_close(vq.code_sum[1:], torch.full((3, 1), 1.5))
+
+
+def test_far_rows_are_drawn_in_proportion_to_the_squared_distance():
+    """Rows at 0, 1, 2 and 3 from the only code: squares 0, 1, 4, 9 of 14."""
+    rows, codes = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(1, 1)
+    drawn = quantize.far_rows(rows, codes, 20_000, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn[:, 0].long(), minlength=4) / len(drawn)
+    assert (shares - torch.tensor([0, 1, 4, 9]) / 14).abs().max() < 0.015, shares
+
+
+def test_counts_begin_as_one_step_will_have_them():
+    """400 latents, 100 at each of 4 centres, and steps of 40: each code begins with a count of 10."""
+    rows = torch.tensor([[-3.0, 0], [3, 0], [0, 4], [0, -4]]).repeat(100, 1)
+    vq = quantizer(4, 2)
+    vq.fit(rows, "kmeans", torch.Generator().manual_seed(0), per_step=40)
+    torch.testing.assert_close(vq.code_count, torch.full((4,), 10.0))
+    torch.testing.assert_close(vq.code_sum, 10 * vq.codebook)
+    vq.fit(rows, "kmeans", torch.Generator().manual_seed(0))
+    torch.testing.assert_close(vq.code_count, torch.full((4,), 100.0))
+
+
 @pytest.mark.parametrize("how", ["kmeans", "samples"])
 def test_codebook_starts_from_data(how):
     centres = torch.tensor([[-3.0, 0], [3, 0], [0, 4], [0, -4]])
@@ -219,6 +250,7 @@ def test_network_with_codes(fields):
         build().decode_indices(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [dict(bottleneck="vq", num_codes=32), dict(bottleneck="fsq", fsq_levels=(5, 4))], ids=str
 )

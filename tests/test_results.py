@@ -1,4 +1,5 @@
 """What predict.py writes lies on its source's grid and scale, for every kind of file."""
+import gzip
 import re
 import struct
 import types
@@ -42,6 +43,27 @@ def test_hu_come_back_as_hu_in_the_files_own_axes(tmp_path, codes):
     path = ct_file(tmp_path / "in" / "scan.nii.gz", codes)
     a, b = same_grid(path, through_files(path, tmp_path / "out"))
     assert (a == b).all(), f"largest difference {np.abs(a - b).max()}"
+
+
+def test_a_scale_in_the_header_comes_back(tmp_path):
+    """HU = 2.5 x stored - 100: the written file has the same stored numbers, slope and intercept, and so the
+    same HU.
+    """
+    stored = np.random.default_rng(0).integers(-350, 440, (9, 8, 7)).astype(np.int16)
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(2.5, -100)
+    path = tmp_path / "in.nii.gz"
+    nib.save(image, path)
+    # nibabel scales what it is given, so the numbers are put in as they are.
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<2f", raw, 112, 2.5, -100)                 # scl_slope, scl_inter
+    raw[352:] = stored.tobytes(order="F")
+    path.write_bytes(gzip.compress(raw))
+
+    out = nib.load(through_files(path, tmp_path / "out"))
+    assert (out.dataobj.slope, out.dataobj.inter) == (2.5, -100)
+    assert (out.dataobj.get_unscaled() == stored).all()
+    assert np.abs(out.get_fdata() - (2.5 * stored.astype(float) - 100)).max() < 1e-3
 
 
 @needs_real

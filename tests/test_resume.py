@@ -97,6 +97,7 @@ def test_resuming_a_finished_run_leaves_it_as_it_is_and_more_steps_go_on(tmp_pat
     assert resume(out, "--steps", "4") == 0 and [r["step"] for r in rows(out, "train")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_features_of_a_file_go_with_the_run(tmp_path):
     """The file is gone when the run is resumed."""
     file = tmp_path / "features.pt"
@@ -189,6 +190,7 @@ def test_init_needs_more_than_biases_and_stage_1_needs_all(tmp_path, capsys):
     assert "the mean's part" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stages_of_a_codebook(tmp_path, capsys):
     """KL -> stage 1 trains the codebook alone -> stage 2 trains all; what does not fit is said, by key."""
     vq = [*CODES, "--steps", "3"]

@@ -115,6 +115,21 @@ def test_ema_follows_its_formula():
         assert (new - (0.5 * old + 0.5 * live)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("fields", [
+    {"vae__bottleneck": "vq", "vae__num_codes": 8},
+    {"task": "seg", "unet__norm": "batch", "unet__channels": "4,8"},
+], ids=["codebook", "batch norm"])
+def test_an_average_has_the_codebook_and_the_running_statistics_of_the_network(fields):
+    """They are averages already; those of the start would not fit the weights."""
+    cfg, state = tiny_state(**fields, train__ema=0.5)
+    start = [buffer.clone() for buffer in state.model.buffers()]
+    crops = [m._replace(label=(m.image[:, 0] > 0).long()) for m in micro_batches([1])]
+    train_step(cfg, state, crops)
+    live, shipped = list(state.model.buffers()), list(state.emas[0].buffers())
+    assert any(not torch.equal(a, b) for a, b in zip(start, live))
+    assert len(live) == len(shipped) and all(torch.equal(a, b) for a, b in zip(live, shipped))
+
+
 def test_several_averages_follow_their_rates():
     cfg, state = tiny_state(train__ema="0.5,0.05")
     start = [p.detach().clone() for p in state.model.parameters()]
@@ -246,6 +261,7 @@ def test_a_nan_micro_batch_leaves_discriminator_codebook_and_averages(poison):
     {"adv_weight": 0.1, "disc_strides": "1,1,1", "disc_layers": 2},
     {"adv_weight": 0.1, "disc_norm": "group"},
     {"adv_weight": 0.1, "disc_lr": 1.0},
+    {"adv_weight": 0.1, "disc_grad_clip": 1e-4},
     {"adv_weight": 0.1, "feature_matching_weight": 1},
     {"adv_weight": 0.1, "r1_weight": 1},
     {"adv_weight": 0.1, "r1_weight": 1, "r1_every": 2},

@@ -520,7 +520,10 @@ def test_plans_trade_work_for_memory_and_are_settings_of_the_dial():
     budget = plans[3].peak_bytes / 2 ** 30
     assert vae.memory("tile", budget=budget).tiling().plan((96, 96, 96), 1, torch.float32) == plans[3]
     assert vae.memory("tile", budget=1e-9).tiling().plan((96, 96, 96), 1, torch.float32) == plans[-1]
-    assert vae.memory("tile").tiling().plan((96, 96, 96), 1, torch.float32).work <= tile_plans.WORK_BOUND
+    # Without a budget: the least memory of what takes at most 1.4 times as long.
+    assert any(1.4 < plan.work < 4 for plan in plans)
+    within = [plan for plan in vae.tiling().plans((96, 96, 96)) if plan.work <= 1.4]
+    assert vae.memory("tile").tiling().plan((96, 96, 96), 1, torch.float32) == within[-1]
     grouped = VAE3D.from_preset("high_res", norm="group").memory("tile", (32, 32, 32), "1")
     plain = vae.memory("tile", (32, 32, 32), "1")
     # A pass more for each norm.

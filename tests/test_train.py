@@ -2,10 +2,12 @@
 import math
 import time
 
+import pytest
 import torch
 
 import data
-from runs import rows, run, weights
+import train
+from runs import GAN, rows, run, tiny_state, weights
 
 
 def test_non_finite_steps_are_logged_with_their_files_and_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -37,3 +39,13 @@ def test_finishing_takes_its_time_once(tmp_path):
     names = {".lock", "best.pt", "config.yaml", "last.pt", "last.prev.pt", "log.jsonl", "samples"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == names
     assert time.monotonic() - start < 60
+
+
+def test_the_discriminators_rate_follows_the_schedule():
+    """Half of the highest rate for the network is half of the highest one for the discriminator."""
+    cfg, state = tiny_state(**GAN, optim__lr=2e-3, loss__disc_lr=4e-4)
+    train.set_rates(cfg, state, 1e-3)
+    assert [group["lr"] for group in state.optimizer.param_groups] == [1e-3]
+    assert [group["lr"] for group in state.disc_optimizer.param_groups] == [pytest.approx(2e-4)]
+    train.set_rates(cfg, state, 0.0)
+    assert [group["lr"] for group in state.disc_optimizer.param_groups] == [0.0]

@@ -18,7 +18,7 @@ from training.validation import update_best
 def at_step_1(cfg):
     """What update_best looks at in a state."""
     return types.SimpleNamespace(task=of(TASKS, cfg), step=1, best=None, best_loss=math.inf,
-                                 bad_validations=0, plateau=(math.inf, 1.0, 0))
+                                 reference=None, bad_validations=0, plateau=(math.inf, 1.0, 0))
 
 
 def scripted_validation(monkeypatch, values):
@@ -66,6 +66,48 @@ def test_early_stopping_keeps_and_ships_the_best_weights(tmp_path, monkeypatch):
     assert last["step"] == 4 and last["finished"]                # 5 at step 2; 4 and 5.05 are no gain of 0.1
     assert best["step"] == 4 and best["metrics"]["psnr"] == 5.05
     assert resume(out) == 0 and torch.load(out / "last.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("sign, metric", [(1, "psnr"), (-1, "l1")])
+@pytest.mark.parametrize("values, waited", [
+    # A gain of just min_delta is none; small ones add up, since the reference stays.
+    ([1.0, 1.25, 1.5, 1.625, 1.75, 1.875], [0, 1, 0, 1, 2, 0]),
+    ([1.0, 0.5, 1.125, 1.25, 1.25], [0, 1, 2, 3, 4]),
+    ([1.0, 1.125, 1.25, 1.375, 1.5], [0, 1, 2, 0, 1]),
+])
+def test_early_stopping_waits_as_keras_and_lightning_do(values, waited, sign, metric):
+    """Their rule, by hand: current - min_delta > reference; then the reference is the current value."""
+    cfg = load_config([*TINY, "--train.metric", metric, "--train.min_delta", "0.25"])
+    state, found, reference, wanted, wait = at_step_1(cfg), [], -math.inf, [], 0
+    for value in values:
+        update_best(cfg, state, {metric: sign * value, "loss": 1.0})
+        found.append(state.bad_validations)
+        wait += 1
+        if value - 0.25 > reference:
+            reference, wait = value, 0
+        wanted.append(wait)
+    assert found == waited == wanted
+    assert state.best == sign * max(values)                      # best.pt takes every gain
+
+
+@pytest.mark.slow
+def test_the_average_is_what_is_validated_and_shipped(tmp_path):
+    """best.pt holds the first average, and its figures are those of the average."""
+    assert run("--steps", "3", "--train.ema", "0.9", "--optim.lr", "1e-2", out=tmp_path / "r") == 0
+    last, best = (torch.load(tmp_path / "r" / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    network = ready.load(tmp_path / "r/best.pt", TASKS, device="cpu").model
+    average = last["ema"][0]
+    assert best["step"] == 3 and best["model"].keys() == average.keys()
+    assert all(torch.equal(best["model"][name], average[name]) for name in average)
+    assert any(not torch.equal(last["model"][name], average[name]) for name in average)
+    cfg = load_config(["--config", str(tmp_path / "r/config.yaml")])
+    dataset = data.open_data(cfg.data, 0, lambda text: None)
+    errors = []
+    for crop in data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops):
+        x = crop.image[None]
+        recon = network.decode(network.encode(x).mu, x.shape[2:]).detach()
+        errors.append(float((recon - x).abs().mean()))
+    assert abs(sum(errors) / len(errors) - rows(tmp_path / "r", "val")[-1]["l1"]) < 1e-4
 
 
 def test_one_held_out_crop_is_enough(tmp_path):

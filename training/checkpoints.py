@@ -77,7 +77,8 @@ class Optimizer(TypedDict):
 class Train(TypedDict):
     """last.pt: all that a run needs to go on to the bit.
 
-    Where a feature network is used, it holds `features` (Features) too.
+    Where a feature network is used, it holds `features` (Features) too. `reference` (float or None) came
+    later and may be missing.
     """
     config: dict[str, Any]                    # section -> field -> value
     data: Facts
@@ -240,6 +241,8 @@ def load(path: str | Path, *kinds: str) -> dict:
     wanted = typing.get_type_hints(CONTENT[found])
     if "features" in content:
         wanted["features"] = Features
+    if found == "vae3d.train" and "reference" in content:
+        wanted["reference"] = float | None
     lacking = [name for name in wanted if name not in content]
     if lacking:
         raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")

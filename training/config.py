@@ -50,7 +50,7 @@ class OptimConfig:
                                               # step, plateau: factor of one drop
     drops: int = 3                            # step: number of equal parts of the run, a drop between them
     plateau_patience: int = 5                 # plateau: validations without improvement before a drop
-    grad_clip: float = 1.0                    # largest norm of the whole, unscaled gradient; 0: no clipping
+    grad_clip: float = 1.0                    # largest norm of the network's whole gradient; 0: no clipping
     clip_percentile: float = 0.0              # adaptive clipping: at this percentile of the last norms,
                                               # but never above grad_clip; 0: off
     clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
@@ -96,7 +96,7 @@ class RunConfig:
     keep: int = 0                             # how many older last.pt are kept, as step_XXXXXX.pt
     ema: tuple[float, ...] = ()               # decays of averaged weights; the first is validated and shipped
     patience: int = 0                         # early stopping: validations without improvement; 0: off
-    min_delta: float = 0.0                    # early stopping: improvement that counts
+    min_delta: float = 0.0                    # early stopping: only a larger improvement counts
     metric: str = "auto"                      # what best.pt and early stopping look at: psnr | ssim | l1 |
                                               # loss | dice | explained ...; auto: the task's first
                                               # (psnr, dice, explained)

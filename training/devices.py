@@ -129,7 +129,9 @@ def gpu_use(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     use = {"gpu_reserved_gib": round(torch.cuda.memory_reserved(device) / 2 ** 30, 4)}
-    with contextlib.suppress(ModuleNotFoundError):               # pip install nvidia-ml-py
+    # The library may be missing (pip install nvidia-ml-py), not fit the driver, or not know the card's MIG
+    # slice; it raises errors of its own for that. A value for the log is no reason to end a run.
+    with contextlib.suppress(Exception):
         use["gpu_percent"] = torch.cuda.utilization(device)
     return use
 

@@ -48,6 +48,8 @@ COLUMNS = {
 FIDELITY = ("psnr", "ssim", "l1")
 # What the line of one volume shows.
 FIRST = (*FIDELITY, "iou", "dice")
+# PSNR, in dB, that a perfect reconstruction counts with, and none more: infinity would be every mean.
+MOST_PSNR = 100.0
 # Figures that the task has of all volumes together, so that they are not averaged over the volumes.
 OVER_ALL = ("codebook_usage", "perplexity")
 NOT_AVERAGED = ("file", "name", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
@@ -81,20 +83,23 @@ def score_reconstruction(ready: Ready, case: Case, number: int, options: argpars
     started = time.monotonic()
     recon = ready.task.reconstruct(ready, volume, tick)
     seconds = time.monotonic() - started
-    return Scored(compared(recon, volume, intensity, ready.device), recon, seconds, {})
+    scores, sums = compared(recon, volume, intensity, ready.device)
+    return Scored(scores, recon, seconds, sums)
 
 
 def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
-             device: torch.device) -> dict[str, Any]:
-    """Figures of a reconstruction, compared with its volume, both (C, D, H, W) of normalised intensities.
+             device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Figures of a reconstruction, compared with its volume, both (C, D, H, W) of normalised intensities;
+    and sums over voxels, whose ratio over all volumes is their sharpness.
 
-    They are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several channels
-    `channels` holds the first three for each.
+    The figures are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several
+    channels `channels` holds the first three for each.
     """
     found = torch.from_numpy(recon)[None].to(device)             # (1, C, D, H, W)
     target = torch.from_numpy(volume)[None].to(device)
     scores = fidelity(found, target)
-    scores["sharpness"] = float(losses.sharpness(found, target))
+    energy = losses.gradient_energy(found, target).cpu().double()
+    scores["sharpness"] = float(energy[0] / energy[1])
     if intensity.modality == "voxel":
         scores["iou"] = float(losses.occupancy_iou(found, target, intensity.background))
     if len(volume) > 1:
@@ -102,13 +107,13 @@ def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
         for c in range(len(volume)):
             one = fidelity(found[:, c:c + 1], target[:, c:c + 1])
             scores["channels"].append(one)
-    return scores
+    return scores, {"energy": energy}
 
 
 def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
-    """psnr, ssim and l1 of (1, C, D, H, W) of normalised intensities, data range 2."""
+    """psnr (MOST_PSNR at most), ssim and l1 of (1, C, D, H, W) of normalised intensities, data range 2."""
     return {
-        "psnr": float(losses.psnr(recon, target)),
+        "psnr": min(MOST_PSNR, float(losses.psnr(recon, target))),
         "ssim": float(losses.ssim(recon, target)),
         "l1": float(losses.reconstruction_loss(recon, target, "l1")),
     }
@@ -148,6 +153,10 @@ def summary(ready: Ready, rows: list[dict], failed: list[dict], totals: Totals) 
     for name in names:
         if name not in NOT_AVERAGED:
             mean[name] = average([row[name] for row in rows if name in row])
+    if "energy" in totals.sums:
+        # Not the mean of the ratios: a nearly flat volume alone would make it.
+        recon, target = totals.sums["energy"].tolist()
+        mean["sharpness"] = recon / target if target else math.nan
     if rows and "channels" in rows[0]:
         mean["channels"] = [mean_of_channel(rows, c) for c in range(len(rows[0]["channels"]))]
 

@@ -221,7 +221,9 @@ def codebook_use(usage: Tensor) -> dict[str, float]:
 
     usage: (K,), how often each code was chosen.
     """
-    # perplexity = exp(-sum p log p), with p the share of the choices that a code has.
+    # perplexity = exp(-sum p log p), with p the share of the choices that a code has. On the CPU, since
+    # MPS has no float64.
+    usage = usage.cpu()
     share = usage.double() / usage.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-300).log()).sum()
     return {"codebook_usage": float((usage > 0).double().mean()), "perplexity": float(entropy.exp())}

@@ -93,7 +93,7 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
         num_workers=cfg.data.workers,
         pin_memory=cfg.data.pin_memory and device.type == "cuda",
         # Torchrun's signals reach a rank's whole group.
-        worker_init_fn=(lambda _: os.setpgid(0, 0)) if ranks.world() > 1 else None,
+        worker_init_fn=leave_the_group if ranks.world() > 1 else None,
     )
     # For the workers, who inherit it: Ctrl-C and batch systems signal all of a.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -117,6 +117,11 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
                 )
             )
         yield step, micro_batches
+
+
+def leave_the_group(_: int) -> None:
+    """In a worker of the DataLoader. A function of the module, since spawn and forkserver pickle it."""
+    os.setpgid(0, 0)
 
 
 def ramp(step: int, start: int, warmup: int) -> float:

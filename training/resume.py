@@ -24,6 +24,7 @@ COUNTERS = (
     "step",
     "best",
     "best_loss",
+    "reference",
     "bad_validations",
     "bad_steps",
     "finished",
@@ -125,6 +126,8 @@ def restore(state: State, checkpoint: dict, path: Path) -> None:
     # The scaler's state has another form where one of the two runs has no use for a scaler: then none.
     if checkpoints.is_like(checkpoint["scaler"], state.scaler.state_dict()):
         state.scaler.load_state_dict(checkpoint["scaler"])
+    # A checkpoint of an older version has no reference of early stopping: there it was the best value.
+    checkpoint.setdefault("reference", checkpoint["best"])
     for name in COUNTERS:
         value = checkpoint[name]
         if isinstance(value, Tensor):

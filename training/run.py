@@ -1,8 +1,9 @@
 """What the parts of the training loop share. Version 0.3 (2026-11)."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 
 import data
 from training import ranks
-from training.config import TrainConfig, to_yaml
+from training.config import MemoryConfig, TrainConfig, to_yaml
 from training.log import Log
-from training.memory import with_recovery
+from training.memory import dial_text, turn_dial, with_recovery
 from training.signals import Stopped
 from training.state import State
 from volumes.files import write_atomic
@@ -33,6 +34,8 @@ class Run:
     total: int                                # optimizer steps
     per_epoch: int                            # of them
     received: list[int] = field(default_factory=list)  # signals
+    # The dial of training, and the one that validations came to beside it.
+    beside: tuple[MemoryConfig, MemoryConfig] | None = None
 
     @property
     def settings(self) -> TrainConfig:
@@ -74,3 +77,25 @@ def recovered(run: Run, shape: Sequence[int], work: Callable[[], Any]) -> Any:
         run.log.write({"step": run.state.step, "split": "memory", "change": text})
         save_config(run)
     return with_recovery(run.cfg, run.state, shape, note, work)
+
+
+@contextlib.contextmanager
+def dial_of_training_kept(run: Run) -> Iterator[None]:
+    """For validations and pictures, which may need more memory than a step: what they do to the dial is
+    undone after them, and is where the next one begins.
+    """
+    state, training = run.state, run.state.dial
+    if run.beside is not None and run.beside[0] == training:
+        turn_dial(state, run.beside[1])
+    before = state.dial
+    try:
+        yield
+    finally:
+        found = state.dial
+        if found != training:
+            turn_dial(state, training)
+        if found != before:
+            run.beside = training, found
+            run.log.say(f"step {state.step}: that was not a training step, which stays at "
+                        f"{dial_text(training)}")
+            save_config(run)

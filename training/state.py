@@ -36,7 +36,8 @@ class State:
     step: int = 0                             # optimizer steps done
     best: float | None = None                 # best value of train.metric so far
     best_loss: float = math.inf               # of that validation: decides where the metric ties
-    bad_validations: int = 0                  # since the best, for early stopping
+    reference: float | None = None            # value of train.metric that early stopping compares with
+    bad_validations: int = 0                  # since the reference was set
     plateau: tuple[float, float, int] = (math.inf, 1.0, 0)  # best loss, factor of the rate, validations since
                                                             # the best
     bad_steps: int = 0                        # non-finite steps in a row

@@ -53,7 +53,8 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
         norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
         total = norm + terms["loss"]
         if gan:
-            threshold = cfg.optim.grad_clip or math.inf
+            # Its own limit: clipped at the network's, every weight of R1 would give the same step.
+            threshold = cfg.loss.disc_grad_clip or math.inf
             disc_norm = torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
             total = total + terms["disc"] + disc_norm
         updated = bool(torch.isfinite(total))

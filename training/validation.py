@@ -20,7 +20,7 @@ from training.forward import forward
 from training.log import shown
 from training.order import MicroBatch, seed_of
 from training.resume import full_weights, shared_config
-from training.run import Run, recovered, stop_if_signalled
+from training.run import Run, dial_of_training_kept, recovered, stop_if_signalled
 from training.state import State
 from training.task import metric_of
 from volumes.files import naming, write_atomic
@@ -30,7 +30,8 @@ from volumes.format_nibabel import write_nifti
 def validation(run: Run, epoch: int) -> None:
     """A `val` row; best.pt when it is the best so far."""
     started, state = time.monotonic(), run.state
-    metrics, voxels = validate(run)
+    with dial_of_training_kept(run):
+        metrics, voxels = validate(run)
     seconds = time.monotonic() - started
     row = {
         "step": state.step,
@@ -111,19 +112,23 @@ def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bo
     # A value that is none is the worst, such as the Dice of held-out labels without a class.
     if not math.isfinite(value):
         value = -math.inf if higher_is_better else math.inf
-    gain = 0.0
-    if state.best not in (None, value):
-        gain = value - state.best if higher_is_better else state.best - value
+    gain = gain_over(state.best, value, higher_is_better)
 
     # Then whether it is the best: better, or as good with a lower loss. Until all terms have set in, the
     # last validation is the best, since those before it were measured on another criterion.
     first = state.best is None or state.step <= state.task.last_start(cfg)
     tie = gain == 0 and loss < state.best_loss
     better = math.isfinite(loss) and (first or gain > 0 or tie)
-    counts_as_gain = better and (first or gain > cfg.train.min_delta)
-    state.bad_validations = 0 if counts_as_gain else state.bad_validations + 1
     if better:
         state.best, state.best_loss = value, loss
+
+    # Then early stopping, which has a reference of its own, as in Keras and Lightning: only a gain above
+    # train.min_delta moves it, so that many small gains add up to one.
+    gain = gain_over(state.reference, value, higher_is_better)
+    if better and (first or gain > cfg.train.min_delta):
+        state.reference, state.bad_validations = value, 0
+    else:
+        state.bad_validations += 1
 
     # Then the plateau schedule, which looks at the loss alone: after some validations without a lower one
     # the rate falls by a factor.
@@ -136,6 +141,13 @@ def update_best(cfg: TrainConfig, state: State, metrics: dict[str, float]) -> bo
         waited += 1
     state.plateau = (lowest, factor, waited)
     return better
+
+
+def gain_over(before: float | None, value: float, higher_is_better: bool) -> float:
+    """How much better a value is than the one before; 0 where there is none before."""
+    if before is None or before == value:
+        return 0.0
+    return value - before if higher_is_better else before - value
 
 
 def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
@@ -182,7 +194,8 @@ def check_best(run: Run) -> bool:
     if wrong is None:
         return False
 
-    metrics, _ = validate(run)
+    with dial_of_training_kept(run):
+        metrics, _ = validate(run)
     name = metric_of(run.cfg, run.state.task)
     best = metrics[name] if math.isfinite(metrics[name]) else None
     run.state.best, run.state.best_loss = best, metrics["loss"]
@@ -222,7 +235,8 @@ def save_samples(run: Run) -> None:
             if task.output is not None:
                 return ranks.agreed(task.output(cfg, state, model, x))
             return ranks.agreed(forward(state, model, x))
-        out = recovered(run, x.shape, work)
+        with dial_of_training_kept(run):
+            out = recovered(run, x.shape, work)
         if not ranks.first():
             continue
 

@@ -33,6 +33,7 @@ from volumes.formats import stamp
 from volumes.intensities import Intensity
 from volumes.loading import check_pair, load
 from volumes.points import foreground_points
+from volumes.volume import Note
 
 # Raise it whenever the cached voxels of the same file and settings would come out different.
 CACHE_VERSION = 2
@@ -156,7 +157,8 @@ def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stam
             size = write_array(array_file(record, number), array)
             volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
         content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(),
-                   "guessed": loaded.guessed, "volumes": volumes, "digest": digest_of(item.files)}
+                   "guessed": loaded.guessed, "notes": loaded.notes, "volumes": volumes,
+                   "digest": digest_of(item.files)}
         if cfg.labels:
             content["labels"] = [write_array(label_file(record, number), array)
                                  for number, array in enumerate(loaded.labels)]
@@ -219,7 +221,7 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
         labels = [str(label_file(record, number)) for number in range(len(label_bytes))]
         if [os.path.getsize(file) for file in labels] != label_bytes:
             return None
-        entries = []
+        entries, notes = [], tuple(Note(*note) for note in content["notes"])
         for number, volume in enumerate(content["volumes"]):
             file = str(array_file(record, number))
             if os.path.getsize(file) != volume["bytes"]:
@@ -233,7 +235,8 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,
                           content["guessed"], file=item.known_as, volume=volume_number,
-                          digest=content.get("digest", ""), patient=item.patient, fold=item.fold)
+                          digest=content.get("digest", ""), patient=item.patient, fold=item.fold,
+                          notes=notes)
             if labels:
                 entry = dataclasses.replace(entry, label=labels[min(number, len(labels) - 1)],
                                             label_path=str(item.label), label_ids=tuple(content["label_ids"]))

@@ -13,8 +13,8 @@ WIDTH_LEVEL = {"lung": (1500, -600), "bone": (1500, 300), "soft_tissue": (400, 5
 WINDOWS = {name: (level - width / 2, level + width / 2) for name, (width, level) in WIDTH_LEVEL.items()}
 
 # Names of `data.modality` and of a datalist's `class` -> the rule for intensities.
-MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "voxel": "voxel", "radar": "voxel", "lidar": "voxel",
-              "picture": "picture"}
+MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "signed": "signed", "voxel": "voxel", "radar": "voxel",
+              "lidar": "voxel", "picture": "picture"}
 
 # Fields that take one of a few names.
 CHOICES = {
@@ -53,12 +53,14 @@ class DataConfig:
                                              # K alone: that `fold` of a datalist; None: val_fraction, or
                                              # the first `fold`
     crops_per_volume: int = 4                # an epoch is this many crops of every training volume
-    modality: str = "auto"                   # auto (by the values) | ct | mr | voxel (or radar) | picture;
-                                             # a datalist's `class` wins
+    modality: str = "auto"                   # auto (by the values) | ct | mr | signed (z-scores, phase, maps
+                                             # of t values) | voxel (or radar) | picture; a datalist's
+                                             # `class` wins
     window: str = "none"                     # CT: none (hu_range) | lung | bone | soft_tissue | brain
     hu_range: tuple[float, float] = (-1000.0, 1000.0)  # CT without window: HU mapped to -1 and 1;
                                                        # air to dense bone
-    percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all
+    percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all.
+                                                    # Signed: the second, of magnitudes, is mapped to 1
     percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
     voxel_scale: tuple[float, ...] | None = None  # voxel: magnitude mapped to 1, one per channel;
                                                   # None: each volume's largest
@@ -72,7 +74,8 @@ class DataConfig:
                                              # resize wins
     four_d: str = "volumes"                  # 4th axis of an image: volumes (separate; split by file
                                              # all the same) | channels
-    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero
+    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero (or
+                                             # what is background: air in a CT, the floor of an MR)
     channel_axis: int | None = None          # of 4-D .npy and .npz; None: the shorter of the last and the
                                              # first axis, up to 8
     select_channel: int | None = None        # use this channel alone, from 0

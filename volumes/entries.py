@@ -10,6 +10,7 @@ import numpy as np
 
 from volumes.files import StoreError, one_line, show
 from volumes.intensities import Intensity
+from volumes.volume import Note
 
 Region = tuple[slice, slice, slice]  # of D, H, W
 
@@ -42,6 +43,7 @@ class Entry:
     digest: str = ""                     # of the file's bytes
     patient: str | None = None           # whose file it is: of a datalist's keys, else found (splits.py)
     fold: int | None = None              # of a datalist's keys
+    notes: tuple[Note, ...] = ()         # what a user should know of its file
 
     def read(self, region: Region | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region, of which alone is read."""
