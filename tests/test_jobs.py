@@ -51,7 +51,7 @@ def test_a_signal_stops_at_once_and_leaves_nothing_half_written(tmp_path, runs, 
         write(path, before_the_end)
     monkeypatch.setattr(files, "write_atomic", interrupted)
     assert use("reconstruct", runs("kl"), "--input", tmp_path / "in", "--output", tmp_path / "out") == 143
-    # What was begun and what is done stands beside it.
+    # What is done stands beside it.
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".predict.jsonl", "0.nii.gz"]
     assert "the same command" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

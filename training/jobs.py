@@ -155,10 +155,10 @@ def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -
                 raise DataError(f"{job.output}: is there, and {record.NAME} beside it does not say what made "
                                 f"it; --overwrite replaces it, or choose another --output")
             if job.record is not None:
-                job.record.write(job.name, job.item, done=False)
+                job.record.digest(job.item)                      # of the input as it is read now
             text = work(job)
-            if job.record is not None:
-                job.record.write(job.name, job.item, done=True)
+            if job.record is not None and job.output.exists():
+                job.record.write(job.name, job.item)
             clear_line()
             print(f"{name}: {text}, {time.monotonic() - started:.1f} s", flush=True)
     return tell_failures(failed, len(todo))

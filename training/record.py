@@ -1,4 +1,4 @@
-"""What made each file of an output folder: OUTPUT/.predict.jsonl, a row as each is begun and as it is done.
+"""What made each file of an output folder: OUTPUT/.predict.jsonl, a row as each is done.
 
 An output counts as done where its row says that it is of this input, this checkpoint and these flags. The
 last row of a file counts; rows are appended, so that several processes may share the folder. Version 0.1
@@ -31,7 +31,7 @@ class Record:
         try:
             row = json.loads(line)
             known = {key: str(row[key]) for key in ("output", "input", "digest", "made_by")}
-            self.rows[known["output"]] = known | {"done": row["done"] is True}
+            self.rows[known["output"]] = known
         except (ValueError, KeyError, TypeError):
             return
 
@@ -46,7 +46,7 @@ class Record:
 
     def is_done(self, name: str, item: Item) -> bool:
         row = self.rows.get(name)
-        if row is None or not row["done"] or row["made_by"] != self.made_by:
+        if row is None or row["made_by"] != self.made_by:
             return False
         return row["digest"] == self.digest(item)
 
@@ -59,8 +59,8 @@ class Record:
                 self.digests[item.path] = ""
         return self.digests[item.path]
 
-    def write(self, name: str, item: Item, done: bool) -> None:
+    def write(self, name: str, item: Item) -> None:
         row = {"output": name, "input": os.path.realpath(item.path), "digest": self.digest(item),
-               "made_by": self.made_by, "done": done}
+               "made_by": self.made_by}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
