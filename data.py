@@ -52,6 +52,7 @@ from volumes.grids import resample, resample_label
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
+from volumes.splits import in_turn, split, tell_shared, with_patients
 from volumes.synthetic import synthetic_entries
 
 # The largest crop where data.patch is not given, voxels D H W.
@@ -75,7 +76,7 @@ class Data:
 
 
 def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:
-    """Find the volumes, build or reuse their cache, split them by file, seeded.
+    """Find the volumes, build or reuse their cache, split them by patient, seeded (volumes/splits.py).
 
     say: gets what a user should know, a line each. processes: how many do the same at this moment; they
     share the building. Raises DataError when nothing usable is left, when the cache cannot be written, or,
@@ -93,14 +94,17 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     if cfg.labels:
         training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say)
 
-    # Then the split, of whole files.
+    # Then the split, of whole patients.
+    if cfg.path is not None:
+        training, held_out = with_patients(training, held_out, cfg, say)
+    is_listed = bool(held_out) or any(group[0].fold is not None for group in training)
+    if held_out and cfg.fold is not None:
+        raise DataError(f"{show(cfg.path)}: has a `validation` list, and data.fold={cfg.fold} names files to "
+                        f"hold out too; leave one of them out")
     if not held_out:
-        training, held_out = split(training, cfg.val_fraction, seed, say)
-    paths = {entry.path for group in training for entry in group if entry.path}
-    shared = paths & {entry.path for group in held_out for entry in group}
-    if shared and held_out is not training:
-        say(f"data: {len(shared)} files are in both training and validation, {show(min(shared))} for one; "
-            f"validation is no test of them")
+        training, held_out = split(training, cfg, seed, say)
+    if held_out is not training:
+        tell_shared(training, held_out, is_listed, say)
     taken: dict[str, str | None] = {}
     train = [with_unique_name(entry, taken) for group in training for entry in group]
     val = [with_unique_name(entry, taken) for group in held_out for entry in group]
@@ -116,18 +120,6 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
         f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
     return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values)
-
-
-def split(files: Groups, fraction: float, seed: int, say: Say) -> tuple[Groups, Groups]:
-    """Files to train on, and a share of at least one that is held out."""
-    if len(files) == 1:
-        only = files[0][0]
-        say(f"data: one usable file only, {show(only.path or only.name)}: it serves for training and "
-            f"validation, so validation says nothing about other volumes")
-        return files, files
-    count = min(len(files) - 1, max(1, round(fraction * len(files))))
-    order = seeded(seed, "split").permutation(len(files)).tolist()
-    return [files[i] for i in sorted(order[count:])], [files[i] for i in sorted(order[:count])]
 
 
 def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Groups]:
@@ -179,7 +171,11 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
     if refused:
         say(f"data: {refused} of {len(items)} files refused, going on with the others; --data.strict makes "
             f"that an error")
-    tell_guesses([group[0] for part in groups.values() for group in part], say)
+    firsts = [group[0] for part in groups.values() for group in part]
+    tell_guesses(firsts, say)
+    tell_notes(firsts, say)
+    if cfg.voxel_scale is None:
+        tell_scales([entry for part in groups.values() for group in part for entry in group], say)
     return groups["training"], groups["validation"]
 
 
@@ -197,6 +193,29 @@ def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
             f"data.modality or a datalist's class says it")
 
 
+def tell_notes(entries: Sequence[Entry], say: Say) -> None:
+    """A line for each kind of note on files, of the first one. entries: one of each file."""
+    noted: dict[str, list[tuple[Entry, str]]] = {}
+    for entry in entries:
+        for note in entry.notes:
+            noted.setdefault(note.kind, []).append((entry, note.text))
+    for (entry, text), *others in noted.values():
+        more = f" (so too, in their own numbers, {len(others)} more files)" if others else ""
+        say(f"data: {show(entry.path)}: {text}{more}")
+
+
+def tell_scales(entries: Sequence[Entry], say: Say) -> None:
+    """A line where voxel grids have a scale each: what is 1 in one of them is less in another."""
+    highs = [entry.intensity.high for entry in entries if entry.intensity.modality == "voxel"]
+    if len(set(highs)) < 2:
+        return
+    spread = [(min(channel), max(channel)) for channel in zip(*highs)]
+    least, largest = max(spread, key=lambda limits: limits[1] / limits[0])
+    one = ",".join(f"{limits[1]:.4g}" for limits in spread)
+    say(f"data: each of {len(highs)} voxel grids has its own scale, from {least:.4g} to {largest:.4g}; "
+        f"--data.voxel_scale {one} is one for all")
+
+
 def check_channels(item: Item, found: int, expected: int) -> None:
     if found != expected:
         plural = "s" if found > 1 else ""
@@ -205,7 +224,7 @@ def check_channels(item: Item, found: int, expected: int) -> None:
 
 
 def with_unique_name(entry: Entry, taken: dict[str, str | None]) -> Entry:
-    """Two files may share a name in different folders: the second becomes NAME-2.
+    """Two files may share a name, such as a.nii and a.npy: the second becomes NAME-2.
 
     The same volume keeps its name.
     """
@@ -277,15 +296,14 @@ class Crop(NamedTuple):
 
 
 def val_crops(data: Data, seed: int, count: int) -> list[Crop]:
-    """`count` fixed crops of size data.patch of the held-out volumes, each in turn, never augmented.
+    """`count` fixed crops of size data.patch of the held-out patients, each in turn, never augmented.
 
     Crop k is a function of (seed, k). With data.foreground above 0 each of them holds foreground, if its
     volume has any.
     """
-    order = seeded(seed, "val order").permutation(len(data.val))
     crops = []
-    for k in range(count):
-        entry, draw, point = data.val[order[k % len(order)]], seeded(seed, "val", k).random(3), None
+    for k, entry in enumerate(in_turn(data.val, seed, count)):
+        draw, point = seeded(seed, "val", k).random(3), None
         if data.cfg.foreground:
             point = choose_point(entry, seeded(seed, "val foreground", k).random(2))
         starts = starts_of(entry, data.patch, draw, point)
@@ -426,6 +444,7 @@ def check(paths: list[str]) -> int:
                 except DataError as error:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
+            verdict = "; ".join([verdict, *(note.text for note in loaded.notes)])
             print(COLUMNS.format(show(item.path), *described(loaded), verdict, width=width), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")
     return 1 if refused else 0

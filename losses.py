@@ -6,7 +6,6 @@
 
 Losses are computed in float32 or wider, also under autocast. Reconstruction, structure and segmentation
 work slab by slab: no full-size float32 copy of a 16-bit volume exists, only a gradient in its dtype.
-
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, K classes.
 Intensities are in [-1, 1], so data_range is 2. Version 0.3 (2026-11).
 """
@@ -28,7 +27,7 @@ OCCUPIED = 0.05              # distance of an occupied voxel from the background
 SLAB_VOXELS = 1 << 21        # elements widened to float32 at a time: 8 MiB a temporary
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """The training criterion: reconstruction, KL or codebook, further terms; or cross-entropy and Dice."""
     recon: str = "l1"                           # l1 | mse | l1_l2 (half and half)
@@ -86,18 +85,19 @@ class LossConfig:
         if self.perceptual_features in ("", "none"):
             raise ValueError("loss.perceptual_features must be random or a file; "
                              "loss.perceptual_weight=0 switches the term off")
-        # lists, as YAML has them, become tuples
+        # lists, as YAML has them, become tuples; object's own __setattr__: the instance is frozen
         if self.crop is not None:
-            self.crop = tuple(self.crop)
+            object.__setattr__(self, "crop", tuple(self.crop))
             if len(self.crop) != 3 or min(self.crop) < 1:
                 raise ValueError(f"loss.crop needs three sizes D,H,W of 1 or more, got {self.crop}")
-        self.disc_strides = tuple(tuple(s) if isinstance(s, (tuple, list)) else s for s in self.disc_strides)
+        strides = tuple(tuple(s) if isinstance(s, (tuple, list)) else s for s in self.disc_strides)
+        object.__setattr__(self, "disc_strides", strides)
         layer_strides(self.disc_strides, self.disc_layers, "loss.disc_strides")
         for name, what in (("channel_weights", "channel"), ("class_weights", "class")):
             if getattr(self, name) is None:
                 continue
             factors = tuple(getattr(self, name))
-            setattr(self, name, factors)
+            object.__setattr__(self, name, factors)
             if not factors or not min(factors) >= 0:
                 raise ValueError(f"loss.{name} needs one factor of 0 or more per {what}, got {factors}")
 

@@ -56,12 +56,15 @@ from training.ready import BUDGET, Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
 from volumes import formats
 from volumes.config import DataConfig
-from volumes.files import DataError, bare_name, show, write_atomic
+from volumes.files import DataError, bare_name, short_digest, show, write_atomic
 from volumes.grids import resample_label
 from volumes.results import write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
+
+# Flags, besides those of `data`, with which a result is another one.
+FLAGS_OF_RESULTS = ("amp", "sample", "seed", "window", "overlap", "mask_threshold", "viz")
 
 # Fields of the section `data` that a file may ask for, or that a foreign checkpoint does not know.
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d",
@@ -87,7 +90,7 @@ def reconstruct(options: argparse.Namespace) -> bool:
         return f"{speed} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
-    todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
+    todo = jobs.make_jobs(items, options.output, formats.ending_out, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
 
 
@@ -105,7 +108,7 @@ def encode(options: argparse.Namespace) -> bool:
         for number, volume in enumerate(case.arrays):
             generator = None
             if options.sample:                                   # the same noise each time for this file
-                seed = seed_of(options.seed, "sample", job.output.name, number)
+                seed = seed_of(options.seed, "sample", f"{job.item.known_as}{latents.ENDING}", number)
                 generator = torch.Generator().manual_seed(seed)
             arrays.append(ready.task.encode(ready, volume, generator, tick))
         speed = jobs.speed(case.arrays, started)
@@ -114,13 +117,13 @@ def encode(options: argparse.Namespace) -> bool:
         return f"{speed} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
-    todo = jobs.make_jobs(items, options.input, options.output, lambda path: latents.ENDING)
+    todo = jobs.make_jobs(items, options.output, lambda path: latents.ENDING, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
 
 
 def decode(options: argparse.Namespace) -> bool:
     """Latent files -> volumes, in files like the sources that were encoded."""
-    ready, _ = open_checkpoint(options, "decode")
+    ready, cfg = open_checkpoint(options, "decode")
 
     def work(job: Job) -> str:
         found, tick = latents.read(job.item.path, ready), jobs.show_progress(job.item.path)
@@ -134,7 +137,7 @@ def decode(options: argparse.Namespace) -> bool:
         return f"{speed} -> {job.output}"
 
     items = jobs.list_latents(options.input)
-    todo = jobs.make_jobs(items, options.input, options.output, latents.ending_of_source)
+    todo = jobs.make_jobs(items, options.output, latents.ending_of_source, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
 
 
@@ -171,7 +174,7 @@ def segment(options: argparse.Namespace) -> bool:
     if options.output is None:
         todo = [Job(item, Path()) for item in items]
     else:
-        todo = jobs.make_jobs(items, options.input, options.output, formats.ending_out)
+        todo = jobs.make_jobs(items, options.output, formats.ending_out, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite or options.no_save)
 
 
@@ -210,8 +213,7 @@ def evaluate(options: argparse.Namespace) -> bool:
     score = ready.task.evaluate or evaluation.score_reconstruction
     is_held_out = options.split == "held-out"
     items = jobs.list_inputs([options.data], ready.task.LABELS, "all" if is_held_out else options.split)
-    if is_held_out:
-        items = evaluation.held_out(items, ready)
+    items = evaluation.chosen(items, ready, is_held_out)
     if ready.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ready.device)
 
@@ -275,6 +277,13 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, Da
     return ready, cfg
 
 
+def made_by(options: argparse.Namespace, ready: Ready, cfg: DataConfig) -> str:
+    """Text that differs where a command's results for one file would."""
+    flags = [getattr(options, name, None) for name in FLAGS_OF_RESULTS]
+    prepared = cfg.voxel_settings(), cfg.label_values
+    return short_digest(repr((options.command, ready.fingerprint, flags, prepared)))
+
+
 def data_changes(options: argparse.Namespace) -> dict:
     """The fields of the section `data` that flags give."""
     hints = typing.get_type_hints(DataConfig)
@@ -334,7 +343,7 @@ def add_flags(command: str, add: Callable) -> None:
     else:
         add("--input", required=True, nargs="+", metavar="PATH", help="files, folders or datalists")
         add("--output", required=command != "segment", metavar="FOLDER",
-            help="results keep their source's stem")
+            help="results keep their source's name and folders")
         add("--overwrite", action="store_true",
             help="make outputs that are there anew instead of skipping them")
 

@@ -44,17 +44,17 @@ import peaks
 from tasks import TASKS
 from training import checkpoints, memory, ranks
 from training.adversary import disc_rate
-from training.config import TrainConfig, changed, config_dict, config_from, to_yaml
+from training.config import TrainConfig, changed, config_dict, to_yaml
 from training.console import line_of, shown, tell
 from training.devices import gpu_use, peak_gib, pick_device, pick_precision, set_backend
-from training.facts import facts_of, open_data
+from training.facts import facts_of, is_same_training, open_data
 from training.fit import fit, predicted_peak
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
 from training.log import Log, codebook_use, log_histograms, open_sinks
 from training.order import MicroBatch, crops_of_step, learning_rate, step_batches, steps_per_epoch
-from training.resume import full_weights, keep_global_batch, restore, start_from
+from training.resume import full_weights, keep_global_batch, restore, resumed_config, start_from
 from training.run import Run, recovered, save_config, stopped_early, total_steps
 from training.signals import SIGNALS, RunStopped, Stopped, caught_signals, stopped_by_signals
 from training.state import State, tensors_of
@@ -62,6 +62,7 @@ from training.step import train_step
 from training.task import Task, metric_of, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
 from volumes.files import DataError, StoreError
+from volumes.splits import patient_of
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
@@ -128,7 +129,7 @@ def start(argv: Sequence[str]) -> int:
     if "resume" in options:
         resumed = ranks.from_rank(0, lambda: checkpoints.load_resumed(Path(options["resume"]), say))
         out = resumed.path.parent
-        base = config_from(resumed.content["config"], TrainConfig(), str(resumed.path))
+        base = resumed_config(resumed.content, resumed.path)
     cfg = ranks.from_rank(0, lambda: load_config(argv, TASKS, base))
     task = of(TASKS, cfg)
     out = out or ranks.from_rank(0, lambda: run_folder(cfg))
@@ -260,7 +261,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         if state.finished and (state.step >= total or stopped_early(cfg, state)):
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
-        if checkpoint["data"]["training"] != facts_of(dataset)["training"]:
+        if not is_same_training(checkpoint["data"], dataset):
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but "
                   "not bit for bit")
         state.finished = False
@@ -317,6 +318,10 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
             f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
     for text in started_from:
         log.say(text)
+    patients = len({patient_of([entry]) for entry in run.dataset.val})
+    if not cfg.train.val_whole and len(run.held_out) < patients:
+        log.say(f"validation looks at {len(run.held_out)} of {patients} held-out patients; raise "
+                "--train.val_crops to see all of them")
     if run.device.type == "cuda":
         for text in peaks.environment_warnings():
             log.say(f"warning: {text}")

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from volumes.cache import key_of
-from volumes.config import NOT_OF_VOXELS, DataConfig
+from volumes.config import NOT_OF_VOXELS, DataConfig, VoxelSettings
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,37 @@ def test_every_field_is_in_the_caches_key_or_changes_no_voxel():
     keys.add(key_of([("scan.nii", 1, 3)], DataConfig().voxel_settings()))
     keys.add(key_of([*stamps, ("label.nii", 1, 2)], DataConfig().voxel_settings()))
     assert len(keys) == len(changes) + 4
+
+
+def test_a_config_that_is_open_does_not_change():
+    cfg = DataConfig(spacing=[3, 1, 1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.spacing = "original"
+    with pytest.raises(ValueError, match="data.scale is 3"):     # and a changed copy is checked
+        dataclasses.replace(cfg, scale=3)
+
+
+def test_a_setting_that_comes_in_later_leaves_old_caches_as_they_are():
+    """It counts where it is set."""
+    stamps, settings = [[("/scan.nii.gz", 1, 2)]], DataConfig().voxel_settings()
+    later = dataclasses.make_dataclass("Later", [("gamma", float, 1.0)], bases=(VoxelSettings,), frozen=True)
+    values = dataclasses.astuple(settings)
+    assert key_of(stamps, later(*values)) == key_of(stamps, settings) != key_of(stamps, later(*values, 2.0))
+
+
+KEYS = {
+    "": "d1659d1e7618d68bd6ebb4b9",
+    "lung": "abe6e0f715d91860e4b187c9",
+    "half": "a7bcf20577b4d601e5712b2c",
+    "all": "832ff7693445c9d92e5ed298",
+}
+
+
+def test_keys_are_those_of_version_1():
+    """A cache is not built anew because the code was rewritten."""
+    stamps = [[("/data/scan.nii.gz", 1234, 5678)]]
+    expected = {
+        "": {}, "lung": {"window": "lung"}, "half": {"scale": 0.5}, "all": {"percentiles_of": "all"},
+    }
+    assert {name: key_of(stamps, DataConfig(**fields).voxel_settings("ct"))
+            for name, fields in expected.items()} == KEYS

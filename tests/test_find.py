@@ -73,7 +73,8 @@ def test_datalists(folder, tmp_path):
         {"training": [5]},
         {"training": [{"label": "x"}]},
         {"validation": []},
-        {"training": [{"image": ["a", "b"]}]},
+        {"training": [{"image": ["a", 5]}]},
+        {"training": [{"image": []}]},
         {"training": [""]},
         {"training": ["a\0b"]},
         {"training": [], "testing": "x"},
@@ -138,7 +139,7 @@ def test_files_without_a_partner_are_a_line_each_and_the_others_train(tmp_path):
     for name in ("d/X_label", "d/torso_3mm_label", "labels/a", "labels/c"):
         save(root / f"{name}.nii.gz", label)
     said, opened = said_and_data(root, tmp_path)
-    assert {entry.name for entry in opened.train + opened.val} == {"X_image", "a"}
+    assert {entry.name for entry in opened.train + opened.val} == {"d/X_image", "images/a"}
     refused = [line for line in said if line.startswith("data: refused")]
     assert len(refused) == 4 and all("\n" not in line for line in refused)
     for name, word in (
@@ -171,7 +172,9 @@ def test_labels_of_pairs_do_not_train_a_vae(tmp_path):
         save(root / f"{name}.nii.gz", label)
     np.savez(root / "d" / "vol_and_seg.npz", vol=image, seg=label)
     said, opened = said_and_data(root, tmp_path, labels=False)
-    assert {e.name for e in opened.train + opened.val} == {"X_image", "a", "b", "alone_label", "vol_and_seg"}
+    assert {e.name for e in opened.train + opened.val} == {
+        "d/X_image", "images/a", "images/b", "alone_label", "d/vol_and_seg"
+    }
     assert opened.classes == 0 and all(e.label is None for e in opened.train)
     assert [line for line in said if "left out 4 label files" in line]
     assert len(Crops(opened, 0)[0]) == 2 and val_crops(opened, 0, 1)[0].label is None

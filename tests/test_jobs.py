@@ -8,7 +8,7 @@ import torch
 import predict
 from predictions import ct_file, use
 from tasks import vae
-from training import checkpoints
+from volumes import files
 
 
 def test_interrupted_folder_goes_on_and_a_failure_is_told_at_the_end(tmp_path, runs, capsys):
@@ -41,16 +41,18 @@ def test_interrupted_folder_goes_on_and_a_failure_is_told_at_the_end(tmp_path, r
 def test_a_signal_stops_at_once_and_leaves_nothing_half_written(tmp_path, runs, monkeypatch, capsys):
     for i in range(2):
         ct_file(tmp_path / "in" / f"{i}.nii.gz", seed=i)
-    write = checkpoints.write_atomic
+    write = files.write_atomic
 
     def interrupted(path, content):
-        write(path, content)
-        if path.name == "1.nii.gz":
-            path.rename(path.with_name(path.name + ".tmp"))      # as if it came before the end
-            os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(checkpoints, "write_atomic", interrupted)
+        def before_the_end(file):
+            content(file)
+            if path.name == "1.nii.gz":
+                os.kill(os.getpid(), signal.SIGTERM)
+        write(path, before_the_end)
+    monkeypatch.setattr(files, "write_atomic", interrupted)
     assert use("reconstruct", runs("kl"), "--input", tmp_path / "in", "--output", tmp_path / "out") == 143
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["0.nii.gz"]
+    # What was begun and what is done stands beside it.
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".predict.jsonl", "0.nii.gz"]
     assert "the same command" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -80,3 +82,36 @@ def test_files_that_do_not_fit_the_network_are_told_in_one_line(tmp_path, runs, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and "holds kl latents" in lines[0] and "is no latent" in lines[1]
     assert lines[2].endswith("2 of 2 failed")
+
+
+def test_done_means_of_this_input_and_of_this_checkpoint(tmp_path, runs, capsys):
+    """Another patient's file of that name, or another checkpoint's, is not taken for the result."""
+    for n, patient in enumerate("ab"):
+        ct_file(tmp_path / patient / "ct.nii.gz", seed=n)
+    out = tmp_path / "out"
+
+    def reconstruct(patient, *words, run="kl"):
+        capsys.readouterr()
+        path = tmp_path / patient / "ct.nii.gz"
+        return use("reconstruct", runs(run), "--input", path, "--output", out, *words)
+
+    def names():
+        return sorted(path.name for path in out.glob("*.nii.gz"))
+    assert reconstruct("a") == 0 and names() == ["ct.nii.gz"]
+    first = (out / "ct.nii.gz").read_bytes()
+    # The other patient's result stands beside it, once.
+    assert reconstruct("b") == 0 and names() == ["ct-2.nii.gz", "ct.nii.gz"]
+    assert reconstruct("b") == 0 and "skipped" in capsys.readouterr().out
+    assert (out / "ct.nii.gz").read_bytes() == first != (out / "ct-2.nii.gz").read_bytes()
+    assert reconstruct("a") == 0 and "skipped" in capsys.readouterr().out
+    # Another checkpoint, an input that has changed, and a file that nobody knows.
+    assert reconstruct("a", run="vq") == 0 and "of another checkpoint" in capsys.readouterr().out
+    assert (out / "ct.nii.gz").read_bytes() != first and len(names()) == 2
+    assert reconstruct("a") == 0 and (out / "ct.nii.gz").read_bytes() == first
+    ct_file(tmp_path / "a" / "ct.nii.gz", seed=7)
+    assert reconstruct("a") == 0 and "has changed" in capsys.readouterr().out
+    (out / ".predict.jsonl").unlink()
+    before = (out / "ct.nii.gz").read_bytes()
+    assert reconstruct("b") == 1 and "--overwrite" in capsys.readouterr().err
+    assert (out / "ct.nii.gz").read_bytes() == before
+    assert reconstruct("b", "--overwrite") == 0

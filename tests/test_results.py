@@ -32,7 +32,7 @@ def through_files(path, out, modality="ct", **fields):
     ready = reader(channels)
     case = read_case(Item(path), ready, cfg)
     out.mkdir(exist_ok=True)
-    job, = make_jobs([Item(path)], [str(path)], str(out), ending_out)
+    job, = make_jobs([Item(path)], str(out), ending_out)
     write_result(job.output, case.volumes, case.affine, case.origin)
     return job.output
 

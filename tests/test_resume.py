@@ -21,6 +21,7 @@ from runs import (
     command,
     flags_of,
     load,
+    load_config,
     new_state,
     resume,
     rows,
@@ -28,8 +29,8 @@ from runs import (
     same,
     weights,
 )
-from training.config import TrainConfig, config_from
-from training.resume import restore
+from training.config import TrainConfig, config_dict, config_from
+from training.resume import restore, resumed_config
 from training.step import train_step
 
 # ------------------------------------------------------------------------------------- going on to the bit
@@ -237,3 +238,10 @@ def test_a_checkpoint_from_before_early_stopping_had_a_reference_goes_on(tmp_pat
     torch.save(content | {"reference": "x"}, out / "last.pt")
     with pytest.raises(ValueError, match="its reference is not what train.py writes"):
         load(out / "last.pt")
+
+
+def test_a_run_from_before_patients_goes_on_with_its_own_split():
+    config = config_dict(load_config([]))
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "auto"
+    del config["data"]["patient"]
+    assert resumed_config({"config": config}, Path("last.pt")).data.patient == "file"

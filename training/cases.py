@@ -6,6 +6,7 @@ Shapes: C channels, D H W depth height width, T volumes of a 4-D file. Version 0
 """
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +54,9 @@ def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
                         f"--data.select_channel or --data.four_d, or a checkpoint for such files")
     labels = [class_numbers(label, item, ready, cfg) for label in loaded.labels]
     origin = formats.origin_of(item.path, loaded.source, cfg.channel_axis)
+    if item.more:                                                # their types and scales may differ
+        shape = (*origin.shape, 1 + len(item.more))
+        origin = dataclasses.replace(origin, shape=shape, dtype="float32", slope=1.0, inter=0.0)
     return Case(loaded.volumes, loaded.affine, loaded.spacing, labels, origin)
 
 

@@ -33,7 +33,19 @@ Weights = dict[str, Tensor]
 
 # -------------------------------------------------------------------------------- what is in them
 
-class Facts(TypedDict):
+class TrainingFile(TypedDict):
+    """One file that the run was trained on."""
+    name: str                                 # its path below the data's root, without its ending
+    path: str                                 # where it lay
+    digest: str                               # of its bytes (volumes.files.digest_of)
+
+
+class LaterFacts(TypedDict, total=False):
+    """What a file from before it came in lacks."""
+    files: list[TrainingFile]
+
+
+class Facts(LaterFacts):
     """What predict.py must know about the data."""
     modality: str
     channels: int
@@ -252,7 +264,9 @@ def is_a(value: Any, kind: Any) -> bool:
         if type(value) is not dict:
             return False
         fields = typing.get_type_hints(kind)
-        return all(name in value and is_a(value[name], k) for name, k in fields.items())
+        if not all(name in value for name in kind.__required_keys__):
+            return False
+        return all(is_a(value[name], k) for name, k in fields.items() if name in value)
     if origin in (typing.Union, types.UnionType):
         return any(is_a(value, k) for k in inner)
     if origin is dict:

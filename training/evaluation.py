@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,10 @@ import losses
 from training.cases import Case
 from training.console import short_number
 from training.devices import peak_gib
+from training.facts import Trained
 from training.ready import Ready
 from training.task import Scored
-from volumes.files import sizes, stem_of
+from volumes.files import sizes
 from volumes.find import Item
 from volumes.intensities import Intensity
 
@@ -52,22 +52,23 @@ FIRST = (*FIDELITY, "iou", "dice")
 MOST_PSNR = 100.0
 # Figures that the task has of all volumes together, so that they are not averaged over the volumes.
 OVER_ALL = ("codebook_usage", "perplexity")
-NOT_AVERAGED = ("file", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
+NOT_AVERAGED = ("file", "name", "volume", "shape", "channels", "seconds", "voxels_per_second", *OVER_ALL)
 
 
-def held_out(items: Sequence[Item], ready: Ready) -> list[Item]:
-    """Those of the items that the run did not train on, by their names.
+def chosen(items: Sequence[Item], ready: Ready, is_held_out: bool) -> list[Item]:
+    """The items to evaluate: all, or those that the run did not train on. Says how many it trained on.
 
-    Raises ValueError when there are none, or where the checkpoint has no names.
+    Raises ValueError when none is left, or where the checkpoint does not name its training files.
     """
-    names = ready.facts["data"].get("training")
-    if names is None:
+    trained = Trained(ready.facts["data"])
+    if is_held_out and not trained.is_known:
         raise ValueError(f"--split held-out: {ready.path} does not name its training files; leave the flag "
                          f"out")
-    # Volume 3 of a 4-D file X is X_t003 there. A file of which one volume was trained on is not held out.
-    files = {re.sub(r"_t\d{3,}$", "", name) for name in names}
-    trained = files | set(names)
-    left = [item for item in items if stem_of(item.path) not in trained]
+    # A file of which one volume was trained on is not held out.
+    left = [item for item in items if item not in trained]
+    trained.tell(len(items) - len(left), len(items), ready.path)
+    if not is_held_out:
+        return list(items)
     if not left:
         raise ValueError(f"--split held-out: all of {len(items)} files were trained on; leave the flag out")
     return left
@@ -121,7 +122,7 @@ def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
 def row_of(item: Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
     """All that is known of volume `number` of a file; the number is named where the file has several."""
     volume = case.arrays[number]
-    row = {"file": str(item.path)}
+    row = {"file": str(item.path), "name": item.known_as}
     if len(case.volumes) > 1:
         row["volume"] = number
     speed = {"seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}

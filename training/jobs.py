@@ -1,8 +1,8 @@
 """One piece of work for each of many files: which files, where the results go, and what went wrong.
 
-A result is written whole or not at all, and what is there already is skipped, so an interrupted folder goes
-on with the same command. A file that fails does not stop the others: failures are told at the end. Version
-0.3 (2026-11).
+A result is written whole or not at all, and what this checkpoint made of this input already is skipped
+(training/record.py), so an interrupted folder goes on with the same command. A file that fails does not stop
+the others: failures are told at the end. Version 0.4 (2026-11).
 """
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tiles import is_out_of_memory
-from training import latents
+from training import latents, record
 from training.console import clear_line, line_of, short_number
+from training.record import Record
 from volumes import formats
-from volumes.files import DataError, show, sizes, stem_of
+from volumes.files import DataError, name_below, show, sizes
 from volumes.find import Item, list_items
 
 PROGRAM = "predict.py"                                           # in front of its lines on stderr
@@ -29,6 +30,20 @@ PROGRAM = "predict.py"                                           # in front of i
 class Job(NamedTuple):
     item: Item                                              # the source
     output: Path
+    name: str = ""                                          # of the output, in its folder
+    record: Record | None = None                            # of that folder
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the output is there, of this input and this checkpoint."""
+        if not self.output.exists():
+            return False
+        return self.record is None or self.record.is_done(self.name, self.item)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether a file is there of which nobody knows what made it."""
+        return self.record is not None and self.output.exists() and self.name not in self.record.rows
 
 
 # -------------------------------------------------------------------------------- which files
@@ -65,7 +80,8 @@ def list_latents(paths: Sequence[str]) -> list[Item]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            found += [Item(file) for file in sorted(Path(path).rglob(f"*{latents.ENDING}"))]
+            files = sorted(Path(path).rglob(f"*{latents.ENDING}"))
+            found += [Item(file, name=name_below(Path(path), file)) for file in files]
         else:
             for items in list_items(path).values():
                 found += items
@@ -74,32 +90,30 @@ def list_latents(paths: Sequence[str]) -> list[Item]:
     return found
 
 
-def make_jobs(items: Sequence[Item], inputs: Sequence[str], output: str,
-              ending: Callable[[Path], str]) -> list[Job]:
+def make_jobs(items: Sequence[Item], output: str, ending: Callable[[Path], str],
+              made_by: str = "") -> list[Job]:
     """Each item with the file that is made of it, in the folder `output`, which is made with its subfolders.
 
-    A result has its source's stem, lies in the subfolder that the source has in an input folder, and is
-    numbered where two would share a name. ending: of the result, by the path of the source. Raises ValueError
-    when a result would replace an input.
+    A result has its source's name, with the folders that are part of it, and a number where two would share
+    one, or where the file of that name is of another input. ending: of the result, by the path of the source.
+    made_by: text that differs where results would. Raises ValueError when a result would replace an input.
     """
     folder = Path(os.path.expanduser(output))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be made a folder ({error.strerror})") from None
-    roots = [Path(os.path.realpath(path)) for path in inputs if os.path.isdir(path)]
+    known = Record(folder, made_by)
     sources = {os.path.realpath(file) for item in items for file in (item.path, item.label) if file}
     taken, jobs = set(), []
     for item in items:
-        # First the name: subfolder, stem, ending, and a number where it is taken.
-        stem, end = stem_of(item.path), ending(item.path)
+        # First the name: folders, stem, ending, and a number where it is taken.
+        stem, end = item.known_as, ending(item.path)
         if item.path.name.endswith(latents.ENDING):
             stem = stem.removesuffix("_latent")
-        parent = Path(os.path.realpath(item.path)).parent
-        within = next((parent.relative_to(root) for root in roots if parent.is_relative_to(root)), Path())
-        name, number = within / f"{stem}{end}", 2
-        while name in taken:
-            name, number = within / f"{stem}-{number}{end}", number + 1
+        name, number = f"{stem}{end}", 2
+        while name in taken or known.is_of_another_input(name, item):
+            name, number = f"{stem}-{number}{end}", number + 1
         taken.add(name)
 
         # Then its place.
@@ -108,28 +122,43 @@ def make_jobs(items: Sequence[Item], inputs: Sequence[str], output: str,
             raise ValueError(f"--output {folder}: {name} there is one of the inputs and would be "
                              f"overwritten; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        jobs.append(Job(item, path))
+        jobs.append(Job(item, path, name, known))
     return jobs
 
 
 # -------------------------------------------------------------------------------- the work
 
 def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -> bool:
-    """work(job) -> what to say, for each job whose output is not there. Returns whether all went well."""
-    todo = [job for job in jobs if overwrite or not job.output.exists()]
-    done = len(jobs) - len(todo)
+    """work(job) -> what to say, for each job that is not done. Returns whether all went well."""
+    # First what is there already, and of what.
+    done, failed = [], []
+    if not overwrite:
+        done = [job for job in jobs if job.is_done]
+    todo = [job for job in jobs if job not in done]
     if done:
-        example = next(job.output for job in jobs if job not in todo)
-        what = f"{done} of {len(jobs)} outputs are there, such as {example}"
+        what = f"{len(done)} of {len(jobs)} outputs are there, such as {done[0].output}"
         print(f"{what}: skipped (--overwrite makes them anew)", flush=True)
-    failed = []
+    if not overwrite:
+        stale = [job.output for job in todo if job.output.exists() and not job.is_unknown]
+        if stale:
+            print(f"{len(stale)} of {len(jobs)} outputs are there, such as {stale[0]}, but of another "
+                  f"checkpoint, other flags or an input that has changed: made anew", flush=True)
+
+    # Then the work.
     for number, job in enumerate(todo, 1):
         started = time.monotonic()
         with failures_in(failed, job.item.path):
             name = f"[{number}/{len(todo)}] {show(job.item.path)}"
             if sys.stdout.isatty():
                 print(f"{name} ...", end="", flush=True)
+            if job.is_unknown and not overwrite:
+                raise DataError(f"{job.output}: is there, and {record.NAME} beside it does not say what made "
+                                f"it; --overwrite replaces it, or choose another --output")
+            if job.record is not None:
+                job.record.write(job.name, job.item, done=False)
             text = work(job)
+            if job.record is not None:
+                job.record.write(job.name, job.item, done=True)
             clear_line()
             print(f"{name}: {text}, {time.monotonic() - started:.1f} s", flush=True)
     return tell_failures(failed, len(todo))

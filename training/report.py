@@ -162,12 +162,18 @@ def name_of(row: dict, name: str) -> str:
     return text(name)
 
 
+def shown_name(row: dict) -> str:
+    """The file's own name, below the folders that are part of what it is known by."""
+    folders = row.get("name", "").split("/")[:-1]
+    return "/".join([*folders, Path(row["file"]).name])
+
+
 def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
     """One volume: its name, its figures, its slices."""
     figures = [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
     size = " &times; ".join(map(str, row["shape"]))
     line = " &middot; ".join([*figures, f"{size} voxels"])
-    return f'<p class="file">{name_of(row, Path(row["file"]).name)}</p><p>{line}</p>{slices_table(columns)}'
+    return f'<p class="file">{name_of(row, shown_name(row))}</p><p>{line}</p>{slices_table(columns)}'
 
 
 def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: str) -> str:

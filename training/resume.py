@@ -13,7 +13,7 @@ from torch import Tensor
 
 import data
 from training import checkpoints, ranks
-from training.config import TrainConfig, config_dict
+from training.config import TrainConfig, changed, config_dict, config_from
 from training.facts import facts_of
 from training.foreign import load_foreign
 from training.state import State
@@ -65,6 +65,14 @@ def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
     for name in COUNTERS:
         content[name] = getattr(state, name)
     return content
+
+
+def resumed_config(checkpoint: dict, path: Path) -> TrainConfig:
+    """The config of a run that goes on. One from before data.patient held out files, whosever they were."""
+    base = TrainConfig()
+    if "patient" not in checkpoint["config"].get("data", {}):
+        base = changed(base, data={"patient": "file"})
+    return config_from(checkpoint["config"], base, str(path))
 
 
 def shared_config(cfg: TrainConfig) -> dict:

@@ -242,7 +242,7 @@ def save_samples(run: Run) -> None:
 
         # Then the files, and the picture for TensorBoard and W&B.
         picture = task.picture(cfg, crop, out)
-        stem = f"step_{state.step:06d}_{name}"
+        stem = f"step_{state.step:06d}_{name.replace('/', '_')}"
         content = pictures.png(picture.image)
         write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
         path = folder / f"{stem}_{picture.kind}.nii.gz"

@@ -22,6 +22,7 @@ from volumes.files import (
     CacheError,
     DataError,
     check_is_file,
+    digest_of,
     remove_temporaries,
     show,
     stem_of,
@@ -32,6 +33,7 @@ from volumes.formats import stamp
 from volumes.intensities import Intensity
 from volumes.loading import check_pair, load
 from volumes.points import foreground_points
+from volumes.volume import Note
 
 # Raise it whenever the cached voxels of the same file and settings would come out different.
 CACHE_VERSION = 2
@@ -82,15 +84,14 @@ def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True)
     Where several processes want it, one builds and the others wait, or get none without `wait`.
     """
     check_pair(item, cfg)
-    files, stamps = [item.path], []
+    files, stamps = [(item.path, *item.more)], []
     if cfg.labels:
-        files.append(item.label)
-    for file in files:
+        files.append((item.label,))
+    for paths in files:
         try:
-            check_is_file(file)
-            stamps.append(stamp(file))
+            stamps.append(stamps_of(paths))
         except (DataError, OSError) as error:
-            raise DataError(f"{show(file)}: {error}") from None
+            raise DataError(f"{show(paths[0])}: {error}") from None
     key = key_of(stamps, cfg.voxel_settings(item.kind))
     record = folder / f"{stem_of(item.path)[:40]}-{key}.json"
     entries = read_record(record, item)
@@ -99,7 +100,27 @@ def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True)
             if not is_mine:
                 return []
             entries = read_record(record, item) or build(item, cfg, record, files, stamps)
+    if not entries[0].digest:  # a record from before it had one
+        entries = with_digest(record, item, entries)
     return entries
+
+
+def stamps_of(paths: Sequence[Path]) -> list:
+    """Of all files of an image, or of a label."""
+    found = []
+    for path in paths:
+        check_is_file(path)
+        found += stamp(path)
+    return found
+
+
+def with_digest(record: Path, item: Item, entries: list[Entry]) -> list[Entry]:
+    """The digest of their file, put into its record too, where that can be written."""
+    digest = digest_of(item.files)
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(record.read_bytes()) | {"digest": digest}
+        write_atomic(record, lambda file: file.write(json.dumps(content).encode()), shared=True)
+    return [dataclasses.replace(entry, digest=digest) for entry in entries]
 
 
 @contextlib.contextmanager
@@ -127,7 +148,7 @@ def one_at_a_time(record: Path, wait: bool) -> Iterator[bool]:
 def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamps: Sequence) -> list[Entry]:
     """Read the volumes of one file and write them to the cache, unless it changed since it had `stamps`."""
     folder, loaded = record.parent, load(item, cfg)
-    if [stamp(file) for file in files] != stamps:
+    if [stamps_of(paths) for paths in files] != stamps:
         raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is "
                         f"complete")
     volumes = []
@@ -136,7 +157,8 @@ def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stam
             size = write_array(array_file(record, number), array)
             volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
         content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(),
-                   "guessed": loaded.guessed, "volumes": volumes}
+                   "guessed": loaded.guessed, "notes": loaded.notes, "volumes": volumes,
+                   "digest": digest_of(item.files)}
         if cfg.labels:
             content["labels"] = [write_array(label_file(record, number), array)
                                  for number, array in enumerate(loaded.labels)]
@@ -199,18 +221,22 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
         labels = [str(label_file(record, number)) for number in range(len(label_bytes))]
         if [os.path.getsize(file) for file in labels] != label_bytes:
             return None
-        entries = []
+        entries, notes = [], tuple(Note(*note) for note in content["notes"])
         for number, volume in enumerate(content["volumes"]):
             file = str(array_file(record, number))
             if os.path.getsize(file) != volume["bytes"]:
                 return None
-            name = stem_of(item.path)
+            name = item.known_as
+            volume_number = None
             if len(content["volumes"]) > 1:
+                volume_number = number
                 name += f"_t{number:03d}"
             modality, low, high = volume["intensity"]
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,
-                          content["guessed"])
+                          content["guessed"], file=item.known_as, volume=volume_number,
+                          digest=content.get("digest", ""), patient=item.patient, fold=item.fold,
+                          notes=notes)
             if labels:
                 entry = dataclasses.replace(entry, label=labels[min(number, len(labels) - 1)],
                                             label_path=str(item.label), label_ids=tuple(content["label_ids"]))

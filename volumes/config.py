@@ -3,6 +3,7 @@
 Sizes and spacing are D, H, W (depth, height, width), spacing in mm. Imports no other room. Version 1.1.
 """
 import math
+import re
 from dataclasses import dataclass
 
 MAX_CLASSES = 1024   # of a label map: class ids lie below
@@ -12,8 +13,8 @@ WIDTH_LEVEL = {"lung": (1500, -600), "bone": (1500, 300), "soft_tissue": (400, 5
 WINDOWS = {name: (level - width / 2, level + width / 2) for name, (width, level) in WIDTH_LEVEL.items()}
 
 # Names of `data.modality` and of a datalist's `class` -> the rule for intensities.
-MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "voxel": "voxel", "radar": "voxel", "lidar": "voxel",
-              "picture": "picture"}
+MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "signed": "signed", "voxel": "voxel", "radar": "voxel",
+              "lidar": "voxel", "picture": "picture"}
 
 # Fields that take one of a few names.
 CHOICES = {
@@ -42,14 +43,24 @@ class DataConfig:
     synthetic_size: tuple[int, int, int] = (48, 96, 96)  # voxels
     patch: tuple[int, int, int] | None = None  # crop, voxels; None: 32,64,64 (synthetic 16,48,48), less
                                                # where the middle volume is smaller
-    val_fraction: float = 0.2                # of the files, at least one; a datalist's `validation` list wins
+    val_fraction: float = 0.2                # of the patients, at least one; a datalist's `validation` list
+                                             # and `fold` keys win
+    patient: str = "auto"                    # whose files are held out together: auto (a datalist's patient,
+                                             # subject or case_id, BIDS sub-, a folder for each case) | file |
+                                             # folder | a regular expression with one group
+    split_seed: int | None = None            # which patients are held out; None: train.seed
+    fold: str | None = None                  # K/N: part K, from 0, of N parts of the patients is held out;
+                                             # K alone: that `fold` of a datalist; None: val_fraction, or
+                                             # the first `fold`
     crops_per_volume: int = 4                # an epoch is this many crops of every training volume
-    modality: str = "auto"                   # auto (by the values) | ct | mr | voxel (or radar) | picture;
-                                             # a datalist's `class` wins
+    modality: str = "auto"                   # auto (by the values) | ct | mr | signed (z-scores, phase, maps
+                                             # of t values) | voxel (or radar) | picture; a datalist's
+                                             # `class` wins
     window: str = "none"                     # CT: none (hu_range) | lung | bone | soft_tissue | brain
     hu_range: tuple[float, float] = (-1000.0, 1000.0)  # CT without window: HU mapped to -1 and 1;
                                                        # air to dense bone
-    percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all
+    percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all.
+                                                    # Signed: the second, of magnitudes, is mapped to 1
     percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
     voxel_scale: tuple[float, ...] | None = None  # voxel: magnitude mapped to 1, one per channel;
                                                   # None: each volume's largest
@@ -63,7 +74,8 @@ class DataConfig:
                                              # resize wins
     four_d: str = "volumes"                  # 4th axis of an image: volumes (separate; split by file
                                              # all the same) | channels
-    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero
+    nan: str = "error"                       # NaN and infinite voxels: error (the file is refused) | zero (or
+                                             # what is background: air in a CT, the floor of an MR)
     channel_axis: int | None = None          # of 4-D .npy and .npz; None: the shorter of the last and the
                                              # first axis, up to 8
     select_channel: int | None = None        # use this channel alone, from 0
@@ -115,6 +127,7 @@ class DataConfig:
             raise ValueError(f"data.val_fraction is {self.val_fraction}; use a share of the files in [0, 1)")
         if not 0 < self.scale <= 1:
             raise ValueError(f"data.scale is {self.scale}; use a factor in (0, 1], such as 0.5")
+        self.check_split()
         self.check_labels()
         if not 0 <= self.foreground <= 1:
             raise ValueError(f"data.foreground is {self.foreground}; use a share of the crops in [0, 1], "
@@ -136,6 +149,30 @@ class DataConfig:
         if self.flip != "none" and not (self.flip and set(self.flip.upper()) <= set("DHW")):
             raise ValueError(f"data.flip is {self.flip!r}; use none, or letters of DHW")
         self.spacing_mm()
+
+    def check_split(self) -> None:
+        """Raises ValueError for patients and folds that cannot be meant."""
+        if self.patient not in ("auto", "file", "folder"):
+            try:
+                groups = re.compile(self.patient).groups
+            except re.error as error:
+                raise ValueError(f"data.patient is {self.patient!r}; use auto, file, folder or a regular "
+                                 f"expression ({error})") from None
+            if groups != 1:
+                raise ValueError(f"data.patient is {self.patient!r}; use auto, file, folder or a regular "
+                                 f"expression with one group, such as '(p[0-9]+)', found {groups} groups")
+        self.fold_numbers()
+
+    def fold_numbers(self) -> tuple[int | None, int | None]:
+        """K and N of `fold`; None where it does not name them."""
+        if self.fold is None:
+            return None, None
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:/\s*(\d{1,6}))?\s*", self.fold)
+        number, count = (None, None) if match is None else match.groups()
+        if match is None or count is not None and not (int(count) >= 2 and int(number) < int(count)):
+            raise ValueError(f"data.fold is {self.fold!r}; use K/N with K from 0 to N - 1, such as 0/5, or "
+                             f"the number of a datalist's fold")
+        return int(number), None if count is None else int(count)
 
     def check_labels(self) -> None:
         """Raises ValueError for numbers of classes that cannot be meant."""
@@ -210,5 +247,6 @@ class VoxelSettings:
 # what a stored label means. (With `labels` a record has the label's voxels beside the image's, and its key
 # both files.)
 NOT_OF_VOXELS = ("path", "synthetic", "synthetic_count", "synthetic_size", "patch", "val_fraction",
+                 "patient", "split_seed", "fold",
                  "crops_per_volume", "zoom", "labels", "classes", "ignore_label", "label_values", "flip",
                  "foreground", "jitter", "strict", "cache_dir", "max_gib", "workers", "pin_memory")

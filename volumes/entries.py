@@ -10,6 +10,7 @@ import numpy as np
 
 from volumes.files import StoreError, one_line, show
 from volumes.intensities import Intensity
+from volumes.volume import Note
 
 Region = tuple[slice, slice, slice]  # of D, H, W
 
@@ -20,7 +21,8 @@ class Entry:
 
     `store` is the file of its normalised voxels, or the array itself.
     """
-    name: str                            # short, unique, fit for logs and file names
+    name: str                            # unique: that of its file below the data's root, without its
+                                         # ending, and _t003 of a file of several volumes
     path: str | None                     # source file; None: synthetic
     shape: tuple[int, int, int, int]     # (C, D, H, W)
     spacing: tuple[float, float, float]  # mm, D H W, of the grid it is kept in
@@ -36,6 +38,12 @@ class Entry:
     label_ids: tuple[int, ...] = ()      # values that occur in that file, ascending
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as classes
     ignore_label: int | None = None
+    file: str = ""                       # the name of its file, which all volumes of a 4-D file share
+    volume: int | None = None            # its number, where the file has several
+    digest: str = ""                     # of the file's bytes
+    patient: str | None = None           # whose file it is: of a datalist's keys, else found (splits.py)
+    fold: int | None = None              # of a datalist's keys
+    notes: tuple[Note, ...] = ()         # what a user should know of its file
 
     def read(self, region: Region | None = None) -> np.ndarray:
         """Normalised voxels, float32, a copy: the whole (C, D, H, W) or a region, of which alone is read."""

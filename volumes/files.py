@@ -6,13 +6,14 @@ it. `write_atomic` is the one way in which this repository writes a file that a 
 1.0.
 """
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,6 +110,34 @@ def bare_name(name: str) -> str:
 def stem_of(path: Path) -> str:
     """The name of a file without its ending, printable and fit for the name of another file."""
     return re.sub(r"[^\w.-]", "_", bare_name(path.name) or path.name)
+
+
+def name_below(root: Path, path: Path) -> str:
+    """What a file is known by: its path below the data's root, without its ending, `/` between the folders.
+
+    Printable and fit for the names of other files. A file that is not below `root` has its own name alone.
+    """
+    path, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+    folders = ()
+    if path.parent.is_relative_to(root):
+        folders = path.parent.relative_to(root).parts
+    return "/".join([*(re.sub(r"[^\w. -]", "_", folder) for folder in folders), stem_of(path)])
+
+
+def digest_of(paths: Sequence[str | os.PathLike]) -> str:
+    """`BYTES-DIGITS` of what files hold: how many bytes, and 32 hexadecimal digits of them."""
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for path in paths:
+        with open(path, "rb") as stream:
+            while part := stream.read(2**22):
+                digest.update(part)
+                total += len(part)
+    return f"{total}-{digest.hexdigest()}"
+
+
+def short_digest(text: str) -> str:
+    """16 hexadecimal digits of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def halves(path: Path, header_of: Mapping[str, str]) -> list[str]:

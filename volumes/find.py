@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from volumes import formats
-from volumes.files import COMPRESSED, DataError, bare_name, brief, one_line, show, split_ending
+from volumes.files import (
+    COMPRESSED,
+    DataError,
+    bare_name,
+    brief,
+    halves,
+    name_below,
+    one_line,
+    show,
+    split_ending,
+    stem_of,
+)
+from volumes.layouts import ChannelCase, channels_of, nnunet_cases
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
@@ -19,6 +31,7 @@ LABEL_SUFFIX = re.compile("_(label|mask|seg)$")  # X_label goes with X_image or 
 HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte of a name
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
 MAX_DATALIST = 2**28  # bytes; some million files
+PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
 
 NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label beside it, no `seg` in an "
@@ -33,6 +46,23 @@ class Item(NamedTuple):
     kind: str | None = None     # the datalist's `class`, as written there
     label: Path | None = None   # may be the file itself: an .npz of both
     fault: str | None = None    # why it is refused before it is read: an image without label, or the reverse
+    name: str = ""              # its path below the data's root, without its ending; "": not known
+    patient: str | None = None  # of a datalist's PATIENT_KEYS
+    fold: int | None = None     # of a datalist's `fold`
+    more: tuple[Path, ...] = ()  # files of further channels
+
+    @property
+    def known_as(self) -> str:
+        """Its name, or where it was given alone that of the file."""
+        return self.name or stem_of(self.path)
+
+    @property
+    def files(self) -> list[str]:
+        """All files that its voxels come from: two where they lie apart from their header."""
+        found = []
+        for path in (self.path, *self.more):
+            found += halves(path, formats.format_of(path).header_of) or [str(path)]
+        return found
 
 
 def list_items(path: str | os.PathLike, labels: bool = False,
@@ -52,7 +82,16 @@ def list_items(path: str | os.PathLike, labels: bool = False,
     path = Path(os.path.expanduser(path))
     lists = {"training": [], "validation": [], "testing": []}
     if os.path.isdir(path):
-        lists["training"] = pair_files(path, list(walk(path)), labels, say)
+        cases = nnunet_cases(path, say)
+        if cases is not None:
+            lists["training"] = [item_of_case(case, labels) for case in cases.training]
+            lists["testing"] = [item_of_case(case, labels) for case in cases.testing]
+            if labels:
+                lists["training"] += [Item(file, None, file, NO_IMAGE) for file in cases.orphans]
+        else:
+            lists["training"] = pair_files(path, list(walk(path)), labels, say)
+    elif path.suffix.lower() == ".json" and is_nnunet_json(path):
+        return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
         lists = read_datalist(path, labels)
     elif os.path.exists(path):
@@ -60,12 +99,49 @@ def list_items(path: str | os.PathLike, labels: bool = False,
     else:
         raise DataError(f"{show(path)}: no such file or folder; give a folder, a volume or a JSON datalist")
     for name, items in lists.items():
-        once: dict[str, Item] = {}
+        once: dict[tuple, Item] = {}
         for item in items:
             # A link to a file is that file: else it could be on both sides of the split.
-            once.setdefault(os.path.realpath(item.path), item)
+            once.setdefault(tuple(map(os.path.realpath, (item.path, *item.more))), item)
         lists[name] = list(once.values())
-    return lists
+    root = root_of(path, [item.path for items in lists.values() for item in items])
+    return {name: [item._replace(name=item.name or name_below(root, item.path)) for item in items]
+            for name, items in lists.items()}
+
+
+def item_of_case(case: ChannelCase, labels: bool) -> Item:
+    first, *more = case.files
+    fault = case.fault
+    if labels and case.label is None:
+        fault = fault or NO_LABEL
+    label = case.label if labels else None
+    return Item(first, None, label, fault, case.name, more=tuple(more))
+
+
+def is_nnunet_json(path: Path) -> bool:
+    """Whether it is nnU-Net's dataset.json of version 2, which names no files, beside its imagesTr."""
+    try:
+        if os.path.getsize(path) > MAX_DATALIST or not (path.parent / "imagesTr").is_dir():
+            return False
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "training" not in content and "labels" in content
+
+
+def root_of(path: Path, files: Sequence[Path]) -> Path:
+    """The folder below which the files of `path` are named.
+
+    It is the folder itself; the folder of a file, or of a datalist where all its files lie below that; else
+    the deepest folder that holds all files of the datalist.
+    """
+    if os.path.isdir(path):
+        return path
+    root = Path(os.path.abspath(path)).parent
+    folders = [Path(os.path.abspath(file)).parent for file in files]
+    if all(folder.is_relative_to(root) for folder in folders):
+        return root
+    return Path(os.path.commonpath(folders))
 
 
 def walk(root: Path) -> Iterator[Path]:
@@ -256,20 +332,46 @@ def datalist_item(path: Path, place: str, entry: object, labels: bool) -> Item:
     named = entry if isinstance(entry, dict) else {"image": entry}
     image, kind = named.get("image"), named.get("class")
     label = named.get("label") if labels else None
-    if not is_name(image):
-        raise DataError(f"{show(path)}: {place} is {brief(entry)}; make it {{\"image\": path}} or a path")
+    images = image if isinstance(image, list) else [image]
+    if not images or not all(map(is_name, images)):
+        raise DataError(f"{show(path)}: {place} is {brief(entry)}; make it {{\"image\": path}}, a path, or "
+                        f"{{\"image\": [a path for each channel]}}")
     if kind is not None and not isinstance(kind, (str, int)):
         raise DataError(f"{show(path)}: {place} has the class {brief(kind)}; make it a text such as ct")
     if label is not None and not is_name(label):
         raise DataError(f"{show(path)}: {place} has the label {brief(label)}; make it a path")
 
-    file = path.parent / os.path.expanduser(image)
+    file, *more = (path.parent / os.path.expanduser(name) for name in images)
+    if not more:
+        file, *more = channels_of(file) or [file]
     if label is not None:
         label = path.parent / os.path.expanduser(label)
     elif labels:
         label = own_label(file)
     fault = NO_LABEL if labels and label is None else None
-    return Item(file, None if kind is None else str(kind), label, fault)
+    item = Item(file, None if kind is None else str(kind), label, fault)
+    item = item._replace(more=tuple(more))
+    return item._replace(patient=patient_named(path, place, named), fold=fold_named(path, place, named))
+
+
+def patient_named(path: Path, place: str, named: dict) -> str | None:
+    """Whose file an entry says that it is."""
+    for key in PATIENT_KEYS:
+        value = named.get(key)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, (str, int)):
+                raise DataError(f"{show(path)}: {place} has the {key} {brief(value)}; make it a text or a "
+                                f"number")
+            return one_line(value)
+    return None
+
+
+def fold_named(path: Path, place: str, named: dict) -> int | None:
+    """The fold that an entry says it is of."""
+    value = named.get("fold")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise DataError(f"{show(path)}: {place} has the fold {brief(value)}; make it a whole number")
+    return value
 
 
 def is_name(value: object) -> bool:

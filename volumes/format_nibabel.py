@@ -18,6 +18,7 @@ import numpy as np
 from volumes import files
 from volumes.files import DataError, check_is_file, halves, quiet, split_ending
 from volumes.volume import (
+    Note,
     Origin,
     Request,
     Source,
@@ -32,6 +33,9 @@ ENDINGS = (".nii", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".hea
 # Of a volume that lies in two files: ending of its voxels -> of its header.
 HEADER_OF = {".img": ".hdr", ".rec": ".par", ".brik": ".head"}
 MAX_HEADER = 2**24  # bytes: extensions in front of the voxels, and what may follow them in a compressed file
+QUATERNION = 1e-3  # what the squared length of a rotation's quaternion may exceed 1 by
+UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # of the affine, by NIfTI's code; mm has 2
+MOST_MM = 100.0  # the widest voxel that a header is believed: one of 1 metre is one of 1 mm
 MOST_DEFLATED = 1032  # bytes that one byte of a .gz can stand for
 
 
@@ -42,12 +46,12 @@ def read_image(path: Path, request: Request) -> Source:
     for half in halves(path, HEADER_OF):
         check_is_file(Path(half))
         check_extensions(half)
-    image = nib.load(path, mmap=False)  # a file that shrinks while it is mapped would kill the process
+    image, notes = open_image(path)
     if not isinstance(image, nib.spatialimages.SpatialImage):
         raise DataError(f"{type(image).__name__} is no spatial image (no voxel grid in mm)")
 
     # The header: what it declares is looked at before any voxel is read.
-    shape, dtype = tuple(int(n) for n in image.shape), np.dtype(image.get_data_dtype())
+    shape, dtype = shape_of(image), np.dtype(image.get_data_dtype())
     check_dtype(dtype)
     axes = count_axes(shape)
     stored = image.file_map["image"].filename
@@ -58,18 +62,109 @@ def read_image(path: Path, request: Request) -> Source:
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
         raise DataError(f"its affine {affine[:3].round(3).tolist()} is singular or not finite; repair the "
                         f"header")
+    affine[:3] *= to_mm(image, notes)
     count = shape[3] if axes == 4 else 1
     if request.volume is not None and not 0 <= request.volume < count:
         raise DataError(f"has {count} volumes, number {request.volume} was asked for; count from 0")
 
     # The voxels, to RAS, and transposed.
     array = read_voxels(image, stored, packed, request.volume if axes == 4 else None)
+    step = abs(float(image.dataobj.slope)) if has_one_scale(image) and dtype.kind in "iu" else 0.0
     array = array.reshape(*shape[:3], *(1,) * (3 - len(shape)), -1)        # (X, Y, Z, T), axes as stored
     to_ras = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(to_ras, array.shape[:3])
     array = nib.apply_orientation(array, to_ras).transpose(3, 2, 1, 0)            # (T, D, H, W)
     volume = Volume(np.ascontiguousarray(array, dtype=np.float32), spacing_of(affine), affine)
-    return Source(volume, axes == 4, str(dtype), "".join(nib.aff2axcodes(image.affine)))
+    return Source(volume, axes == 4, str(dtype), "".join(nib.aff2axcodes(image.affine)), tuple(notes), step)
+
+
+def open_image(path: Path) -> tuple[nib.spatialimages.SpatialImage, list[Note]]:
+    """An image whose voxels are not read yet, with repairs of its header, and what was repaired."""
+    notes: list[Note] = []
+    # Not mapped: a file that shrinks while it is mapped would kill the process.
+    try:
+        image = nib.load(path, mmap=False)
+    except ValueError as error:
+        if "w2 should be positive" not in str(error):
+            raise
+        image = with_unit_quaternion(path, error)
+        notes.append(Note("quaternion", "its header's quaternion is a little longer than 1; taken as a "
+                                        "rotation, of length 1"))
+    # A NIfTI in one file whose voxels would begin inside of its header.
+    if isinstance(image, nib.Nifti1Image) and image.dataobj.offset < image.header.single_vox_offset:
+        proxy, first = image.dataobj, image.header.single_vox_offset
+        notes.append(Note("vox_offset", f"its header lets the voxels begin at byte {proxy.offset}, inside of "
+                                        f"the header; read from byte {first} on"))
+        spec = proxy.shape, proxy.dtype, first, proxy.slope, proxy.inter
+        image = rebuilt(image, type(image), image.header,
+                        nib.arrayproxy.ArrayProxy(proxy.file_like, spec, mmap=False))
+    return image, notes
+
+
+def rebuilt(image: nib.Nifti1Pair, kind: type[nib.Nifti1Pair], header: nib.Nifti1Header,
+            proxy: nib.arrayproxy.ArrayProxy) -> nib.Nifti1Pair:
+    """The image of the same files with another header and another way to its voxels."""
+    new = kind(proxy, image.affine, header)
+    new.file_map = image.file_map
+    return new
+
+
+def with_unit_quaternion(path: Path, error: ValueError) -> nib.Nifti1Pair:
+    """A NIfTI whose quaternion is longer than 1 by what single precision and printing lose.
+
+    Raises `error` where it is longer than that.
+    """
+    for kind in (nib.Nifti1Image, nib.Nifti1Pair, nib.Nifti2Image, nib.Nifti2Pair):
+        if not kind.path_maybe_image(str(path))[0]:
+            continue
+        head = type("Header", (kind.header_class,), {"quaternion_threshold": QUATERNION})
+        try:
+            image = type("Image", (kind,), {"header_class": head}).from_filename(str(path), mmap=False)
+        except ValueError:
+            break
+        header = kind.header_class(image.header.binaryblock, image.header.endianness, check=False)
+        unit = image.header.get_qform_quaternion()
+        unit /= np.linalg.norm(unit)
+        header["quatern_b"], header["quatern_c"], header["quatern_d"] = unit[1:] * (1 - 1e-7)
+        return rebuilt(image, kind, header, image.dataobj)
+    raise error
+
+
+def to_mm(image: nib.spatialimages.SpatialImage, notes: list[Note]) -> float:
+    """mm in the unit of an image's affine; a unit that is no mm is noted."""
+    if not isinstance(image.header, nib.Nifti1Header):
+        return 1.0
+    unit = UNITS.get(int(image.header["xyzt_units"]) & 7)
+    if unit is None:
+        return 1.0
+    name, factor = unit
+    size = max(nib.affines.voxel_sizes(image.affine))
+    if size * factor > MOST_MM:
+        notes.append(Note("unit", f"its header gives its voxels as {size:g} {name} wide, which is taken for "
+                                  f"mm; repair xyzt_units"))
+        return 1.0
+    notes.append(Note("unit", f"its header is in {name}: voxels up to {size * factor:g} mm wide"))
+    return factor
+
+
+def series_axis(image: nib.spatialimages.SpatialImage) -> int:
+    """The axis of the volumes of a 4-D image: the last, but of MINC, whose dimensions have names, any."""
+    names = getattr(getattr(image.dataobj, "minc_file", None), "_dim_names", ())
+    others = [axis for axis, name in enumerate(names) if not name.endswith("space")]
+    return others[0] if len(names) == 4 and len(others) == 1 else 3
+
+
+def shape_of(image: nib.spatialimages.SpatialImage) -> tuple[int, ...]:
+    """The shape of an image, the axis of its volumes last."""
+    shape = [int(n) for n in image.shape]
+    if len(shape) == 4:
+        shape.append(shape.pop(series_axis(image)))
+    return tuple(shape)
+
+
+def has_one_scale(image: nib.spatialimages.SpatialImage) -> bool:
+    """Whether value = slope * stored + inter holds for the whole image: other formats scale by slice."""
+    return type(image.dataobj) is nib.arrayproxy.ArrayProxy
 
 
 def count_axes(shape: tuple[int, ...]) -> int:
@@ -105,7 +200,7 @@ def room_for_voxels(image: nib.spatialimages.SpatialImage, stored: str | None, p
 
 def read_voxels(image: nib.spatialimages.SpatialImage, stored: str, packed: str,
                 volume: int | None) -> np.ndarray:
-    """The array as stored, scaled, or one volume of it.
+    """The array as stored, scaled, the axis of its volumes last; or one volume of it.
 
     Of a compressed file everything is read, to its checksum.
     """
@@ -113,10 +208,13 @@ def read_voxels(image: nib.spatialimages.SpatialImage, stored: str, packed: str,
     with contextlib.ExitStack() as stack:
         if is_stream:
             stream = image.dataobj.file_like = stack.enter_context(nib.openers.ImageOpener(stored))
-        if volume is None:
-            array = np.asarray(image.dataobj)
+        axis = series_axis(image)
+        if volume is not None:
+            array = image.dataobj[(slice(None),) * axis + (volume,)]
         else:
-            array = image.dataobj[..., volume]
+            array = np.asarray(image.dataobj)
+            if array.ndim == 4:
+                array = np.moveaxis(array, axis, 3)
         if is_stream:
             read_to_end(stream)
     return array
@@ -169,13 +267,13 @@ def read_to_end(stream) -> None:
 def image_origin(kind: str, path: Path, source: Source, channel_axis: int | None) -> Origin:
     """Of an image that has been read already, from its header."""
     with quiet():
-        image = nib.load(path)
+        image, _ = open_image(path)
     header = nib.Nifti1Header.from_header(image.header, check=False).as_byteswapped("<")
     dtype, slope, inter = "float32", 1.0, 0.0
-    if type(image.dataobj) is nib.arrayproxy.ArrayProxy:  # others scale by slice: no integers of one scale
+    if has_one_scale(image):
         dtype, slope, inter = source.dtype, float(image.dataobj.slope), float(image.dataobj.inter)
     affine = tuple(tuple(map(float, row)) for row in image.affine)
-    return Origin(kind, tuple(map(int, image.shape)), dtype, source.volume.array.shape[1:],
+    return Origin(kind, shape_of(image), dtype, source.volume.array.shape[1:],
                   header=header.binaryblock.hex(), affine=affine, slope=slope, inter=inter)
 
 

@@ -6,7 +6,7 @@ their image's grid, follow it through every change (nearest voxel), and come as 
 
 Shapes: C channels, D H W depth height width, T volumes of a 4-D file. Version 1.1.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +16,13 @@ from volumes.config import MAX_CLASSES, MODALITIES, DataConfig, VoxelSettings
 from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, guess_modality, normalise
-from volumes.volume import Request, Source, Volume, check_size, spacing_of
+from volumes.intensities import Intensity, fill, guess_modality, normalise, notes_of
+from volumes.layouts import joined
+from volumes.volume import Note, Request, Source, Volume, check_size, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
-WHOLE = 1e-4    # labels may be so far from whole numbers
+WHOLE = 1e-4    # labels may be so far from whole numbers,
+SURELY = 0.25   # and so far where whole numbers stand for them by a scale that misses them
 
 
 class Loaded(NamedTuple):
@@ -33,30 +35,47 @@ class Loaded(NamedTuple):
     labels: list[np.ndarray]                     # (D, H, W) uint8 or int16, for each volume or one for all;
                                                  # none without data.labels
     label_ids: tuple[int, ...]                   # values that occur in them, before they are resampled
+    notes: tuple[Note, ...] = ()                 # what a user should know of the file
 
 
 def load(item: Item, cfg: DataConfig) -> Loaded:
     """Read, select, split into volumes, normalise, resample. Raises DataError naming the file."""
     check_pair(item, cfg)
     settings = cfg.voxel_settings(item.kind)
-    source = formats.read_source(item.path, Request(None, settings.channel_axis, cfg.max_gib), settings.nan)
+    nan = "keep" if settings.nan == "zero" else settings.nan
+    request = Request(None, settings.channel_axis, cfg.max_gib)
+    source = formats.read_source(item.path, request, nan)
+    if item.more:
+        source = joined(item.more, source, request, nan)
     try:
-        volumes = split_volumes(source, settings)
-        named = modality_named(item, settings)
-        if named == "auto":
-            modality = guess_modality(source.volume.array)
-        else:
+        # First what is measured, and the background in place of NaN.
+        stored, named = source.volume.array, modality_named(item, settings)
+        bad = None
+        if nan == "keep" and not np.isfinite(stored).all():
+            bad = ~np.isfinite(stored)
+        if named != "auto":
             modality = MODALITIES[named]
+        elif bad is None or bad.all():
+            modality = guess_modality(stored)
+        else:
+            modality = guess_modality(stored[~bad])
+        if bad is not None:
+            fill(stored, bad, modality)
+
+        # Then each volume of it.
+        volumes = split_volumes(source, settings)
         picture_max = 255.0
         if modality == "picture":
             if np.dtype(source.dtype).kind not in "iu":
                 raise DataError(f"holds {source.dtype}; modality picture is for whole numbers, whose type "
                                 f"gives the range")
             picture_max = float(np.iinfo(source.dtype).max)
-        done = []
+        done, notes = [], list(source.notes)
         for array in volumes:
             volume = source.volume._replace(array=array)
             done.append(finish(volume, modality, settings, cfg.max_gib, picture_max))
+            notes += notes_of(array, done[-1][1])
+        notes += thin_axes(source.volume.array.shape[1:], done[0][0].shape[1:], source.volume.spacing)
     except DataError as error:
         raise DataError(f"{show(item.path)}: {error}") from None
     voxels, _, affine = done[0]
@@ -64,7 +83,26 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     if cfg.labels:
         labels, ids = load_labels(item, source, len(volumes), voxels.shape[1:], cfg.max_gib)
     pairs = [(array, intensity) for array, intensity, _ in done]
-    return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids)
+    return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids,
+                  one_of_each(notes))
+
+
+def thin_axes(old: Sequence[int], new: Sequence[int], spacing: Sequence[float]) -> list[Note]:
+    """A note where a resampling leaves one voxel of several on an axis. Sizes and spacing (mm): D, H, W."""
+    thin = [axis for axis in range(3) if new[axis] == 1 < old[axis]]
+    if not thin:
+        return []
+    lost = " and ".join(f"{old[axis]} voxels of {spacing[axis]:.3g} mm along {'DHW'[axis]}" for axis in thin)
+    return [Note("thin", f"its {lost} become one by resampling; see data.spacing, data.resize and data.scale "
+                         f"(sizes and mm are D,H,W), and the unit of its header")]
+
+
+def one_of_each(notes: Sequence[Note]) -> tuple[Note, ...]:
+    """The first note of each kind: a series of 200 volumes says once what holds for all of them."""
+    first: dict[str, Note] = {}
+    for note in notes:
+        first.setdefault(note.kind, note)
+    return tuple(first.values())
 
 
 def check_pair(item: Item, cfg: DataConfig) -> None:
@@ -136,7 +174,7 @@ def load_labels(item: Item, image: Source, count: int, size: tuple[int, ...],
             plural = "s" if count > 1 else ""
             raise DataError(f"has {len(array)} volumes or channels, its image {show(item.path.name)} {count} "
                             f"volume{plural}; store one class number per voxel")
-        whole = whole_numbers(array)
+        whole = whole_numbers(array, source.step)
         ids = values_in(whole)
         if len(ids) > MAX_CLASSES:
             raise DataError(f"holds {len(ids)} different values, from {whole.min()} to {whole.max()}, more "
@@ -164,10 +202,13 @@ def check_grid(source: Source, image: Source, name: str) -> None:
                         f"resample the label onto its image's grid")
 
 
-def whole_numbers(array: np.ndarray) -> np.ndarray:
-    """Labels (T, D, H, W) float32 -> uint8 or int16."""
+def whole_numbers(array: np.ndarray, step: float = 0.0) -> np.ndarray:
+    """Labels (T, D, H, W) float32 -> uint8 or int16.
+
+    step: between the values that their file can hold, of which each label lies at the nearest.
+    """
     whole = np.rint(array)
-    bad = np.abs(array - whole) > WHOLE
+    bad = np.abs(array - whole) > max(WHOLE, min(0.51 * step, SURELY))
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
         raise DataError(f"{int(bad.sum())} labels are no whole numbers, first {array[first]:g} at "

@@ -20,12 +20,20 @@ class Volume(NamedTuple):
     affine: np.ndarray                   # (4, 4) of the RAS grid: X, Y, Z -> mm
 
 
+class Note(NamedTuple):
+    """What a user should know of a file that is used all the same."""
+    kind: str  # notes of one kind are told in one line, of the first file
+    text: str  # goes on after the file's name
+
+
 class Source(NamedTuple):
     """A file that has been read."""
     volume: Volume
     is_series: bool   # its 4th axis is that of an image (data.four_d), not the channels of an array
     dtype: str        # as stored
     orientation: str  # axis codes on disk such as LPS; "-" where the format has none
+    notes: tuple[Note, ...] = ()
+    step: float = 0.0  # between neighbouring values, of whole numbers that are stored with a scale
 
 
 class Request(NamedTuple):
@@ -119,10 +127,10 @@ def check_dtype(dtype: np.dtype) -> None:
 def check_finite(array: np.ndarray, nan: str) -> None:
     """NaN policy of an array (C, D, H, W), in place. Infinite voxels, and values beyond float32, count too.
 
-    nan: "zero" replaces them by 0; else they are refused, and where it is "error" the line names that way
-    out.
+    nan: "zero" replaces them by 0, "keep" leaves them; else they are refused, and where it is "error" the
+    line names that way out.
     """
-    if np.isfinite(array).all():
+    if nan == "keep" or np.isfinite(array).all():
         return
     bad = ~np.isfinite(array)
     if nan == "zero":

@@ -1,0 +1,109 @@
+"""volumes/layouts.py: nnU-Net's folders, and images of several files."""
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import predict
+import train
+from data import Crops, open_data
+from predictions import TINY
+from volume_files import config, ct_like, one_line, save
+from volumes.config import DataConfig
+from volumes.files import DataError
+from volumes.find import list_items
+from volumes.loading import load
+
+SHAPE = (10, 12, 8)
+
+
+@pytest.fixture
+def nnunet(tmp_path):
+    """Two cases of two channels and one to test, as version 2 has them."""
+    root = tmp_path / "nnunet"
+    for n, case in enumerate(("X_000", "X_001")):
+        for k in range(2):
+            save(root / "imagesTr" / f"{case}_{k:04d}.nii.gz", abs(ct_like(SHAPE, 10 * n + k)))
+        label = np.random.default_rng(n).integers(0, 3, SHAPE).astype(np.uint8)
+        save(root / "labelsTr" / f"{case}.nii.gz", label)
+    for k in range(2):
+        save(root / "imagesTs" / f"Y_{k:04d}.nii.gz", abs(ct_like(SHAPE, 50 + k)))
+    (root / "dataset.json").write_text(json.dumps(
+        {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1, "b": 2},
+         "numTraining": 2, "file_ending": ".nii.gz"}))
+    return root
+
+
+@pytest.mark.parametrize("place", ["", "dataset.json"])
+def test_a_folder_of_nnunet_is_cases_of_channels(nnunet, tmp_path, place):
+    said = []
+    lists = list_items(nnunet / place, True, said.append)
+    assert [item.name for item in lists["training"]] == ["imagesTr/X_000", "imagesTr/X_001"]
+    assert [item.name for item in lists["testing"]] == ["imagesTs/Y"]
+    assert "2 cases of 2 channels" in said[0]
+    opened = open_data(config(nnunet / place, tmp_path, labels=True), 0, said.append)
+    assert opened.channels == 2 and opened.classes == 3 and len(opened.train) + len(opened.val) == 2
+    image, label, _ = Crops(opened, 0)[0]
+    assert len(image) == 2 and label.shape == image.shape[1:]
+    plain = open_data(config(nnunet / place, tmp_path), 0, said.append)
+    assert plain.channels == 2 and {e.name for e in plain.train + plain.val} == {"imagesTr/X_000",
+                                                                                 "imagesTr/X_001"}
+
+
+def test_version_1_names_cases_without_their_channels(nnunet, tmp_path):
+    rows = [{"image": f"./imagesTr/X_00{n}.nii.gz", "label": f"./labelsTr/X_00{n}.nii.gz"} for n in range(2)]
+    (nnunet / "dataset.json").write_text(json.dumps(
+        {"modality": {"0": "T1", "1": "T2"}, "labels": {"0": "background", "1": "a"}, "training": rows,
+         "test": ["./imagesTs/Y.nii.gz"]}))
+    opened = open_data(config(nnunet / "dataset.json", tmp_path, labels=True), 0, print)
+    assert opened.channels == 2 and opened.classes == 3
+
+
+def test_channels_are_the_files_in_their_order(nnunet, tmp_path):
+    item = list_items(nnunet)["training"][1]
+    array = load(item, DataConfig(modality="voxel", voxel_scale=(1000.0,) * 2)).volumes[0][0]
+    for k in range(2):
+        alone = list_items(nnunet / "imagesTr" / f"X_001_000{k}.nii.gz")["training"][0]
+        expected = load(alone, DataConfig(modality="voxel", voxel_scale=(1000.0,))).volumes[0][0]
+        assert np.array_equal(array[k], expected[0])
+    # The cache knows both files: one that changes is read again.
+    opened = open_data(config(nnunet, tmp_path), 0, print)
+    before = {entry.name: entry.read() for entry in opened.train + opened.val}
+    save(nnunet / "imagesTr" / "X_001_0001.nii.gz", abs(ct_like(SHAPE, 99)))
+    opened = open_data(config(nnunet, tmp_path), 0, print)
+    after = {entry.name: entry.read() for entry in opened.train + opened.val}
+    assert np.array_equal(before["imagesTr/X_000"], after["imagesTr/X_000"])
+    assert not np.array_equal(before["imagesTr/X_001"][1], after["imagesTr/X_001"][1])
+
+
+def test_a_channel_that_is_missing_or_of_another_grid_is_told(nnunet, tmp_path):
+    (nnunet / "imagesTr" / "X_000_0001.nii.gz").unlink()
+    said = []
+    open_data(config(nnunet, tmp_path), 0, said.append)
+    assert sum("refused" in line and "_0001" in line for line in said) == 1
+    save(nnunet / "imagesTr" / "X_000_0001.nii.gz", ct_like((10, 12, 7)))
+    save(nnunet / "imagesTr" / "X_001_0001.nii.gz", ct_like(SHAPE), np.diag([1, 1, 1.5, 1]))
+    for item, word in zip(list_items(nnunet)["training"], ("grid is 7,12,10", "affines differ")):
+        with pytest.raises(DataError) as error:
+            load(item, DataConfig())
+        one_line(error, "_0001.nii.gz", word)
+
+
+def test_numbered_cases_are_no_channels(tmp_path):
+    for n in range(3):
+        save(tmp_path / "d" / "imagesTr" / f"case_{n:04d}.nii.gz", ct_like(SHAPE, n))
+        save(tmp_path / "d" / "labelsTr" / f"case_{n:04d}.nii.gz", ct_like(SHAPE, n) * 0)
+    items = list_items(tmp_path / "d", True)["training"]
+    assert len(items) == 3 and not any(item.more or item.fault for item in items)
+
+
+def test_a_list_of_files_is_one_image_and_goes_through_predict(nnunet, tmp_path):
+    rows = [{"image": [f"nnunet/imagesTr/{case}_000{k}.nii.gz" for k in range(2)]}
+            for case in ("X_000", "X_001")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": rows}))
+    words = [*TINY, "--vae.base_channels", "4", "--train.steps", "1", "--data", str(tmp_path / "list.json")]
+    assert train.main([*words, "--data.cache_dir", str(tmp_path / "c"), "--out", str(tmp_path / "run")]) == 0
+    argv = ["reconstruct", "--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--output"]
+    assert predict.main([*argv, str(tmp_path / "o"), "--input", str(nnunet / "imagesTs")]) == 0
+    assert nib.load(tmp_path / "o" / "Y.nii.gz").shape == (*SHAPE, 2)

@@ -1,0 +1,156 @@
+"""Images whose channels lie in files of their own: nnU-Net's folders, and the files that it names.
+
+nnU-Net (doi:10.1038/s41592-020-01008-z) keeps channel k of case X as imagesTr/X_000k and its label as
+labelsTr/X, test cases in imagesTs; dataset.json says what the channels are (version 1: `modality`, version 2:
+`channel_names`). Version 1.0.
+"""
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from volumes import formats
+from volumes.files import DataError, Say, bare_name, name_below, show, sizes, split_ending
+from volumes.volume import Request, Source, check_size
+
+CHANNEL = re.compile(r"(.+)_(\d{4})$")  # of a file's own name
+FAR = 0.01                              # of a voxel: places of two channels may differ by this
+
+
+class ChannelCase(NamedTuple):
+    """The files of one image."""
+    name: str                  # below the data's root, without the channel
+    files: tuple[Path, ...]    # channel 0, 1, ...; or what there is of them
+    label: Path | None
+    fault: str | None          # a channel that is missing
+
+
+class Cases(NamedTuple):
+    training: list[ChannelCase]
+    testing: list[ChannelCase]
+    orphans: list[Path]        # labels without an image
+
+
+def nnunet_cases(root: Path, say: Say) -> Cases | None:
+    """The cases of a folder of nnU-Net, or of its imagesTr or imagesTs alone; None where it is none.
+
+    A folder is one where all names in imagesTr end in a channel, and where dataset.json, a label of a case's
+    name or a second channel shows that these numbers are channels.
+    """
+    folders = {name.lower(): root / name for name in sorted(os.listdir(root)) if (root / name).is_dir()}
+    home = root
+    own_name = Path(os.path.abspath(root)).name.lower()
+    if own_name in ("imagestr", "imagests"):
+        home = Path(os.path.abspath(root)).parent
+        folders = {name.lower(): home / name for name in sorted(os.listdir(home))
+                   if (home / name).is_dir() and name.lower().startswith("labels")}
+        folders[own_name] = root
+    found = {}
+    for name in ("imagestr", "imagests"):
+        if name in folders:
+            labels = labels_in(folders.get(name.replace("images", "labels")))
+            found[name] = cases_in(folders[name], root, labels, channels_named(home))
+    if not any(found.values()) or None in found.values():
+        return None
+    if own_name in found:
+        training, testing = found[own_name], []
+    elif "imagestr" in found:
+        training, testing = found["imagestr"], found.get("imagests", [])
+    else:
+        return None
+    used = {case.label for case in training}
+    orphans = []
+    if "imagestr" in found:
+        orphans = [file for file in labels_in(folders.get("labelstr")).values() if file not in used]
+    most = max(len(case.files) for case in training)
+    plural = "s" if most > 1 else ""
+    say(f"data: nnU-Net's folders: {len(training)} cases of {most} channel{plural}")
+    return Cases(training, testing, orphans)
+
+
+def channels_named(home: Path) -> int | None:
+    """How many channels dataset.json names; None where it does not say."""
+    try:
+        content = json.loads((home / "dataset.json").read_text(encoding="utf-8-sig"))
+        names = content.get("channel_names") or content.get("modality")
+        return len(names) or None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def labels_in(folder: Path | None) -> dict[str, Path]:
+    """Name -> label."""
+    return {bare_name(file.name): file for file in volumes_in(folder)} if folder else {}
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    return [folder / name for name in sorted(os.listdir(folder))
+            if formats.is_volume(name) and not name.startswith(".")]
+
+
+def cases_in(folder: Path, root: Path, labels: dict[str, Path],
+             named: int | None) -> list[ChannelCase] | None:
+    """The cases of a folder such as imagesTr. None where its names are no channels."""
+    groups: dict[str, dict[int, Path]] = {}
+    for file in volumes_in(folder):
+        match = CHANNEL.match(bare_name(file.name))
+        if match is None or bare_name(file.name) in labels:
+            return None
+        groups.setdefault(match.group(1), {})[int(match.group(2))] = file
+    are_channels = named or labels.keys() & groups.keys() or all(
+        len(channels) > 1 and 0 in channels for channels in groups.values())
+    if not groups or not are_channels:
+        return None
+    cases = []
+    for case, channels in groups.items():
+        wanted = named or max(channels) + 1
+        lacking = [k for k in range(wanted) if k not in channels]
+        fault = None
+        if lacking:
+            fault = f"its case {case} has no channel _{lacking[0]:04d}; put that file beside it"
+        files = tuple(channels[k] for k in sorted(channels))
+        own = name_below(root, files[0])
+        cases.append(ChannelCase(own[:-len("_0000")], files, labels.get(case), fault))
+    return cases
+
+
+def channels_of(file: Path) -> list[Path]:
+    """X_0000, X_0001, ... of a file X that is not there itself, as version 1 of dataset.json names cases."""
+    ending = "".join(split_ending(file))
+    if os.path.exists(file):
+        return []
+    found = []
+    while True:
+        channel = file.with_name(f"{bare_name(file.name)}_{len(found):04d}{ending}")
+        if not os.path.isfile(channel):
+            return found
+        found.append(channel)
+
+
+def joined(paths: Iterable[Path], first: Source, request: Request, nan: str) -> Source:
+    """The first file, read, with the others as its further channels. Raises DataError where one of them does
+    not lie on its grid.
+    """
+    array, affine = first.volume.array, first.volume.affine
+    parts = [array]
+    for path in paths:
+        check_size((len(parts) + 1, *array.shape[1:]), 4, request.max_gib)
+        other = formats.read_source(path, request, nan).volume
+        if len(other.array) != 1 or len(array) != 1:
+            raise DataError(f"{show(path)}: one of several channels of an image, but they hold "
+                            f"{len(array)} and {len(other.array)} volumes or channels; give files of one "
+                            f"each")
+        if other.array.shape != array.shape:
+            raise DataError(f"{show(path)}: its grid is {sizes(other.array.shape[1:])} voxels (D,H,W), that "
+                            f"of the image's first channel {sizes(array.shape[1:])}; resample it onto that")
+        last = np.array([*(n - 1 for n in array.shape[:0:-1]), 1.0])     # the far corner, x y z
+        apart = np.abs((other.affine - affine) @ np.stack([last, [0, 0, 0, 1]], 1)).max()
+        if apart > FAR * min(first.volume.spacing):
+            raise DataError(f"{show(path)}: lies up to {apart:.3g} mm away from the image's first channel: "
+                            f"their affines differ; resample it onto that one's grid")
+        parts.append(other.array)
+    return first._replace(volume=first.volume._replace(array=np.concatenate(parts)), is_series=False)
