@@ -249,6 +249,8 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     crops = data.Crops(dataset, cfg.train.seed)
     features = checkpoint.get("features") if checkpoint is not None else None
     state = memory.begin(cfg, task, device, features)
+    # What a rank finds of its CPU's bf16 may differ from what the first one finds.
+    state.amp_dtype = ranks.from_rank(0, lambda: state.amp_dtype)
     if checkpoint is not None:
         restore(state, checkpoint, resumed.path)
     # Only now, since a checkpoint says how many crops a step has.
@@ -309,7 +311,7 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
     disc = ""
     if state.disc is not None:
         disc = f"discriminator {count(state.disc):,}, "
-    precision = pick_precision(cfg.train.amp, run.device)[1]
+    precision = pick_precision(cfg.train.amp, run.device, state.model)[1]
     if state.masters is not None:
         precision = "16-bit weights, float32 masters"
     log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "

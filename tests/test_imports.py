@@ -56,6 +56,7 @@ TESTED_IN = {
     "volumes.volume": "test_formats",
     "tasks.vae": "test_tasks",
     "tasks.features": "test_tasks",
+    "training.bf16_probe": "test_devices",
     "training.cases": "test_results",
     "training.console": "test_log",
     "training.facts": "test_foreign",

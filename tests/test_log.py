@@ -1,13 +1,15 @@
 """training/log.py: rows of log.jsonl, the console's lines, TensorBoard and Weights & Biases."""
+import math
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
-from runs import command, rows, run
-from training.log import codebook_use
+from runs import command, rows, run, tiny_state
+from training.log import codebook_use, log_histograms
 
 
 def test_log_rows_have_their_keys_and_best_is_the_best_validation(tmp_path):
@@ -64,6 +66,25 @@ def test_tensorboard_and_wandb_receive_scalars_pictures_and_histograms(tmp_path,
     kinds = {(kind, (name or "").split("/")[0]) for kind, name in seen}
     assert {("add_image", "samples"), ("add_histogram", "weights"), ("add_histogram", "gradients"),
             ("wandb", "samples"), ("wandb", "weights"), ("wandb", "gradients")} <= kinds
+
+
+def test_histograms_are_of_finite_values():
+    """numpy's histogram, which TensorBoard calls, raises for the gradients of a step that was not finite."""
+    cfg, state = tiny_state()
+    for number, parameter in enumerate(state.model.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+        if parameter.numel() > 1:
+            parameter.grad[(0,) * parameter.dim()] = math.nan
+        if number == 0:
+            parameter.grad.fill_(math.inf)
+    seen = {}
+
+    def histogram(name, values, step):
+        np.histogram(values.numpy())
+        seen[name] = values
+    log_histograms(types.SimpleNamespace(sinks=[types.SimpleNamespace(histogram=histogram)]), state)
+    names = [name for name, _ in state.model.named_parameters()]
+    assert seen.keys() == {f"weights/{name}" for name in names} | {f"gradients/{name}" for name in names[1:]}
 
 
 @pytest.mark.slow

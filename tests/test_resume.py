@@ -226,6 +226,22 @@ def test_a_learned_codebook_trains_in_stage_1(tmp_path):
     assert vq[-1] < vq[0]
 
 
+def test_a_checkpoint_from_before_early_stopping_had_a_reference_goes_on(tmp_path):
+    """Its reference is the best value, as it was then; one that is no number is told."""
+    out = tmp_path / "r"
+    assert run("--steps", "2", "--train.val_every", "1", out=out) == 0
+    content = torch.load(out / "last.pt", weights_only=True)
+    assert content["reference"] == content["best"]
+    cfg = config_from(content["config"], TrainConfig(), "")
+    state = new_state(cfg)
+    del content["reference"]
+    restore(state, content, out / "last.pt")
+    assert state.reference == content["best"]
+    torch.save(content | {"reference": "x"}, out / "last.pt")
+    with pytest.raises(ValueError, match="its reference is not what train.py writes"):
+        load(out / "last.pt")
+
+
 def test_a_run_from_before_patients_goes_on_with_its_own_split():
     config = config_dict(load_config([]))
     assert resumed_config({"config": config}, Path("last.pt")).data.patient == "auto"

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import resource
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from training import ranks
 from training.config import TrainConfig
+
+PROBE_SECONDS = 60           # for bf16_probe.py, which takes some 5 where bf16 is fast
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,9 +43,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype (None: float32) and why. A CUDA device that is only simulated counts as one with
-    bf16.
+def pick_precision(
+    amp: bool, device: torch.device, network: torch.nn.Module
+) -> tuple[torch.dtype | None, str]:
+    """The autocast dtype for a network (None: float32) and why.
+
+    A CUDA device that is only simulated counts as one with bf16. On a CPU the network's convolutions are
+    tried, since some are wrong or slow there.
     """
     if not amp:
         return None, "float32"
@@ -50,8 +57,9 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
         has = torch.cpu.get_capabilities()
         if not (has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16")):
             return None, "float32: --amp is off, this CPU has no native bf16"
-        if not cpu_bf16_is_right():
-            return None, "float32: --amp is off, bf16 convolutions give wrong gradients on this CPU"
+        wrong = what_is_wrong_with_bf16(convolutions_of(network))
+        if wrong is not None:
+            return None, f"float32: --amp is off, {wrong}"
         return torch.bfloat16, "bf16 autocast"
     if (
         device.type == "cuda"
@@ -66,27 +74,39 @@ def pick_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None,
     )
 
 
-@functools.cache
-def cpu_bf16_is_right() -> bool:
-    """False where oneDNN's bf16 weight gradient of a 3x3x3 convolution is not the true one.
+def convolutions_of(network: torch.nn.Module) -> tuple:
+    """Each kind of convolution in a network once, as bf16_probe.py takes them."""
+    found = {}
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv3d) and not isinstance(layer.padding, str):
+            kind = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                    layer.dilation, layer.groups)
+            found[kind] = None
+    return tuple(found)
 
-    With torch 2.13 on a CPU with avx512_bf16 it holds memory that nobody wrote wherever the depth is 2.
+
+@functools.cache
+def what_is_wrong_with_bf16(convolutions: tuple) -> str | None:
+    """Why these convolutions should not be bf16 on this CPU; None: they are right and not slower.
+
+    Tried in a process of its own: with torch 2.13 some kernels hardly end on CPUs with avx512_bf16 and
+    amx_bf16, and others give gradients made of memory that nobody wrote.
     """
-    with _disable_current_modes(), torch.inference_mode(False):  # memtest.py may be simulating a step
-        for channels in (16, 32, 64):
-            generator = torch.Generator().manual_seed(channels)
-            x, grad = (torch.randn(1, channels, 2, 8, 8, generator=generator) for _ in range(2))
-            found = []
-            for dtype in (torch.float32, torch.bfloat16):
-                # Freed at once, so that memory that is read unwritten shows.
-                torch.full((3 * 27 * channels ** 2,), 1e30)
-                weight = torch.zeros(channels, channels, 3, 3, 3, dtype=dtype, requires_grad=True)
-                with torch.enable_grad():
-                    F.conv3d(x.to(dtype), weight, padding=1).backward(grad.to(dtype))
-                found.append(weight.grad.float())
-            if not (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max():  # not <: NaN too
-                return False
-    return True
+    words = [sys.executable, str(Path(__file__).with_name("bf16_probe.py")), str(torch.get_num_threads())]
+    try:
+        done = subprocess.run(words, input=json.dumps(convolutions), capture_output=True, text=True,
+                              timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"bf16 convolutions of this network hardly end on this CPU (tried for {PROBE_SECONDS} s)"
+    if done.returncode != 0:
+        return "bf16 convolutions of this network fail on this CPU"
+    found = json.loads(done.stdout)
+    if not found["error"] < 0.05:
+        return "bf16 convolutions give wrong results or gradients on this CPU"
+    if found["bf16"] > found["float32"]:
+        times = found["bf16"] / found["float32"]
+        return f"bf16 convolutions of this network take {times:.1f} times as long as float32 on this CPU"
+    return None
 
 
 def on_device(module: torch.nn.Module, device: torch.device) -> Any:

@@ -110,7 +110,7 @@ def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str,
         limit = float(torch.cuda.mem_get_info(device)[0])
     else:
         limit = convert(budget, float, "--fit") * peaks.GIB
-    dtype = pick_precision(cfg.train.amp, device)[0] or torch.float32
+    dtype = pick_precision(cfg.train.amp, device, network_of(cfg, task))[0] or torch.float32
     if cfg.train.precision == "master16":
         dtype = torch.float16
     size = cfg.data.patch

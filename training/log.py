@@ -208,12 +208,20 @@ class WandbSink:
 # -------------------------------------------------------------------------------- figures
 
 def log_histograms(log: Log, state: State) -> None:
-    """Weights and their last gradients, to every sink."""
-    for sink in log.sinks:
-        for name, parameter in state.model.named_parameters():
-            sink.histogram(f"weights/{name}", parameter.detach().float().cpu(), state.step)
-            if parameter.grad is not None:
-                sink.histogram(f"gradients/{name}", parameter.grad.float().cpu(), state.step)
+    """Weights and their last gradients, to every sink.
+
+    Of the finite ones: after a step without update gradients are not, for which TensorBoard raises.
+    """
+    for name, parameter in state.model.named_parameters():
+        tensors = {f"weights/{name}": parameter.detach()}
+        if parameter.grad is not None:
+            tensors[f"gradients/{name}"] = parameter.grad
+        for title, tensor in tensors.items():
+            values = tensor.float().cpu()
+            values = values[values.isfinite()]
+            if values.numel():
+                for sink in log.sinks:
+                    sink.histogram(title, values, state.step)
 
 
 def codebook_use(usage: Tensor) -> dict[str, float]:

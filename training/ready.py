@@ -94,7 +94,7 @@ def load(path: str | Path, tasks: Mapping[str, ModuleType], needs: Sequence[str]
     model.load_state_dict(weights)
     fingerprint = fingerprint_of(model, repr(cfg.vae) if foreign else "")  # hints change results too
     model = on_device(model, where).eval().requires_grad_(False)
-    amp_dtype, precision = pick_precision(amp, where)
+    amp_dtype, precision = pick_precision(amp, where, model)
     return Ready(path, cfg, task, model, facts, amp_dtype, precision, fingerprint)
 
 

@@ -99,7 +99,7 @@ def new_state(cfg: TrainConfig, task: Task, device: torch.device, features: dict
     masters = Master16(model) if cfg.train.precision == "master16" else None
     optimizer = make_optimizer(cfg, masters.weights if masters is not None else list(model.parameters()))
     allocate_moments(optimizer)
-    amp_dtype, _ = pick_precision(cfg.train.amp, device)
+    amp_dtype, _ = pick_precision(cfg.train.amp, device, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     helpers = task.helpers(cfg, device, features)
     if helpers.get("disc_optimizer") is not None:
