@@ -9,9 +9,9 @@ import data
 import predict
 import train
 from predictions import TINY, ct_file
-from training.facts import is_same_training
+from training.facts import Trained, is_same_training
 from volume_files import config, ct_like, quiet, save
-from volumes.find import list_items
+from volumes.find import Item, list_items
 
 SMALL = [*TINY, "--vae.base_channels", "4", "--train.steps", "1"]
 
@@ -104,3 +104,11 @@ def test_files_of_a_datalist_are_named_below_the_folder_that_holds_them(tmp_path
     for place in ("data/list.json", "lists/list.json"):
         (tmp_path / place).write_text(json.dumps({"training": files}))
         assert [item.name for item in list_items(tmp_path / place)["training"]] == ["p0/ct", "p1/ct"]
+
+
+def test_an_older_checkpoint_names_volumes_by_whose_file_they_are_known():
+    """It has bare names alone, and X_t003 for volume 3 of the 4-D file X."""
+    trained = Trained({"training": ["scan_t000", "scan_t001", "other"]})
+    names = ("scan", "other", "third", "scan_t")
+    found = [name for name in names if Item(Path("in", f"{name}.nii.gz")) in trained]
+    assert found == ["scan", "other"]
