@@ -185,6 +185,11 @@ def nifti_voxels(head: bytes, voxel_file: Callable) -> np.ndarray | None:
         offset, slope, inter = struct.unpack(order + "3f", head[108:120])
     if kind not in NIFTI_TYPES or not 1 <= dims[0] <= 7:
         return None
+    # In one file voxels cannot begin inside of the header: what says so is read from its end on, with a line.
+    if head[344:347] == b"n+1":
+        offset = max(offset, 352)
+    if head[4:7] == b"n+2":
+        offset = max(offset, 544)
     count, dtype = math.prod(dims[1:1 + dims[0]]), np.dtype(order + NIFTI_TYPES[kind])
     with voxel_file() as stream:
         stream.seek(int(offset))
