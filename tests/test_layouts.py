@@ -90,6 +90,15 @@ def test_a_channel_that_is_missing_or_of_another_grid_is_told(nnunet, tmp_path):
         one_line(error, "_0001.nii.gz", word)
 
 
+def test_a_channel_that_lies_apart_at_two_corners_only_is_told(nnunet):
+    """Sheared by 1 mm so that the first and the last voxel stay where they are, others do not."""
+    affine = np.eye(4)
+    affine[0, :2] += 1 / (SHAPE[0] - 1), -1 / (SHAPE[1] - 1)
+    save(nnunet / "imagesTr" / "X_000_0001.nii.gz", ct_like(SHAPE), affine)
+    with pytest.raises(DataError, match="lies up to 1 mm away .* affines differ"):
+        load(list_items(nnunet)["training"][0], DataConfig())
+
+
 def test_numbered_cases_are_no_channels(tmp_path):
     for n in range(3):
         save(tmp_path / "d" / "imagesTr" / f"case_{n:04d}.nii.gz", ct_like(SHAPE, n))

@@ -15,7 +15,7 @@ import numpy as np
 
 from volumes import formats
 from volumes.files import DataError, Say, bare_name, name_below, show, sizes, split_ending
-from volumes.volume import Request, Source, check_size
+from volumes.volume import Request, Source, check_size, distance
 
 CHANNEL = re.compile(r"(.+)_(\d{4})$")  # of a file's own name
 FAR = 0.01                              # of a voxel: places of two channels may differ by this
@@ -135,7 +135,7 @@ def joined(paths: Iterable[Path], first: Source, request: Request, nan: str) -> 
     """The first file, read, with the others as its further channels. Raises DataError where one of them does
     not lie on its grid.
     """
-    array, affine = first.volume.array, first.volume.affine
+    array = first.volume.array
     parts = [array]
     for path in paths:
         check_size((len(parts) + 1, *array.shape[1:]), 4, request.max_gib)
@@ -147,8 +147,7 @@ def joined(paths: Iterable[Path], first: Source, request: Request, nan: str) -> 
         if other.array.shape != array.shape:
             raise DataError(f"{show(path)}: its grid is {sizes(other.array.shape[1:])} voxels (D,H,W), that "
                             f"of the image's first channel {sizes(array.shape[1:])}; resample it onto that")
-        last = np.array([*(n - 1 for n in array.shape[:0:-1]), 1.0])     # the far corner, x y z
-        apart = np.abs((other.affine - affine) @ np.stack([last, [0, 0, 0, 1]], 1)).max()
+        apart = distance(other, first.volume)
         if apart > FAR * min(first.volume.spacing):
             raise DataError(f"{show(path)}: lies up to {apart:.3g} mm away from the image's first channel: "
                             f"their affines differ; resample it onto that one's grid")

@@ -18,7 +18,7 @@ from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
 from volumes.intensities import Intensity, fill, guess_modality, normalise, notes_of
 from volumes.layouts import joined
-from volumes.volume import Note, Request, Source, Volume, check_size, spacing_of
+from volumes.volume import Note, Request, Source, Volume, check_size, distance, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
 WHOLE = 1e-4    # labels may be so far from whole numbers,
@@ -192,13 +192,9 @@ def check_grid(source: Source, image: Source, name: str) -> None:
                         f"{sizes(wanted)}; resample the label onto its image's grid")
     if (source.orientation == "-") != (image.orientation == "-"):
         raise DataError(f"one of it and its image {name} has no orientation; store both in one format")
-    # The largest distance between the two places of a corner.
-    last = [n - 1 for n in shape[::-1]]  # x y z
-    corners = [(*(end if bits >> axis & 1 else 0 for axis, end in enumerate(last)), 1) for bits in range(8)]
-    apart = (np.array(corners) @ (source.volume.affine - image.volume.affine).T)[:, :3]
-    distance = np.linalg.norm(apart, axis=1).max()
-    if distance > FAR * min(image.volume.spacing):
-        raise DataError(f"lies up to {distance:.3g} mm away from its image {name}: their affines differ; "
+    apart = distance(source.volume, image.volume)
+    if apart > FAR * min(image.volume.spacing):
+        raise DataError(f"lies up to {apart:.3g} mm away from its image {name}: their affines differ; "
                         f"resample the label onto its image's grid")
 
 

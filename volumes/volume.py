@@ -73,6 +73,14 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return float(z), float(y), float(x)
 
 
+def distance(a: Volume, b: Volume) -> float:
+    """The largest distance (mm) between the places that two volumes of one size give to a corner voxel."""
+    last = [n - 1 for n in a.array.shape[:0:-1]]  # x y z
+    corners = [(*(end if bits >> axis & 1 else 0 for axis, end in enumerate(last)), 1) for bits in range(8)]
+    apart = (np.array(corners) @ (a.affine - b.affine).T)[:, :3]
+    return float(np.linalg.norm(apart, axis=1).max())
+
+
 def plain_origin(kind: str, path: object, source: Source, channel_axis: int | None) -> Origin:
     """The origin of a format that is written as it was read, (C, D, H, W)."""
     return Origin(kind, source.volume.array.shape, source.dtype, source.volume.array.shape[1:])
