@@ -45,14 +45,14 @@ from volumes.cache import cache_folder, cached_entries, with_points
 from volumes.classes import check_labels, settle_classes
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
-from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes
+from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes, unique_name
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample, resample_label
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
-from volumes.splits import in_turn, split, tell_shared, with_patients
+from volumes.splits import NONE_HELD_OUT, in_turn, split, tell_shared, with_patients
 from volumes.synthetic import synthetic_entries
 
 # The largest crop where data.patch is not given, voxels D H W.
@@ -166,8 +166,7 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
         raise DataError(f"{show(cfg.path)}: no usable training volume among {len(lists['training'])}, "
                         f"{refused} refused; see the lines above or run python data.py on it")
     if lists["validation"] and not groups["validation"]:
-        say("data: no usable volume in the `validation` list; some of the training files are held out "
-            "instead")
+        say(NONE_HELD_OUT)
     if refused:
         say(f"data: {refused} of {len(items)} files refused, going on with the others; --data.strict makes "
             f"that an error")
@@ -228,10 +227,8 @@ def with_unique_name(entry: Entry, taken: dict[str, str | None]) -> Entry:
 
     The same volume keeps its name.
     """
-    name, number, volume = entry.name, 2, f"{entry.path}/{entry.name}"
-    while taken.setdefault(name, volume) != volume:
-        name, number = f"{entry.name}-{number}", number + 1
-    return dataclasses.replace(entry, name=name)
+    volume = f"{entry.path}/{entry.name}"
+    return dataclasses.replace(entry, name=unique_name(entry.name, volume, taken))
 
 
 def default_patch(entries: list[Entry], is_synthetic: bool) -> tuple[int, int, int]:

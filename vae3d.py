@@ -439,7 +439,7 @@ def initialise(vae: VAE3D) -> None:
             layer.weight.mul_(gain)
         elif isinstance(conv, nn.ConvTranspose3d):
             conv.weight.mul_((3 * prod(conv.stride)) ** 0.5)     # an output has 1 / stride of the taps
-        elif conv is not None:                   # behind a SiLU: undoes that too
+        elif conv is not None:                   # a head's undoes the SiLU before it, too
             conv.weight.mul_(2 * gain if isinstance(layer, Head) and vae.cfg.head_act else gain)
         elif isinstance(layer, ResBlock3d) and isinstance(layer.skip, nn.Conv3d):
             layer.skip.weight.mul_(gain)

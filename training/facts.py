@@ -14,7 +14,7 @@ from training import ranks
 from training.config import TrainConfig, changed
 from training.task import Task
 from volumes.entries import Entry
-from volumes.files import digest_of, show
+from volumes.files import digest_of, show, unique_name
 from volumes.find import Item
 
 
@@ -86,10 +86,7 @@ def bare_names(entries: Sequence[Entry]) -> list[str]:
         base = entry.file.rsplit("/", 1)[-1] or entry.name
         if entry.volume is not None:
             base += f"_t{entry.volume:03d}"
-        name, number, volume = base, 2, (entry.path, entry.volume, entry.file or entry.name)
-        while taken.setdefault(name, volume) != volume:
-            name, number = f"{base}-{number}", number + 1
-        names.append(name)
+        names.append(unique_name(base, (entry.path, entry.volume, entry.file or entry.name), taken))
     return names
 
 

@@ -131,10 +131,9 @@ def make_jobs(items: Sequence[Item], output: str, ending: Callable[[Path], str],
 def run_jobs(jobs: Sequence[Job], work: Callable[[Job], str], overwrite: bool) -> bool:
     """work(job) -> what to say, for each job that is not done. Returns whether all went well."""
     # First what is there already, and of what.
-    done, failed = [], []
-    if not overwrite:
-        done = [job for job in jobs if job.is_done]
-    todo = [job for job in jobs if job not in done]
+    done, todo, failed = [], [], []
+    for job in jobs:
+        (done if not overwrite and job.is_done else todo).append(job)
     if done:
         what = f"{len(done)} of {len(jobs)} outputs are there, such as {done[0].output}"
         print(f"{what}: skipped (--overwrite makes them anew)", flush=True)

@@ -100,8 +100,6 @@ def cached_entries(item: Item, cfg: DataConfig, folder: Path, wait: bool = True)
             if not is_mine:
                 return []
             entries = read_record(record, item) or build(item, cfg, record, files, stamps)
-    if not entries[0].digest:  # a record from before it had one
-        entries = with_digest(record, item, entries)
     return entries
 
 
@@ -112,15 +110,6 @@ def stamps_of(paths: Sequence[Path]) -> list:
         check_is_file(path)
         found += stamp(path)
     return found
-
-
-def with_digest(record: Path, item: Item, entries: list[Entry]) -> list[Entry]:
-    """The digest of their file, put into its record too, where that can be written."""
-    digest = digest_of(item.files)
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(record.read_bytes()) | {"digest": digest}
-        write_atomic(record, lambda file: file.write(json.dumps(content).encode()), shared=True)
-    return [dataclasses.replace(entry, digest=digest) for entry in entries]
 
 
 @contextlib.contextmanager
@@ -145,8 +134,12 @@ def one_at_a_time(record: Path, wait: bool) -> Iterator[bool]:
 
 
 # ---------------------------------------------------------------------------------------------- writing
-def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Path], stamps: Sequence) -> list[Entry]:
-    """Read the volumes of one file and write them to the cache, unless it changed since it had `stamps`."""
+def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Sequence[Path]],
+          stamps: Sequence) -> list[Entry]:
+    """Read the volumes of one file and write them to the cache, unless it changed since it had `stamps`.
+
+    files: those of the image and, with labels, those of the label.
+    """
     folder, loaded = record.parent, load(item, cfg)
     if [stamps_of(paths) for paths in files] != stamps:
         raise DataError(f"{show(item.path)}: changed while it was being read; start again when it is "
@@ -235,7 +228,7 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,
                           content["guessed"], file=item.known_as, volume=volume_number,
-                          digest=content.get("digest", ""), patient=item.patient, fold=item.fold,
+                          digest=content["digest"], patient=item.patient, fold=item.fold,
                           notes=notes)
             if labels:
                 entry = dataclasses.replace(entry, label=labels[min(number, len(labels) - 1)],

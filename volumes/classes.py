@@ -9,6 +9,7 @@ from volumes import formats
 from volumes.config import MAX_CLASSES, DataConfig
 from volumes.entries import Entry, Groups
 from volumes.files import DataError, Say, refuse, show, sizes
+from volumes.splits import NONE_HELD_OUT
 
 MAX_VALUES = 64   # of label pictures that are numbered in their order
 
@@ -61,8 +62,7 @@ def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig,
         raise DataError(f"{show(cfg.path or 'synthetic')}: no training volume has labels below "
                         f"data.classes={classes}; set data.classes")
     if was_listed and not held_out:
-        say("data: no usable volume in the `validation` list; some of the training files are held out "
-            "instead")
+        say(NONE_HELD_OUT)
     return training, held_out, classes, values
 
 

@@ -124,6 +124,14 @@ def name_below(root: Path, path: Path) -> str:
     return "/".join([*(re.sub(r"[^\w. -]", "_", folder) for folder in folders), stem_of(path)])
 
 
+def unique_name(name: str, thing: object, taken: dict[str, object]) -> str:
+    """`name`, or name-2, name-3 ... where another thing has it. taken: name -> thing, filled here."""
+    found, number = name, 2
+    while taken.setdefault(found, thing) != thing:
+        found, number = f"{name}-{number}", number + 1
+    return found
+
+
 def digest_of(paths: Sequence[str | os.PathLike]) -> str:
     """`BYTES-DIGITS` of what files hold: how many bytes, and 32 hexadecimal digits of them."""
     digest, total = hashlib.blake2b(digest_size=16), 0

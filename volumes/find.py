@@ -24,14 +24,13 @@ from volumes.files import (
     split_ending,
     stem_of,
 )
-from volumes.layouts import ChannelCase, channels_of, nnunet_cases
+from volumes.layouts import MAX_DATALIST, ChannelCase, channels_of, names_no_files, nnunet_cases
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
 LABEL_SUFFIX = re.compile("_(label|mask|seg)$")  # X_label goes with X_image or X, in lower case
 HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte of a name
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
-MAX_DATALIST = 2**28  # bytes; some million files
 PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
 
@@ -93,7 +92,7 @@ def list_items(path: str | os.PathLike, labels: bool = False,
                 lists["training"] += [Item(file, None, file, NO_IMAGE) for file in cases.orphans]
         else:
             lists["training"] = pair_files(path, list(walk(path)), labels, say)
-    elif path.suffix.lower() == ".json" and is_nnunet_json(path):
+    elif path.suffix.lower() == ".json" and names_no_files(path):
         return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
         lists = read_datalist(path, labels)
@@ -119,17 +118,6 @@ def item_of_case(case: ChannelCase, labels: bool) -> Item:
         fault = fault or NO_LABEL
     label = case.label if labels else None
     return Item(first, None, label, fault, case.name, more=tuple(more))
-
-
-def is_nnunet_json(path: Path) -> bool:
-    """Whether it is nnU-Net's dataset.json of version 2, which names no files, beside its imagesTr."""
-    try:
-        if os.path.getsize(path) > MAX_DATALIST or not (path.parent / "imagesTr").is_dir():
-            return False
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "training" not in content and "labels" in content
 
 
 def root_of(path: Path, files: Sequence[Path]) -> Path:
@@ -352,9 +340,8 @@ def datalist_item(path: Path, place: str, entry: object, labels: bool) -> Item:
     elif labels:
         label = own_label(file)
     fault = NO_LABEL if labels and label is None else None
-    item = Item(file, None if kind is None else str(kind), label, fault)
-    item = item._replace(more=tuple(more))
-    return item._replace(patient=patient_named(path, place, named), fold=fold_named(path, place, named))
+    return Item(file, None if kind is None else str(kind), label, fault, more=tuple(more),
+                patient=patient_named(path, place, named), fold=fold_named(path, place, named))
 
 
 def patient_named(path: Path, place: str, named: dict) -> str | None:

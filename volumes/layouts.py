@@ -19,6 +19,7 @@ from volumes.volume import Request, Source, check_size, distance
 
 CHANNEL = re.compile(r"(.+)_(\d{4})$")  # of a file's own name
 FAR = 0.01                              # of a voxel: places of two channels may differ by this
+MAX_DATALIST = 2**28                    # bytes of a JSON file; some million files
 
 
 class ChannelCase(NamedTuple):
@@ -74,12 +75,28 @@ def nnunet_cases(root: Path, say: Say) -> Cases | None:
 
 def channels_named(home: Path) -> int | None:
     """How many channels dataset.json names; None where it does not say."""
+    content = json_in(home / "dataset.json")
+    names = content.get("channel_names") or content.get("modality")
+    return len(names) or None if isinstance(names, (dict, list, str)) else None
+
+
+def names_no_files(path: Path) -> bool:
+    """Whether it is nnU-Net's dataset.json of version 2, which names no files, beside its imagesTr."""
+    if not (path.parent / "imagesTr").is_dir():
+        return False
+    content = json_in(path)
+    return "training" not in content and "labels" in content
+
+
+def json_in(path: Path) -> dict:
+    """What a JSON file holds; nothing where it cannot be read, is too large or is no object."""
     try:
-        content = json.loads((home / "dataset.json").read_text(encoding="utf-8-sig"))
-        names = content.get("channel_names") or content.get("modality")
-        return len(names) or None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return None
+        if os.path.getsize(path) > MAX_DATALIST:
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def labels_in(folder: Path | None) -> dict[str, Path]:

@@ -15,11 +15,12 @@ import numpy as np
 from volumes.config import DataConfig
 from volumes.entries import Entry, Groups
 from volumes.files import DataError, Say, show
+from volumes.find import IMAGE_FOLDERS
 from volumes.seeds import seeded
 
 SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)")  # of BIDS
 # Folders that are part of no patient's name: they hold images and their labels, side by side.
-HOMES = ("images", "imgs", "imagestr", "imagests")
+HOMES = (*IMAGE_FOLDERS, "imagests")
 # A folder of one examination of a patient, such as ses-01, visit2 or a date ...
 SESSION = re.compile(r"(ses|session|visit|scan|exam|time|timepoint|tp|day|week|month|year|baseline|"
                      r"follow-?up)[-_ ]?\d*$|\d{4}[-_.]?\d\d[-_.]?\d\d", re.IGNORECASE)
@@ -27,6 +28,8 @@ SESSION = re.compile(r"(ses|session|visit|scan|exam|time|timepoint|tp|day|week|m
 OF_MANY = re.compile(r"(site|cent(er|re)|hospital|institution|scanner|fold|train\w*|val\w*|test\w*|"
                      r"t[12]\w{0,3}|t2star|pdw?|flair|dwi|adc|dti|asl|swi|ct|pet|mri?|bold|anat|func)"
                      r"[-_ ]?\d*$", re.IGNORECASE)
+NONE_HELD_OUT = ("data: no usable volume in the `validation` list; some of the training files are held out "
+                 "instead")
 COMMON = 0.5  # share of a folder's names that other folders have too, for a folder for each case
 
 
