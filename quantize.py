@@ -231,6 +231,58 @@ class VectorQuantizer(Quantizer):
         return F.embedding(index, self.on_sphere(self.codebook))
 
 
+class ResidualQuantizer(Quantizer):
+    """Several codebooks in turn: each codes what the ones before it have left over (residual VQ,
+    arXiv:2107.03312, Sec. III-C).
+
+    rows (N, Z) -> Codes; index has an axis more, (N, Q) for Q codebooks, and z_q is the sum of their codes.
+    vq_loss is the mean over the codebooks. quantizers: built by the caller, all of the same width.
+    """
+    def __init__(self, quantizers: Sequence[VectorQuantizer]):
+        super().__init__()
+        self.quantizers = nn.ModuleList(quantizers)
+
+    @property
+    def num_codes(self) -> int:
+        return self.quantizers[0].num_codes
+
+    def forward(self, rows: Tensor, generator: Generators = None,
+                samples: Sequence[int] | None = None) -> Codes:
+        """rows (N, Z); the rest as VectorQuantizer takes it."""
+        rest, total, loss, index = rows, 0, 0, []
+        for quantizer in self.quantizers:
+            codes = quantizer(rest, generator, samples)
+            # z_q has the value of the code, and the code no gradient: the rest keeps that of the rows.
+            code = codes.z_q.detach()
+            rest, total = rest - code, total + code
+            loss = loss + codes.vq_loss / len(self.quantizers)
+            index.append(codes.index)
+        return Codes(StraightThrough.apply(rows.to(total.dtype), total), loss, torch.stack(index, -1))
+
+    def update(self, generator: torch.Generator | None = None) -> None:
+        """VectorQuantizer.update, of each codebook."""
+        for quantizer in self.quantizers:
+            quantizer.gather = self.gather
+            quantizer.update(generator)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None,
+            iterations: int = 10, per_step: int | None = None) -> None:
+        """VectorQuantizer.fit, of each codebook from what the ones before it leave of rows (N, Z)."""
+        for quantizer in self.quantizers:
+            quantizer.fit(rows, how, generator, iterations, per_step)
+            codes = quantizer.on_sphere(quantizer.codebook)
+            index, _, _ = nearest(quantizer.on_sphere(rows.to(codes)), codes)
+            rows = rows - codes[index]
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """index (..., Q) -> z_q (..., Z)."""
+        total = 0
+        for quantizer, one in zip(self.quantizers, index.unbind(-1)):
+            total = total + quantizer.lookup(one)
+        return total
+
+
 class FiniteScalarQuantizer(Quantizer):
     """Each latent channel bounded by tanh and rounded to one of `levels` values (FSQ, arXiv:2309.15505,
     Sec. 3.1, App. A.1).
