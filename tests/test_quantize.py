@@ -334,7 +334,7 @@ def test_codebook_is_the_same_on_two_processes_as_on_one(pool, tmp_path):
         torch.testing.assert_close(ranks[0][name], value)
 
 
-# ------------------------------------------------------------------------------------------------- residual ones
+# ------------------------------------------------------------------------------------------- residual ones
 
 def test_residual_codebooks_code_what_is_left():
     torch.manual_seed(0)
