@@ -26,13 +26,16 @@ FOLDERS = ("volumes", "training", "tasks")
 TORCH_ONLY: dict[str, set[str]] = {
     "vae3d": {"lean_conv"},          # taken where it lies beside it
     "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
-    "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
+    "tile_plans": {"local_layers", "tiles"}, "unet": set(), "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
+    "sparse_conv": set(), "sparse_attention": {"sparse_conv"},
+    "sparse_tables": {"sparse_conv", "sparse_attention"},
+    "sparse": {"sparse_conv", "sparse_attention", "sparse_tables"},
     "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
-    "sparse": {"quantize", "tiles"},
+    "sparse": {"quantize"},
 }
 LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
