@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 from volumes import formats
+from volumes.boxes import box_of, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
 from volumes.classes import check_labels, settle_classes
 from volumes.config import MODALITIES, DataConfig
@@ -114,6 +115,8 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
         train = [with_points(entry) for entry in train]
         val = [with_points(entry) for entry in val]
     patch = cfg.patch or default_patch(train, is_synthetic=cfg.path is None)
+    if cfg.points:
+        train, val, patch = with_boxes(train, val, cfg, say)
     channels = train[0].shape[0]
     plural = "s" if channels > 1 else ""
     with_classes = f", {classes} classes" if cfg.labels else ""
@@ -278,7 +281,8 @@ class Crops(torch.utils.data.Dataset):
             share, *which = seeded(self.seed, "foreground", index).random(3)
             if share < cfg.foreground:
                 point = choose_point(entry, which)
-        image, label = augmented_crop(entry, self.data.patch, draw, cfg, point)
+        box = box_of(entry, self.data.patch, cfg, self.seed, "box", index) if cfg.points else None
+        image, label = augmented_crop(entry, self.data.patch, draw, cfg, point, box)
         if label is None:
             return torch.from_numpy(image), number
         return torch.from_numpy(image), torch.from_numpy(label), number
@@ -303,8 +307,10 @@ def val_crops(data: Data, seed: int, count: int) -> list[Crop]:
         draw, point = seeded(seed, "val", k).random(3), None
         if data.cfg.foreground:
             point = choose_point(entry, seeded(seed, "val foreground", k).random(2))
-        starts = starts_of(entry, data.patch, draw, point)
-        image, label = cut(entry, data.patch, starts)
+        starts, size = starts_of(entry, data.patch, draw, point), data.patch
+        if data.cfg.points:
+            starts, size = box_of(entry, data.patch, data.cfg, seed, "val box", k)
+        image, label = cut(entry, size, starts)
         affine = entry.affine @ nib.affines.from_matvec(np.eye(3), starts[::-1])  # affines are in x, y, z
         label = None if label is None else torch.from_numpy(label)
         crops.append(Crop(torch.from_numpy(image), entry, affine, label))
@@ -366,10 +372,12 @@ def cut(entry: Entry, size: tuple[int, ...], starts: list[int]) -> tuple[np.ndar
 
 
 def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig,
-                   point: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+                   point: tuple[int, ...] | None = None,
+                   box: tuple | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """A crop (C, *patch) and its label, or None, with what the config asks for.
 
     draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others.
+    box: first voxel and size of a crop of points, which is not zoomed.
     """
     # The crop, of another size where it is zoomed; a picture stays flat.
     size = patch
@@ -377,8 +385,9 @@ def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, 
         low, high = map(math.log, cfg.zoom)
         zoom = math.exp(low + draw[3] * (high - low))
         size = tuple(max(1, round(n / zoom)) if n > 1 else 1 for n in patch)
-    crop, label = cut(entry, size, starts_of(entry, size, draw[:3], point))
-    if size != patch:
+    starts, size = box or (starts_of(entry, size, draw[:3], point), size)
+    crop, label = cut(entry, size, starts)
+    if size != patch and box is None:
         # Where it shrinks with a wider kernel, as a coarser scan has it: without, noise and lines alias.
         crop, _ = resample(crop, np.eye(4), patch)
         label = None if label is None else resample_label(label, patch)

@@ -20,6 +20,7 @@ from training import ranks
 from training.config import OptimConfig, TrainConfig
 from training.devices import to_device
 from training.signals import SIGNALS
+from volumes.boxes import together
 
 
 class MicroBatch(NamedTuple):
@@ -90,6 +91,7 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
     loader = torch.utils.data.DataLoader(
         crops,
         batch_sampler=[list(part) for _, parts in shares() for part in parts],
+        collate_fn=together if cfg.data.points else None,
         num_workers=cfg.data.workers,
         pin_memory=cfg.data.pin_memory and device.type == "cuda",
         # Torchrun's signals reach a rank's whole group.

@@ -1,10 +1,12 @@
 """Section `data` of the config, and the part of it that the cached voxels of a file depend on.
 
-Sizes and spacing are D, H, W (depth, height, width), spacing in mm. Imports no other room. Version 1.1.
+Sizes and spacing are D, H, W (depth, height, width), spacing in mm. Version 1.2.
 """
 import math
 import re
 from dataclasses import dataclass
+
+from volumes.surfaces import LEVELS, Surface
 
 MAX_CLASSES = 1024   # of a label map: class ids lie below
 
@@ -26,7 +28,8 @@ CHOICES = {
     "percentiles_of": ("foreground", "all"),
 }
 # The least value of fields that are whole numbers.
-LEAST = {"synthetic_count": 1, "crops_per_volume": 1, "workers": 0, "select_channel": 0, "classes": 2}
+LEAST = {"synthetic_count": 1, "crops_per_volume": 1, "workers": 0, "select_channel": 0, "classes": 2,
+         "min_points": 1, "max_points": 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class DataConfig:
     percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all.
                                                     # Signed: the second, of magnitudes, is mapped to 1
     percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
+    surface: str = "none"                    # CT as points near a surface with their distance: none | auto
+                                             # (by window: lung -500, bone 300, soft_tissue -150, brain 0) |
+                                             # window (inside: the window's HU) | a level in HU
+    band: float = 2.0                        # of distances, voxels of the finest axis to either side
+    smooth: float = 1.0                      # sigma in voxels of a Gaussian before the level: noise makes
+                                             # points that cost and say nothing
+    points: bool = False                     # crops are boxes of tokens; train.py sets it for its task
+    min_points: int = 100                    # a volume with fewer is refused, a box drawn anew
+    max_points: int | None = None            # of a crop: the largest box of tokens that holds no more;
+                                             # None: data.patch alone says
     voxel_scale: tuple[float, ...] | None = None  # voxel: magnitude mapped to 1, one per channel;
                                                   # None: each volume's largest
     spacing: str = "original"                # original | random (zoom of every crop) |
@@ -141,6 +154,10 @@ class DataConfig:
                              f"lower first")
         if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] < math.inf:
             raise ValueError(f"data.zoom is {self.zoom}; give two factors above 0, the smaller first")
+        if not 0.5 < self.band <= 10 or not 0 <= self.smooth <= 10:
+            raise ValueError(f"data.band is {self.band} and data.smooth {self.smooth} voxels; use above 0.5, "
+                             f"and from 0, up to 10")
+        self.surface_of()
         scales = self.voxel_scale
         if scales is not None and not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"data.voxel_scale is {scales}; give a magnitude above 0 for each channel")
@@ -211,11 +228,28 @@ class DataConfig:
             return self.hu_range
         return WINDOWS[self.window]
 
+    def surface_of(self) -> Surface | None:
+        """What `surface`, `band` and `smooth` say."""
+        if self.surface == "none":
+            return None
+        high = math.inf
+        if self.surface == "auto":
+            low = LEVELS[self.window]
+        elif self.surface == "window":
+            low, high = self.hu_limits()
+        else:
+            try:
+                low = float(self.surface)
+            except ValueError:
+                raise ValueError(f"data.surface is {self.surface!r}; use none, auto, window or a level in HU "
+                                 f"such as -500") from None
+        return Surface(low, high, self.band, self.smooth)
+
     def voxel_settings(self, kind: str | None = None) -> "VoxelSettings":
         """What the voxels of one file depend on. kind: its `class` in a datalist."""
         return VoxelSettings(self.modality, kind, self.hu_limits(), self.voxel_scale, self.spacing_mm(),
                              self.resize, self.four_d, self.nan, self.channel_axis, self.select_channel,
-                             self.scale, (self.percentiles, self.percentiles_of))
+                             self.scale, (self.percentiles, self.percentiles_of), self.surface_of())
 
 
 @dataclass(frozen=True)
@@ -241,6 +275,7 @@ class VoxelSettings:
     scale: float = 1.0                        # of H and W
     # mr: the two that are mapped to -1 and 1, and of which voxels they are
     percentiles: tuple[tuple[float, float], str] = (DataConfig.percentiles, DataConfig.percentiles_of)
+    surface: Surface | None = None            # ct: distances from it instead of intensities
 
 
 # Fields of DataConfig that leave the cached voxels as they are: which files, which crops, how fast, and
@@ -249,4 +284,5 @@ class VoxelSettings:
 NOT_OF_VOXELS = ("path", "synthetic", "synthetic_count", "synthetic_size", "patch", "val_fraction",
                  "patient", "split_seed", "fold",
                  "crops_per_volume", "zoom", "labels", "classes", "ignore_label", "label_values", "flip",
-                 "foreground", "jitter", "strict", "cache_dir", "max_gib", "workers", "pin_memory")
+                 "foreground", "jitter", "strict", "cache_dir", "max_gib", "workers", "pin_memory",
+                 "points", "min_points", "max_points")

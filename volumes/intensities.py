@@ -32,14 +32,14 @@ class Intensity(NamedTuple):
 
     Undone by `denormalise`.
     """
-    modality: str  # ct | mr | signed | voxel | picture
+    modality: str  # ct | mr | signed | voxel | picture | surface (distances, of volumes/surfaces.py)
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     @property
     def background(self) -> float:
-        """Normalised value of nothing: air, an empty voxel, or the 0 of signed data."""
-        return 0.0 if self.modality in ("voxel", "signed") else -1.0
+        """Normalised value of nothing: air, an empty voxel, the 0 of signed data, no point."""
+        return 0.0 if self.modality in ("voxel", "signed", "surface") else -1.0
 
 
 def guess_modality(array: np.ndarray) -> str:

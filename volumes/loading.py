@@ -16,8 +16,9 @@ from volumes.config import MAX_CLASSES, MODALITIES, DataConfig, VoxelSettings
 from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, fill, guess_modality, normalise, notes_of
+from volumes.intensities import Intensity, denormalise, fill, guess_modality, normalise, notes_of
 from volumes.layouts import joined
+from volumes.surfaces import surface_points
 from volumes.volume import Note, Request, Source, Volume, check_size, distance, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
@@ -142,8 +143,13 @@ def finish(volume: Volume, modality: str, settings: VoxelSettings, max_gib: floa
            picture_max: float = 255.0) -> tuple[np.ndarray, Intensity, np.ndarray]:
     """Normalise, then resample to `resize` or the spacing. Returns voxels, their intensity, their affine.
 
-    Clipped first, so that padding and metal do not bleed into tissue.
+    Clipped first, so that padding and metal do not bleed into tissue. With a surface distances from it take
+    the place of the intensities, last of all.
     """
+    surface = settings.surface
+    if surface is not None and modality not in ("ct", "voxel"):
+        raise DataError(f"data.surface is a level in HU, and the file is taken for {modality}; set "
+                        f"data.modality=ct, or leave the file out")
     array, intensity = normalise(volume.array, modality, settings.hu_limits, settings.voxel_scale,
                                  picture_max, *settings.percentiles)
     mm, size, affine = settings.spacing_mm, settings.resize, volume.affine
@@ -155,6 +161,10 @@ def finish(volume: Volume, modality: str, settings: VoxelSettings, max_gib: floa
     if size is not None and tuple(size) != array.shape[1:]:
         check_size((len(array), *size), 4, max_gib)
         array, affine = resample(array, affine, tuple(size))
+    if surface is not None and modality == "ct":
+        array = surface_points(denormalise(array, intensity), spacing_of(affine), surface)
+        limits = (surface.band,) * len(array)
+        intensity = Intensity("surface", tuple(-limit for limit in limits), limits)
     return array, intensity, affine
 
 
