@@ -186,7 +186,7 @@ def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
     guesses: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.guessed:
-            guesses.setdefault(entry.intensity.modality, []).append(entry)
+            guesses.setdefault(entry.intensity.rule, []).append(entry)
     for modality, guessed in guesses.items():
         plural = "s" if len(guessed) > 1 else ""
         names = ", ".join(entry.name for entry in guessed[:4])

@@ -243,7 +243,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 
 class LiveStorages(TorchDispatchMode):
@@ -321,6 +321,11 @@ class LiveStorages(TorchDispatchMode):
         for number, size in events[:at + 1]:
             parts[self.kinds.get(number, "activations")] += size
         return sum(parts.values()), parts
+
+
+def real_tensors() -> contextlib.AbstractContextManager:
+    """For what a prediction has to compute with data: no mode is on inside."""
+    return _disable_current_modes()
 
 
 def tensors_in(value) -> Iterator[Tensor]:

@@ -61,6 +61,38 @@ def label_comparison(
     return sheet(columns)
 
 
+def points_comparison(image: Tensor, recon: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Points and those of a reconstruction (columns): distances in three slices, then the largest magnitude
+    along each axis, which shows all points there are (rows).
+
+    image, recon (C, D, H, W) in [-1, 1], 0 where there is no point: the mean of the channels is shown.
+    """
+    columns = []
+    for grid in (image, recon):
+        v = grid.float().mean(0)
+        weight = (image != 0).any(0).float()
+        columns.append(slices([v], weight, spacing, signed) + projections(v.abs(), spacing))
+    return sheet(columns)
+
+
+def projections(v: Tensor, spacing: Sequence[float]) -> list[Tensor]:
+    """The maximum of v (D, H, W) in [0, 1] along each axis, as `slices` would show it."""
+    found = []
+    for axis in range(3):
+        flat = v.amax(axis, keepdim=True).expand_as(v)
+        found.append(slices([2 * flat - 1], torch.ones_like(v), spacing, grey)[axis])
+    return found
+
+
+def signed(v: Tensor) -> Tensor:
+    """(...) in [-1, 1] -> (..., 3): blue below 0, red above, black where it is 0; brightest near 0, where the
+    surface is.
+    """
+    light = 255 * (1.2 - v.abs()).clamp(0, 1)
+    nothing = torch.zeros_like(v)
+    return torch.stack([torch.where(v > 0, light, nothing), nothing, torch.where(v < 0, light, nothing)], -1)
+
+
 def grey(v: Tensor) -> Tensor:
     """(...) in [-1, 1] -> (..., 3)."""
     level = (v.clamp(-1, 1) + 1) * 127.5

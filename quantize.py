@@ -55,6 +55,10 @@ class Quantizer(nn.Module):
     """What both quantisers share: they work on rows, and this is their form for volumes."""
     gather = True                    # `update` sums over all processes; off where they share the same volumes
 
+    def numbered(self, index: Tensor) -> Tensor:
+        """Indices as numbers in [0, num_codes) that differ for all codes there are, to count them."""
+        return index
+
     def quantize_volume(self, z: Tensor, generator: Generators = None) -> Codes:
         """z (B, Z, d, h, w) -> Codes of that layout. generator: see VectorQuantizer.forward."""
         rows = z.movedim(1, -1)      # (B, d, h, w, Z): a view
@@ -244,7 +248,23 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def num_codes(self) -> int:
-        return self.quantizers[0].num_codes
+        """Of all codebooks together."""
+        return sum(quantizer.num_codes for quantizer in self.quantizers)
+
+    def numbered(self, index: Tensor) -> Tensor:
+        """(..., Q): those of codebook q count from q K on."""
+        each = self.quantizers[0].num_codes
+        return index + each * torch.arange(len(self.quantizers), device=index.device)
+
+    @property
+    def collected(self) -> list:
+        return [part for quantizer in self.quantizers for part in quantizer.collected]
+
+    @collected.setter
+    def collected(self, value: list) -> None:
+        """What a step that failed had begun is dropped: only [] makes sense."""
+        for quantizer in self.quantizers:
+            quantizer.collected = list(value)
 
     def forward(self, rows: Tensor, generator: Generators = None,
                 samples: Sequence[int] | None = None) -> Codes:

@@ -125,9 +125,11 @@ class SparseKLOutput(NamedTuple):
 class SparseVAE(nn.Module):
     """cfg -> the autoencoder. See the module's first lines for its use.
 
-    The dial `memory`: none; checkpoint computes every stage again in backward; tile runs encoder and decoder
-    in exact tiles, whose results are those of the whole to rounding.
+    The dial `memory`, whose settings are `modes`: none; checkpoint computes every stage again in backward;
+    tile runs encoder and decoder in exact tiles, whose results are those of the whole to rounding.
     """
+    modes = MEMORY
+
     def __init__(self, cfg: SparseConfig):
         super().__init__()
         self.cfg = cfg
@@ -137,6 +139,9 @@ class SparseVAE(nn.Module):
         # The linear path: values of a token's voxels and which of them are there -> latent -> values.
         self.lin_in = nn.Linear(VOLUME * (cfg.in_channels + 1), cfg.z_channels)
         self.lin_out = nn.Linear(cfg.z_channels, VOLUME * cfg.in_channels)
+        # What `start_linear` found, which is not trained: for the figure that training has to beat.
+        count = VOLUME * cfg.in_channels
+        self.register_buffer("components", torch.zeros(count, cfg.z_channels))
         self.quantizer = None
         if cfg.bottleneck != "kl":
             self.quantizer = quantizer(cfg)
@@ -159,6 +164,12 @@ class SparseVAE(nn.Module):
         tokens = max(1, min(tile or (64,)) // TOKEN)
         self.tile_tokens = 1 << tokens.bit_length() - 1
         return self
+
+    def softer(self) -> tuple[int, int, int] | None:
+        """A tile of half the edge, voxels; None where it is a token already."""
+        if self.tile_tokens == 1:
+            return None
+        return (self.tile_tokens // 2 * TOKEN,) * 3
 
     def tables(self, code: Tensor, size: Sequence[int], samples: int = 1,
                generator: torch.Generator | None = None) -> Tables:
@@ -289,6 +300,13 @@ class SparseVAE(nn.Module):
             parameter.zero_()
         self.lin_in.weight[:count, :len(first)] = (first.T / scale).to(self.lin_in.weight)
         self.lin_out.weight[:, :count] = (first * scale).to(self.lin_out.weight)
+        self.components[:, :count] = first.to(self.components)
+
+    def principal(self, feats: Tensor, tables: Tables) -> Tensor:
+        """feats (N, C) -> what the principal components of `start_linear` alone give back (N, C)."""
+        components = self.components.float()
+        rows = patches(feats.float(), tables) @ components @ components.T
+        return rows.view(-1, self.cfg.in_channels)[tables.place]
 
 
 def quantizer(cfg: SparseConfig) -> nn.Module:

@@ -45,7 +45,7 @@ def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
     first, intensity = loaded.volumes[0]
     if loaded.guessed and cfg.modality == "auto":
         clear_line()
-        print(f"{show(item.path)}: taken for {intensity.modality} by its values; --data.modality says "
+        print(f"{show(item.path)}: taken for {intensity.rule} by its values; --data.modality says "
               f"otherwise")
     found, wanted = len(first), ready.task.channels(ready.cfg)
     if found != wanted:

@@ -23,6 +23,7 @@ import yaml
 
 import vae3d
 from losses import LossConfig
+from sparse import SparseConfig
 from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
@@ -131,6 +132,8 @@ class MemoryConfig:
                                               # instead of the batch
     stretch: str = "auto"                     # tile: how many levels each tiled stretch has, from the
                                               # finest down, such as 2+1; auto: chosen
+    tiles: int | None = None                  # tile, task sparse: so many random tiles of the decoder a step,
+                                              # weighted so that the loss is the same on average
     budget: float | None = None               # tile: GiB that a step may take; none: what the card has free
     recover: bool = True                      # after out of memory, turn the dial and repeat the step
     expandable_segments: bool = True          # CUDA allocator: less fragmentation
@@ -138,6 +141,8 @@ class MemoryConfig:
 
     def __post_init__(self):
         one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
+        if self.tiles is not None and self.tiles < 1:
+            raise ValueError(f"memory.tiles must be at least 1, got {self.tiles}")
         # Recovery needs no such check: it leads to tile and never away from it.
         if self.tile_parallel and self.mode != "tile":
             raise ValueError("memory.tile_parallel shares tiles among ranks, but memory.mode is "
@@ -172,11 +177,13 @@ class LogConfig:
 class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
     task: str = "vae"                         # vae | seg (U-Net, image/label pairs) |
-                                              # features (a network for the perceptual loss)
+                                              # features (a network for the perceptual loss) |
+                                              # sparse (points near a surface)
     preset: str = "ultra_lightweight"         # where section `vae` (vae3d.PRESETS) or `unet`
                                               # (unet.PRESETS) starts from
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -22,7 +22,7 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     """The data of the run, and the config with all that follows from them. Raises DataError, or ValueError
     where weights do not fit.
     """
-    cfg = changed(cfg, data={"labels": task.LABELS})
+    cfg = changed(cfg, data={"labels": task.LABELS, "points": task.POINTS})
     dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
@@ -41,7 +41,7 @@ def facts_of(dataset: data.Data) -> dict:
     """What predict.py must know about the data to prepare others alike, and the names of the training
     volumes and files.
     """
-    entry, modalities = dataset.train[0], {entry.intensity.modality for entry in dataset.train}
+    entry, modalities = dataset.train[0], {entry.intensity.rule for entry in dataset.train}
     values = dataset.label_values
     # A row for each file, whatever the number of its volumes.
     files = {}

@@ -37,7 +37,10 @@ def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
     state.step = -(-task.last_start(cfg) // cfg.loss.r1_every) * cfg.loss.r1_every
     batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
     for _ in range(cfg.train.accum):
-        image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
+        if task.stand_in is not None:
+            image = task.stand_in(cfg, state.model, device)
+        else:
+            image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
         label = torch.zeros(batch, *size, dtype=torch.int64, device=device) if task.LABELS else None
         micro_batches.append(MicroBatch(image, list(range(batch)), [0] * batch, label))
     return lambda: train_step(cfg, state, micro_batches)

@@ -111,7 +111,7 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
             seeds = [seed_of(cfg.train.seed, "noise", step, number - window.start) for number in part]
             micro_batches.append(
                 MicroBatch(
-                    to_device(image, device),
+                    placed(cfg, image, device),
                     seeds,
                     volumes.tolist(),
                     *(x.to(device) for x in label),
@@ -119,6 +119,13 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
                 )
             )
         yield step, micro_batches
+
+
+def placed(cfg: TrainConfig, image: Tensor, device: torch.device) -> Tensor:
+    """Crops (B, C, D, H, W) on the device. Those of points stay on the CPU: the task takes their points to
+    the device, which are some per cent of the voxels.
+    """
+    return image if cfg.data.points else to_device(image, device)
 
 
 def leave_the_group(_: int) -> None:

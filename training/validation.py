@@ -14,11 +14,11 @@ import torch
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
-from training.devices import peak_gib, to_device
+from training.devices import peak_gib
 from training.facts import facts_of
 from training.forward import forward
 from training.log import shown
-from training.order import MicroBatch, seed_of
+from training.order import MicroBatch, placed, seed_of
 from training.resume import full_weights, shared_config
 from training.run import Run, dial_of_training_kept, recovered, stop_if_signalled
 from training.state import State
@@ -71,7 +71,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         number = mine[turn]
         crop = run.held_out[number]
         label = None if crop.label is None else crop.label[None].to(run.device)
-        micro = MicroBatch(to_device(crop.image[None], run.device), [], [], label)
+        micro = MicroBatch(placed(cfg, crop.image[None], run.device), [], [], label)
 
         # The noise of a crop is the same at each validation, and at each try of it after out of memory.
         def work(micro=micro, number=number):
@@ -82,7 +82,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         rows.append({name: float(term) for name, term in terms.items()})
         for name, count in task.counts(cfg, found.out, micro, run.dataset).items():
             counts[name] = counts.get(name, 0) + count
-        voxels += micro.image[0, 0].numel()
+        voxels += crop.image[0].numel()
     state.shipped.train()
 
     # Then means over the crops of all ranks, and what was counted over all of them.
@@ -229,7 +229,7 @@ def save_samples(run: Run) -> None:
         stop_if_signalled(run)
 
         # First the network's output.
-        x = to_device(crop.image[None], run.device)
+        x = placed(cfg, crop.image[None], run.device)
 
         def work(x=x):
             if task.output is not None:

@@ -37,6 +37,11 @@ class Intensity(NamedTuple):
     high: tuple[float, ...]
 
     @property
+    def rule(self) -> str:
+        """What data.modality calls it."""
+        return "ct" if self.modality == "surface" else self.modality
+
+    @property
     def background(self) -> float:
         """Normalised value of nothing: air, an empty voxel, the 0 of signed data, no point."""
         return 0.0 if self.modality in ("voxel", "signed", "surface") else -1.0
