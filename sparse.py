@@ -71,7 +71,7 @@ class SparseConfig:
     lambda_vq: float = 1.0
     lambda_commitment: float = 0.25
     fsq_levels: tuple[int, ...] = ()  # of each latent channel, for bottleneck fsq
-    occupancy_weight: float = 0.1    # of the cross-entropy of existing children, mean over the levels
+    occupancy_weight: float = 0.5    # of the cross-entropy of existing children, mean over the levels
 
     def __post_init__(self):
         if self.fsq_levels and self.bottleneck == "fsq":
@@ -426,7 +426,7 @@ class Encoder(nn.Module):
         widths = [width // 16, width // 8, width // 4, width]
         self.stem = nn.Linear(cfg.in_channels, widths[0])
         self.downs = nn.ModuleList([Down(a, b, cfg.norm) for a, b in zip(widths, widths[1:])])
-        self.blocks = blocks(cfg)
+        self.transformer = blocks(cfg)
         self.positions = cfg.positions
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.out = nn.Linear(width, outputs)
@@ -457,7 +457,7 @@ class Decoder(nn.Module):
         width = cfg.model_channels
         widths = [width, width // 4, width // 8, width // 16]
         self.stem = nn.Linear(cfg.z_channels, width)
-        self.blocks = blocks(cfg)
+        self.transformer = blocks(cfg)
         self.positions = cfg.positions
         values = [0] * (LEVELS - 1) + [cfg.in_channels]
         self.ups = nn.ModuleList([Up(a, b, cfg.norm, v) for a, b, v in zip(widths, widths[1:], values)])
@@ -493,7 +493,7 @@ def run_blocks(part: Encoder | Decoder, h: Tensor, tables: Tables, mode: str) ->
     """h (T, width) through the transformer blocks, whose windows take turns."""
     if part.positions == "ape":
         h = h + sine_positions(tables.coords, h.shape[1]).to(h.dtype)
-    for number, block in enumerate(part.blocks):
+    for number, block in enumerate(part.transformer):
         cut = tables.cuts[number % len(tables.cuts)]
         h = maybe_checkpoint(mode != "none", block, h, cut, tables.coords)
     return h

@@ -119,8 +119,10 @@ def tables_of(model: SparseVAE, points: PointBatch, generators: Sequence[torch.G
     return model.tables(points.code, points.size, points.samples, generator)
 
 
-def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device) -> PointBatch:
-    """Points of a prediction: as many as a batch may hold, on spheres, with all tables, without data.
+def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device, rehearsal: bool) -> PointBatch:
+    """Points of a prediction: as many as a batch may hold, on shells, with all tables.
+
+    rehearsal: tensors without data take the place of them.
 
     data.max_points a crop; without it those of data.patch at the fill that surfaces have.
     """
@@ -132,14 +134,18 @@ def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device) -> Poin
         code, _ = sparse.sorted_points(coords.repeat(cfg.train.batch, 1), sample, sample[:, None], size)
         tables = network.tables(code, size, cfg.train.batch)
     feats = torch.zeros(len(code), cfg.sparse.in_channels, device=device)
-    tables = tree_map(lambda x: like(x, device), tables)
+    made: dict[int, Tensor] = {}                                 # a tensor that stands twice stays one
+
+    def placed(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in made:
+            made[id(x)] = torch.empty(x.shape, dtype=x.dtype, device=device)
+            if not rehearsal:
+                made[id(x)].copy_(x)
+        return made[id(x)]
+    tables = tree_map(placed, tables)
     return PointBatch(tables.code[0], feats, size, cfg.train.batch, tables)
-
-
-def like(x: Any, device: torch.device) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=device)
 
 
 def shells(size: Sequence[int], count: int) -> Tensor:

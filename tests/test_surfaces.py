@@ -59,6 +59,22 @@ def test_smoothing_is_a_gaussian_with_repeated_borders():
     np.testing.assert_allclose(surfaces.smoothed(np.ones((4, 5, 6), np.float32), 2.0), 1, atol=1e-5)
 
 
+def test_beyond_the_band_the_side_is_that_of_the_nearest_points():
+    grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"), -1) - 11.5
+    inside = np.linalg.norm(grid, axis=-1) < 9
+    distance = surfaces.signed_distance(inside, (1, 1, 1), 2)[None]
+    found = surfaces.filled(distance)
+    assert np.array_equal(found[0] < 0, inside)
+    far = distance == 0
+    assert np.array_equal(found[~far], distance[~far]) and (np.abs(found[far]) == 1).all()
+    # Some holes in the band and some wrong signs change nothing of the middle.
+    source = np.random.default_rng(0)
+    distance[source.random(distance.shape) < .1] = 0
+    distance *= np.where(source.random(distance.shape) < .03, -1, 1)
+    far = np.linalg.norm(grid, axis=-1) < 5
+    assert (surfaces.filled(distance)[0][far] == -1).mean() > .97
+
+
 def test_a_byte_keeps_every_point_and_its_sign():
     distance = np.array([-1, -.25, -1e-4, 0, 1e-4, .75, 1], np.float32)
     stored = surfaces.as_bytes(distance)

@@ -38,7 +38,7 @@ def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
     batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
     for _ in range(cfg.train.accum):
         if task.stand_in is not None:
-            image = task.stand_in(cfg, state.model, device)
+            image = task.stand_in(cfg, state.model, device, rehearsal)
         else:
             image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
         label = torch.zeros(batch, *size, dtype=torch.int64, device=device) if task.LABELS else None

@@ -74,8 +74,8 @@ class Task:
     LABELS: bool = False                      # the data are image/label pairs
     POINTS: bool = False                      # crops are boxes of tokens, 0 where there is no point, and
                                               # stay on the CPU
-    stand_in: Callable | None = None          # (cfg, network, device) -> what takes the place of crops in a
-                                              # prediction; None: random ones
+    stand_in: Callable | None = None          # (cfg, network, device, rehearsal) -> what takes the place of
+                                              # crops in a prediction; None: random ones
     resolve: Callable[..., TrainConfig] = as_it_is  # (cfg, dataset) -> cfg with what the data say
     channels: Callable[[TrainConfig], int] = lambda cfg: cfg.vae.in_channels
                                               # of the network's input

@@ -125,6 +125,25 @@ def surface_points(array: np.ndarray, spacing: Sequence[float], surface: Surface
     return found
 
 
+def filled(distance: np.ndarray) -> np.ndarray:
+    """Distances (C, D, H, W), 0 for "no point" -> the same with -1 deep inside and 1 far outside.
+
+    Beyond the band the side is that of the nearest point to either hand along each axis, by majority of six
+    votes; where no axis meets a point it is outside.
+    """
+    votes = np.zeros(distance.shape, dtype=np.int8)
+    for axis in range(1, distance.ndim):
+        for flipped in (False, True):
+            line = np.moveaxis(np.flip(distance, axis) if flipped else distance, axis, -1)
+            # The place of the last point at or before each voxel of a line; -1 before the first.
+            place = np.where(line != 0, np.arange(line.shape[-1]), -1)
+            place = np.maximum.accumulate(place, -1)
+            side = np.sign(np.take_along_axis(line, np.maximum(place, 0), -1)) * (place >= 0)
+            side = np.moveaxis(side.astype(np.int8), -1, axis)
+            votes += np.flip(side, axis) if flipped else side
+    return np.where(distance != 0, distance, np.where(votes < 0, np.float32(-1), np.float32(1)))
+
+
 def as_bytes(distance: np.ndarray) -> np.ndarray:
     """[-1, 1] float32 -> int8 in 127ths. No distance becomes 0 unless it is."""
     steps = np.rint(distance * STEPS)
