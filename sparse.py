@@ -376,7 +376,8 @@ class ResConv(nn.Module):
         self.conv = SubMConv3d(width, width)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return x + self.conv(F.silu(self.norm(x)), table)
+        # Under autocast the norm is in float32; what backward keeps of it need not be.
+        return x + self.conv(F.silu(self.norm(x).to(x.dtype)), table)
 
 
 class Down(nn.Module):
