@@ -63,6 +63,7 @@ TESTED_IN = {
     "training.flags": "test_config",
     "training.forward": "test_step",
     "training.run": "test_folder",
+    "training.edges": "test_stages",
     "training.state": "test_step",
     "training.task": "test_tasks",
 }
