@@ -63,7 +63,6 @@ TESTED_IN = {
     "training.flags": "test_config",
     "training.forward": "test_step",
     "training.run": "test_folder",
-    "training.edges": "test_stages",
     "training.state": "test_step",
     "training.task": "test_tasks",
 }

@@ -78,8 +78,11 @@ def settle_dials(opened: Sequence[Stage], state: State) -> list[Stage]:
         return found
     chosen = ranks.chosen(0, dials)
     memory.turn_dial(state, chosen[len(state.edges)])
-    return [dataclasses.replace(stage, cfg=dataclasses.replace(stage.cfg, memory=dial))
-            for stage, dial in zip(opened, chosen)]
+    return [with_dial_of(stage, dial) for stage, dial in zip(opened, chosen)]
+
+
+def with_dial_of(stage: Stage, dial: MemoryConfig) -> Stage:
+    return dataclasses.replace(stage, cfg=dataclasses.replace(stage.cfg, memory=dial))
 
 
 def attach(run: Run) -> None:
@@ -106,8 +109,10 @@ def next_stage(run: Run) -> bool:
     if ranks.first():
         keep_best(run)
 
-    # Then the plan: a stage that was stopped early moves all that come after it.
-    state = run.state
+    # Then the plan: a stage that was stopped early moves all that come after it. The config keeps the dial
+    # that the old stage came to, as that of a run which was resumed within it does.
+    state, number = run.state, run.number
+    run.opened[number] = with_dial_of(run.opened[number], state.dial)
     state.edges = [*state.edges, state.step]
     run.stages = planned(run.whole, run.opened, state.global_batch, state.edges)
     run.beside = None
