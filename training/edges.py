@@ -213,9 +213,10 @@ def count(network: torch.nn.Module) -> int:
 def stage_text(run: Run) -> str:
     stage, cfg = run.stage, run.cfg
     crops = f"{stage.global_batch} crops of {sizes(stage.dataset.patch)}"
+    precision = pick_precision(cfg.train.amp, run.device, run.state.model)[1]
     return (f"stage {stage.name} ({run.number + 1} of {len(run.stages)}): steps {stage.first + 1} to "
             f"{stage.end} of {crops}, {stage.per_epoch} an epoch; rate {cfg.optim.lr:g}, memory mode "
-            f"{dial_text(run.state.dial)}")
+            f"{dial_text(run.state.dial)}, {precision}")
 
 
 # -------------------------------------------------------------------------------- will it fit?
