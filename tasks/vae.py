@@ -281,7 +281,7 @@ def start(run: Run) -> None:
         rows.append(z.movedim(1, -1).flatten(0, 3))
 
     # Then the codes, the same in the averages. per_step: latents that an optimizer step will have.
-    per_step = len(rows[0]) * run.state.global_batch
+    per_step = len(rows[0]) * run.stage.global_batch
     generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook"))
     vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, generator, per_step=per_step)
     for ema in run.state.emas:

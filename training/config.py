@@ -90,6 +90,8 @@ class RunConfig:
     accum: int = 1                            # micro-batches an optimizer step of a rank
     steps: int | None = None                  # optimizer steps; with epochs too, whichever ends first
     epochs: int | None = None                 # passes of data.crops_per_volume crops of every volume
+    stages: tuple[dict, ...] = ()             # parts of the run with fields of their own, in a YAML file
+                                              # (docs/STAGES.md); train.steps is then the most of them all
     val_every: int = 50                       # steps between validations; others at step 0 and at the end
     val_crops: int = 8                        # fixed seeded crops over all held-out volumes
     val_whole: bool = False                   # validate on whole held-out volumes instead
@@ -259,7 +261,12 @@ def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
 
 
 def convert_to_single(value: Any, kind: type, name: str) -> Any:
-    """kind: bool, int, float or str."""
+    """kind: bool, int, float, str, or dict, which training/stages.py looks into."""
+    if kind is dict:
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"{name} holds stages such as {{name: low, epochs: 100, data: {{scale: 0.5}}}} in a "
+                         f"YAML file, got {brief(value, 200)}")
     if kind is bool:
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() in known:

@@ -24,6 +24,11 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     """
     cfg = changed(cfg, data={"labels": task.LABELS, "points": task.POINTS})
     dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
+    return told_by(dataset, cfg, task), dataset
+
+
+def told_by(dataset: data.Data, cfg: TrainConfig, task: Task) -> TrainConfig:
+    """The config with what the data say. Raises ValueError where weights do not fit."""
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
         cfg,
@@ -34,7 +39,7 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     if cfg.loss.channel_weights is not None and len(cfg.loss.channel_weights) != dataset.channels:
         raise ValueError(f"loss.channel_weights has {len(cfg.loss.channel_weights)} factors, the data has "
                          f"{dataset.channels} channels; give one for each")
-    return cfg, dataset
+    return cfg
 
 
 def facts_of(dataset: data.Data) -> dict:

@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
+from training.console import tell
 from training.foreign import foreign_init
+from training.stages import stage_configs, without
 from training.task import named, of
 
 DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
@@ -29,12 +31,14 @@ COMMANDS = ("config", "resume", "dry_run", "fit")
 # -------------------------------------------------------------------------------- the config
 
 def load_config(
-    argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None
+    argv: Sequence[str], tasks: Mapping[str, ModuleType], base: TrainConfig | None = None,
+    say: Callable[[str], None] = tell,
 ) -> TrainConfig:
     """Defaults, preset, YAML file, flags: later beats earlier.
 
     tasks: the table of tasks/.
     base: a checkpoint's config, which takes the place of defaults and preset.
+    say: gets a line where a flag beats a stage of train.stages.
     Where train.init is a file that another library made, what it says of the network takes the place of
     the preset. Raises ValueError with one line: which flag or key, what was found, what to do.
     """
@@ -64,12 +68,16 @@ def load_config(
             raise ValueError(f"{name} {wanted}: the run to resume was built with {built_with}; leave it out")
     cfg = config_from(from_file, base, str(options.get("config")))
     cfg = config_from(flags, cfg, "command line")
+    cfg, beaten = without(cfg, flags)
+    if beaten:
+        say(f"{', '.join(beaten)}: as the command line says, in every stage of train.stages")
 
     # Then what the tasks know: their metrics, and which fields go together.
     task = of(tasks, cfg, "command line")
     metrics = dict.fromkeys(name for each in tasks.values() for name in each.METRICS)
-    one_of("train.metric", cfg.train.metric, ("auto", *metrics))
-    task.check(cfg)
+    for each in stage_configs(cfg).values():
+        one_of("train.metric", each.train.metric, ("auto", *metrics))
+        task.check(each)
     return cfg
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -47,18 +48,22 @@ class Log:
     """log.jsonl, the console and the sinks; on other ranks than the first, nothing.
 
     total: steps of the run. start: the step that this process begins at. validated: the last step whose
-    validation counts. On a terminal the line of a step is written over the one before it.
+    validation counts. behind, ahead: names of the stages before and after the one at hand. On a terminal the
+    line of a step is written over the one before it.
     """
-    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1):
+    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1,
+                 behind: Collection[str] = (), ahead: Collection[str] = ()):
         self.cfg, self.path, self.sinks = cfg, out / "log.jsonl", sinks
         self.total, self.start = total, start
+        # Every row of a run with stages has the name of its own.
+        self.stage = ""
         self.started = time.monotonic()
         self.live = sys.stdout.isatty()
 
         # Rows after the checkpoint belong to steps that are taken again, so they go.
         if self.path.exists() and ranks.first():
             lines = self.path.read_text().splitlines()
-            rows = [line for line in lines if is_before(line, start, validated)]
+            rows = [line for line in lines if is_before(line, start, validated, behind, ahead)]
             content = "".join(row + "\n" for row in rows).encode()
             write_atomic(self.path, lambda file: file.write(content))
         path = self.path if ranks.first() else os.devnull
@@ -66,6 +71,8 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
+        if self.stage:
+            row = row | {"stage": self.stage}
         with naming(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -129,10 +136,17 @@ def is_nan_or_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def is_before(line: str, step: int, validated: int) -> bool:
-    """Whether a line of log.jsonl is of a step up to `step`, or of a validation up to `validated`."""
+def is_before(line: str, step: int, validated: int, behind: Collection[str], ahead: Collection[str]) -> bool:
+    """Whether a line of log.jsonl is of a step up to `step`, or of a validation up to `validated`.
+
+    A stage that is behind ended with the validation at its last step, which is the first step of the next.
+    """
     try:
         row = json.loads(line)
+        if row.get("stage") in ahead:
+            return False
+        if row.get("stage") in behind:
+            return row["step"] <= step
         last = validated if row.get("split") == "val" else step
         return row["step"] <= last
     # The last line of a killed run may be cut short.

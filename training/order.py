@@ -61,13 +61,23 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def crops_of_step(step: int, epoch_length: int, global_batch: int) -> range:
+def crops_of_step(step: int, epoch_length: int, global_batch: int, start: tuple[int, int] = (0, 0)) -> range:
     """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an
     epoch as short as it is.
+
+    start: a step and the first of its crops, from which on windows have this size (training/stages.py).
     """
-    per_epoch = steps_per_epoch(epoch_length, global_batch)
-    epoch, place = divmod(step, per_epoch)
-    first = epoch * epoch_length + place * global_batch
+    # Where windows of this size begin within an epoch, first what is left of it ...
+    step, first = step - start[0], start[1]
+    epoch, taken = divmod(first, epoch_length)
+    left = steps_per_epoch(epoch_length - taken, global_batch)
+    place = step
+    # ... and then whole epochs.
+    if step >= left:
+        more, place = divmod(step - left, steps_per_epoch(epoch_length, global_batch))
+        epoch += 1 + more
+        first = epoch * epoch_length
+    first += place * global_batch
     return range(first, min(first + global_batch, (epoch + 1) * epoch_length))
 
 
@@ -81,12 +91,13 @@ def micro_windows(window: range, batch: int) -> list[range]:
 
 
 def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device,
-                 global_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+                 global_batch: int, start: tuple[int, int] = (0, 0)
+                 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed,
-    step, place in the window).
+    step, place in the window). start: see crops_of_step.
     """
     def shares() -> Iterator[tuple[range, list[range]]]:
-        windows = (crops_of_step(step, len(crops), global_batch) for step in steps)
+        windows = (crops_of_step(step, len(crops), global_batch, start) for step in steps)
         return ((window, micro_windows(window, cfg.train.batch)) for window in windows)
     loader = torch.utils.data.DataLoader(
         crops,

@@ -35,6 +35,7 @@ COUNTERS = (
     "global_batch",
     "validated",
     "sampled",
+    "edges",
 )
 
 
@@ -151,13 +152,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, theirs: dict | None, sou
 
 def check_counters(state: State, checkpoint: dict, path: Path) -> None:
     """Raises ValueError that names the first of those that cannot be of this run."""
-    plateau = checkpoint["plateau"]
+    # A checkpoint of an older version knows no stages.
+    plateau, edges = checkpoint["plateau"], checkpoint.setdefault("edges", [])
     possible = {
         "usage": checkpoints.is_like(checkpoint["usage"], state.usage),
         "step": checkpoint["step"] >= 0,
         "plateau": checkpoints.is_like(plateau, state.plateau) and 0 < plateau[1] <= 1,
         "global_batch": checkpoint["global_batch"] > 0,
         "log_scale": abs(checkpoint["log_scale"]) <= 127,
+        "edges": edges == sorted(edges) and all(0 < edge <= checkpoint["step"] for edge in edges),
     }
     for name, fits in possible.items():
         if not fits:

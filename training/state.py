@@ -47,7 +47,9 @@ class State:
     latent: dict | None = None                # mean, std (Z,), scale_factor
     usage: Tensor | None = None               # (K,) int64: choices of each code in this epoch
     norms: list[float] = field(default_factory=list)  # the last finite gradient norms before clipping
-    global_batch: int = 0                     # crops an optimizer step, over all ranks
+    global_batch: int = 0                     # crops an optimizer step of train.batch x train.accum, over all
+                                              # ranks; a stage of another batch has as many more
+    edges: list[int] = field(default_factory=list)  # steps at which the stages before this one ended
     updating: bool = False                    # between the first and the last write of an update
 
     @property
@@ -126,7 +128,7 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """What the first step would allocate: out of memory there, half of the weights would have moved already.
     """
     for group in optimizer.param_groups:
-        for p in (p for p in group["params"] if p.requires_grad):
+        for p in (p for p in group["params"] if p.requires_grad and p not in optimizer.state):
             if isinstance(optimizer, torch.optim.SGD):
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
             else:

@@ -152,15 +152,17 @@ def gain_over(before: float | None, value: float, higher_is_better: bool) -> flo
 
 def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     """The content of best.pt: what predict.py and --init need, and nothing else."""
+    stage = {"stage": run.stage.name} if run.stage.name else {}
     if run.state.task.ship is not None:
-        return run.state.task.ship(model) | {"step": run.state.step}
+        return run.state.task.ship(model) | {"step": run.state.step} | stage
     # An average is in float32 as it is.
     weights = full_weights(run.state) if model is run.state.model else model.state_dict()
     return {
         "kind": "vae3d.weights",
         "version": 1,
-        "config": shared_config(run.settings),
+        "config": shared_config(run.shipped_settings),
         "step": run.state.step,
+        **stage,
         "latent": run.state.latent,
         "data": facts_of(run.dataset),
         "model": weights,
@@ -180,16 +182,23 @@ def load_best(run: Run) -> dict:
 def check_best(run: Run) -> bool:
     """For a resumed run: whether best.pt had to be replaced, by the weights at hand.
 
-    It is replaced where it cannot be read, or is of a step that the run no longer reaches.
+    It is replaced where it cannot be read, or is of a step that the run no longer reaches. Of a run that was
+    killed beyond an edge which it is before now, this stage's lies beside it.
     """
     path = run.out / "best.pt"
 
     def what_is_wrong() -> str | None:
+        name, end = run.stage.name, run.stage.end
         try:
-            step = load_best(run)["step"]
+            best, own = load_best(run), run.out / f"best_{name}.pt"
+            if best.get("stage", "") != name and own.is_file():
+                checkpoints.copy(own, path)
+                best = load_best(run)
         except ValueError as error:
             return str(error)
-        return None if step <= run.total else f"{path}: is of a later step than {run.total}"
+        if best.get("stage", "") != name:
+            return f"{path}: is of another stage than {name}"
+        return None if best["step"] <= end else f"{path}: is of a later step than {end}"
     wrong = ranks.from_rank(0, what_is_wrong)
     if wrong is None:
         return False
