@@ -64,12 +64,12 @@ class SparseConfig:
     num_codes: int = 512             # K
     codebooks: int = 4               # Q, residual ones; 1: a plain codebook
     codebook_update: str = "ema"     # ema | gradient, as in quantize.VectorQuantizer; so are the next ones
-    codebook_decay: float = 0.95
-    codebook_cosine: bool = False
-    codebook_restart: float = 0.25
+    codebook_decay: float = 0.95     # ema: of the codes' running means
+    codebook_cosine: bool = False    # compare latents and codes on the unit sphere
+    codebook_restart: float = 0.25   # codes used less than this part of an equal share start anew
     codebook_init: str = "kmeans"    # kmeans | samples | uniform, from the first latents
-    lambda_vq: float = 1.0
-    lambda_commitment: float = 0.25
+    lambda_vq: float = 1.0           # gradient: weight of the codes' distance from their latents
+    lambda_commitment: float = 0.25  # of the latents' distance from their codes
     fsq_levels: tuple[int, ...] = ()  # of each latent channel, for bottleneck fsq
     occupancy_weight: float = 0.5    # of the cross-entropy of existing children, mean over the levels
 

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
+from training import guide_json
 from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
 from training.console import tell
 from training.foreign import foreign_init
@@ -54,6 +55,8 @@ def load_config(
         else:
             flags[key] = value
     from_file = read_yaml(options["config"]) if options.get("config") else {}
+    if guide_json.is_guide(from_file):
+        from_file = guide_json.translated(from_file, options["config"], say)
 
     # Then what these are put over.
     if base is None:
