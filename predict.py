@@ -58,7 +58,7 @@ from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError, bare_name, short_digest, show, write_atomic
 from volumes.grids import resample_label
-from volumes.results import write_result
+from volumes.results import with_blank, write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
@@ -165,7 +165,8 @@ def segment(options: argparse.Namespace) -> bool:
         if options.viz:
             save_overlay(viz_path(job.output), case, found[0])
         if not options.no_save:
-            labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
+            stored = values[with_blank(found, case.origin)]
+            labels = stored.astype(np.uint8 if values.max() < 256 else np.int16)
             formats.write_label(job.output, labels, case.origin)
         text += f"; {shares_text(found, values)}"
         return text if options.no_save else f"{text} -> {job.output}"
@@ -231,7 +232,7 @@ def evaluate(options: argparse.Namespace) -> bool:
                         part = report.figure(rows[-1], slices_of(case, t, scored.found))
                         part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
-                    which = f" volume {t}" if len(case.arrays) > 1 else ""
+                    which = f" volume {case.numbers[t]}" if case.numbers else ""
                     name = f"[{number}/{len(items)}] {show(item.path)}{which}"
                     print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
 

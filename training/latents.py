@@ -121,6 +121,7 @@ def origin_in(about: dict) -> Origin:
     for name in ("shape", "size"):
         values[name] = tuple(values[name])
     values["affine"] = tuple(tuple(row) for row in values["affine"])
+    values["blank"] = tuple(tuple(row) for row in values.get("blank", ()))  # none in older latents
     np.dtype(values["dtype"])                                    # TypeError where it names none
     return Origin(**values)
 

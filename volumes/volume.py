@@ -60,6 +60,8 @@ class Origin:
     affine: tuple[tuple[float, ...], ...] = ()  # image: of the axes as stored
     slope: float = 1.0                          # image: value = slope * stored + inter
     inter: float = 0.0
+    blank: tuple[tuple[int, float], ...] = ()  # volumes of a 4-D image that are left out: number, and the
+                                               # one value of their voxels
 
     @property
     def bits(self) -> int:
