@@ -145,7 +145,7 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
         try:
             entries = cached_entries(item, cfg, folder)
             if cfg.labels and cfg.label_values is None and not formats.is_picture(item.label):
-                check_labels(entries[0], cfg.classes, cfg)
+                check_labels(entries[0], None, cfg)
             found = entries[0].shape[0]
             channels = channels or found
             check_channels(item, found, channels)

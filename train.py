@@ -148,7 +148,7 @@ def start(argv: Sequence[str]) -> int:
             torch.cuda.set_device(device)
 
         # Then the data, and what they say of the config, which nothing changes from here on.
-        cfg, dataset = ranks.together(lambda: open_data(cfg, task, say))
+        cfg, dataset = ranks.together(lambda: open_data(cfg, task, say, resumed and resumed.content["data"]))
         every = ranks.of_every_rank([tuple(facts_of(dataset)["training"])])
         seen = [len(names) for names in dict.fromkeys(every)]
         if len(seen) > 1:

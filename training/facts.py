@@ -5,6 +5,7 @@ Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,12 +19,19 @@ from volumes.files import digest_of, show, unique_name
 from volumes.find import Item
 
 
-def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple[TrainConfig, data.Data]:
+def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None],
+              known: dict | None = None) -> tuple[TrainConfig, data.Data]:
     """The data of the run, and the config with all that follows from them. Raises DataError, or ValueError
     where weights do not fit.
+
+    known: the facts of the checkpoint that is resumed, whose labels may be from before gaps were closed.
     """
     cfg = changed(cfg, data={"labels": task.LABELS})
-    dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
+    wanted = cfg.data
+    if known and known.get("classes") and known.get("label_values") is None and wanted.classes is None:
+        wanted = dataclasses.replace(wanted, classes=known["classes"])
+    dataset = data.open_data(wanted, cfg.train.seed, say, ranks.world())
+    dataset.cfg = cfg.data
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
         cfg,
