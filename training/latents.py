@@ -28,9 +28,10 @@ from training.console import line_of
 from training.ready import Ready
 from volumes.files import DataError, sizes, write_atomic
 from volumes.intensities import Intensity
+from volumes.own import LATENT
 from volumes.volume import Origin
 
-ENDING = "_latent.npz"                                           # of what `encode` writes
+ENDING = LATENT                                                  # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds
 
 

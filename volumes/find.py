@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from volumes.files import (
     stem_of,
 )
 from volumes.layouts import MAX_DATALIST, ChannelCase, channels_of, names_no_files, nnunet_cases
+from volumes.own import Own
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
@@ -77,7 +78,8 @@ def list_items(path: str | os.PathLike, labels: bool = False,
 
     labels: each image comes with its label; what has no partner has a `fault`. Otherwise the labels of
     pairs are left out. So are, with or without, pictures in a folder that holds volumes, unless they are
-    pairs; `say` gets a line about what was left out.
+    pairs, and what this project wrote below a folder (volumes/own.py); `say` gets a line about what was
+    left out.
     """
     path = Path(os.path.expanduser(path))
     lists = {"training": [], "validation": [], "testing": []}
@@ -91,7 +93,7 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             if labels:
                 lists["training"] += [Item(file, None, file, NO_IMAGE) for file in cases.orphans]
         else:
-            lists["training"] = pair_files(path, list(walk(path)), labels, say)
+            lists["training"] = pair_files(path, walk(path, say), labels, say)
     elif path.suffix.lower() == ".json" and names_no_files(path):
         return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
@@ -135,27 +137,35 @@ def root_of(path: Path, files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath(folders))
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Files under `root` that look like volumes, sorted; of two halves the header alone. Link loops end."""
+def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
+    """Files under `root` that look like volumes, sorted; of two halves the header alone. Link loops end.
+
+    What this project wrote itself is left out, and `say` gets a line about it.
+    """
     def fail(error: OSError):
         raise DataError(f"{show(error.filename)}: {error.strerror}; make the folder readable or move it out "
                         f"of the data")
 
-    found, seen = [], set()
+    found, seen, own = [], set(), Own(root)
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        if own.is_of_run(folder, names):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         lower = {name.lower() for name in names}
         for name in names:
             is_ours = formats.is_volume(name) or split_ending(name)[0] == formats.NO_SHAPE
             if is_ours and not name.startswith(".") and not is_second_half(name, lower):
                 found.append(Path(folder, name))
+    found = [file for file in found if not own.takes(file)]
+    own.tell(say)
     # No pipes; broken links stay, and are refused by name.
-    return iter(sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file)))
+    return sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file))
 
 
 def is_second_half(name: str, lower: set[str]) -> bool:
