@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that 
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
 PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
+MOST_KINDS = 12       # of ignored files that are named in a line
 
 NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label beside it, no `seg` in an "
             ".npz, none in a datalist")
@@ -140,13 +142,15 @@ def root_of(path: Path, files: Sequence[Path]) -> Path:
 def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
     """Files under `root` that look like volumes, sorted; of two halves the header alone. Link loops end.
 
-    What this project wrote itself is left out, and `say` gets a line about it.
+    What this project wrote itself is left out, and `say` gets a line about it; and one that counts files of
+    other kinds.
     """
     def fail(error: OSError):
         raise DataError(f"{show(error.filename)}: {error.strerror}; make the folder readable or move it out "
                         f"of the data")
 
     found, seen, own = [], set(), Own(root)
+    ignored: Counter[str] = Counter()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:
@@ -159,13 +163,29 @@ def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         lower = {name.lower() for name in names}
         for name in names:
-            is_ours = formats.is_volume(name) or split_ending(name)[0] == formats.NO_SHAPE
-            if is_ours and not name.startswith(".") and not is_second_half(name, lower):
+            if name.startswith("."):
+                continue
+            if not formats.is_volume(name) and split_ending(name)[0] != formats.NO_SHAPE:
+                ignored["".join(split_ending(name))] += 1
+            elif not is_second_half(name, lower):
                 found.append(Path(folder, name))
     found = [file for file in found if not own.takes(file)]
     own.tell(say)
+    tell_ignored(ignored, say)
     # No pipes; broken links stay, and are refused by name.
     return sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file))
+
+
+def tell_ignored(kinds: Counter[str], say: Callable[[str], object]) -> None:
+    """A line that counts the files of other kinds. kinds: ending -> how many."""
+    if not kinds:
+        return
+    by_number = sorted(kinds.items(), key=lambda row: (-row[1], row[0]))
+    counts = [f"{count} {show(ending) or 'without an ending'}" for ending, count in by_number[:MOST_KINDS]]
+    rest = sum(count for _, count in by_number[MOST_KINDS:])
+    if rest:
+        counts.append(f"{rest} of other kinds")
+    say(f"data: ignored: {', '.join(counts)}")
 
 
 def is_second_half(name: str, lower: set[str]) -> bool:
