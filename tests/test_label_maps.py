@@ -1,11 +1,13 @@
 """Labels from disk to crop: volumes/loading.py and volumes/classes.py."""
 import json
 import struct
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data import Crops, Data, WholeVolumes, open_data, val_crops
 from volume_files import REAL, config, matches, needs_real, one_line, pair_like, said_and_data, save
@@ -318,3 +320,22 @@ def test_real_pairs(tmp_path):
     assert image[label > 0].mean() > image[label == 0].mean() + 0.2
     said, opened = said_and_data(REAL / "seg", tmp_path, modality="auto", labels=False)
     assert len(opened.train) + len(opened.val) == 7 and any("left out 9 label files" in line for line in said)
+
+
+def test_a_flip_of_left_and_right_is_told_where_labels_may_have_sides(tmp_path):
+    for number, classes in enumerate((4, 2)):
+        image, label = pair_like((9, 10, 11), classes=classes)
+        save(tmp_path / str(number) / "a_image.nii.gz", image)
+        save(tmp_path / str(number) / "a_label.nii.gz", label)
+    for folder, flip, is_told in (("0", "W", True), ("0", "dhw", True), ("0", "DH", False),
+                                  ("0", "none", False), ("1", "W", False)):
+        said, _ = said_and_data(tmp_path / folder, tmp_path, flip=flip)
+        lines = [line for line in said if "exchanges left and right in 4 classes" in line]
+        assert len(lines) == is_told, (folder, flip)
+    said, _ = said_and_data(tmp_path / "0", tmp_path, flip="W", labels=False)
+    assert not [line for line in said if "exchanges" in line]
+
+
+def test_the_experiment_on_ct_keeps_left_and_right():
+    content = yaml.safe_load((Path(__file__).resolve().parents[1] / "config" / "seg_ct.yaml").read_text())
+    assert "W" not in str(content["data"].get("flip", "none")).upper()

@@ -68,7 +68,15 @@ def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig,
                         f"data.classes={classes}; set data.classes")
     if was_listed and not held_out:
         say(NONE_HELD_OUT)
+    tell_flip(cfg, classes, say)
     return training, held_out, classes, values
+
+
+def tell_flip(cfg: DataConfig, classes: int, say: Say) -> None:
+    """A line where crops are mirrored left to right and labels may name sides."""
+    if cfg.flip != "none" and "W" in cfg.flip.upper() and classes > 2:
+        say(f"data: data.flip={cfg.flip} exchanges left and right in {classes} classes; if some are of one "
+            f"side (left kidney, right lung), leave W out")
 
 
 def are_all_pictures(groups: Groups) -> bool:

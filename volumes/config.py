@@ -87,7 +87,8 @@ class DataConfig:
                                              # leaves out
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ..., all others are 0;
                                                  # None: as stored, in their order where it has gaps
-    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW
+    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW; W
+                                             # exchanges left and right, of labels too
     foreground: float = 0.0                  # share of crops that are placed to hold a voxel that is not
                                              # background (with labels: of a class drawn evenly among the
                                              # volume's); above 0 every validation crop holds one
