@@ -23,7 +23,7 @@ foreground. Voxel grids (radar, LiDAR): divided by the largest magnitude, 0 stay
 their type.
 
 Shape legend: C channels, D H W depth height width, T volumes of a 4-D file.
-Needs torch, numpy and nibabel; pictures Pillow. Version 1.2.
+Needs torch, numpy and nibabel; pictures Pillow; MetaImage, NRRD and DICOM SimpleITK. Version 1.3.
 """
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ from volumes.cache import cache_folder, cached_entries, with_points
 from volumes.classes import check_labels, settle_classes
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
-from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes, unique_name
+from volumes.files import CacheError, DataError, PackageError, Say, one_line, refuse, show, sizes, unique_name
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample, resample_label
@@ -149,7 +149,7 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
             found = entries[0].shape[0]
             channels = channels or found
             check_channels(item, found, channels)
-        except (CacheError, PillowError):
+        except (CacheError, PackageError):
             raise
         except DataError as error:
             refuse(error, cfg.strict, say)

@@ -34,7 +34,7 @@ DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
     "sparse": {"quantize", "tiles"},
 }
-LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
+LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "SimpleITK", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
 MAIN_PATH = {"losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
 

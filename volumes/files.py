@@ -31,8 +31,8 @@ class DataError(ValueError):
     """
 
 
-class PillowError(DataError):
-    """A picture, and no Pillow to read it: no fault of the file, and the end of the run."""
+class PackageError(DataError):
+    """A package that reads files of a kind is not installed: no fault of the file, and the end of the run."""
 
 
 class CacheError(DataError):

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from volumes import formats
+from volumes import format_sitk, formats
 from volumes.files import (
     COMPRESSED,
     DataError,
     bare_name,
     brief,
-    halves,
     name_below,
     one_line,
     show,
@@ -64,7 +63,7 @@ class Item(NamedTuple):
         """All files that its voxels come from: two where they lie apart from their header."""
         found = []
         for path in (self.path, *self.more):
-            found += halves(path, formats.format_of(path).header_of) or [str(path)]
+            found += formats.parts_of(path) or [str(path)]
         return found
 
 
@@ -111,7 +110,7 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             once.setdefault(tuple(map(os.path.realpath, (item.path, *item.more))), item)
         lists[name] = list(once.values())
     root = root_of(path, [item.path for items in lists.values() for item in items])
-    return {name: [item._replace(name=item.name or name_below(root, item.path)) for item in items]
+    return {name: [item._replace(name=item.name or name_in(root, item.path)) for item in items]
             for name, items in lists.items()}
 
 
@@ -122,6 +121,22 @@ def item_of_case(case: ChannelCase, labels: bool) -> Item:
         fault = fault or NO_LABEL
     label = case.label if labels else None
     return Item(first, None, label, fault, case.name, more=tuple(more))
+
+
+def name_in(root: Path, file: Path) -> str:
+    """What a file is known by below `root`. Of a series of files that is its folder, with the number of the
+    series where there are several.
+    """
+    row = formats.format_of(file)
+    if not row.is_series or not row.is_installed():
+        return name_below(root, file)
+    name = name_below(root, file.parent / "x").rpartition("/")[0]
+    name = name or name_below(file.parent.absolute().parent, file.parent / "x").rpartition("/")[0]
+    firsts = [os.path.realpath(names[0]) for names in format_sitk.series_in(str(file.parent))]
+    mine = os.path.realpath(formats.parts_of(file)[0])
+    if len(firsts) > 1 and mine in firsts:
+        name += f"/series_{firsts.index(mine) + 1}"
+    return name
 
 
 def root_of(path: Path, files: Sequence[Path]) -> Path:
@@ -151,6 +166,7 @@ def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
 
     found, seen, own = [], set(), Own(root)
     ignored: Counter[str] = Counter()
+    without: dict[str, list[Path]] = {}  # what installs a package -> the files that need it
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:
@@ -161,19 +177,40 @@ def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        lower = {name.lower() for name in names}
+        lower, series = {name.lower() for name in names}, []
         for name in names:
             if name.startswith("."):
                 continue
-            if not formats.is_volume(name) and split_ending(name)[0] != formats.NO_SHAPE:
+            file, row = Path(folder, name), formats.row_of(os.path.join(folder, name))
+            if row is None and split_ending(name)[0] != formats.NO_SHAPE:
                 ignored["".join(split_ending(name))] += 1
+            elif row is not None and not row.is_installed():
+                without.setdefault(row.install, []).append(file)
+            elif row is not None and row.is_series:
+                series.append(file)
             elif not is_second_half(name, lower):
-                found.append(Path(folder, name))
+                found.append(file)
+        found += firsts_of(series)
     found = [file for file in found if not own.takes(file)]
+    for install, files in without.items():
+        endings = " ".join(sorted({file.suffix.lower() or "DICOM" for file in files}))
+        say(f"data: left out {some(sorted(files), 'file')} of kinds ({endings}) whose package is not "
+            f"installed: {install}")
     own.tell(say)
     tell_ignored(ignored, say)
     # No pipes; broken links stay, and are refused by name.
     return sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file))
+
+
+def firsts_of(files: Sequence[Path]) -> list[Path]:
+    """The first file of each series among those of a folder; and files of none, which reading will refuse."""
+    firsts, seen = [], set()
+    for file in sorted(files):
+        if os.path.abspath(file) not in seen:
+            names = formats.parts_of(file)
+            seen |= set(names)
+            firsts.append(Path(file.parent, os.path.basename(names[0])))
+    return firsts
 
 
 def tell_ignored(kinds: Counter[str], say: Callable[[str], object]) -> None:

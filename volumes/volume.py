@@ -83,6 +83,20 @@ def distance(a: Volume, b: Volume) -> float:
     return float(np.linalg.norm(apart, axis=1).max())
 
 
+def to_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
+    """(X, Y, Z, T), axes as stored, with the affine of these -> the volume in the closest RAS axes."""
+    turn = nib.io_orientation(affine)
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
+    array = nib.apply_orientation(array, turn).transpose(3, 2, 1, 0)              # (T, D, H, W)
+    return Volume(np.ascontiguousarray(array, dtype=np.float32), spacing_of(affine), affine)
+
+
+def in_axes_of(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """(C, D, H, W) in RAS -> (X, Y, Z, C), the axes of a source whose affine is given."""
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(affine))
+    return nib.apply_orientation(array.transpose(3, 2, 1, 0), back)
+
+
 def plain_origin(kind: str, path: object, source: Source, channel_axis: int | None) -> Origin:
     """The origin of a format that is written as it was read, (C, D, H, W)."""
     return Origin(kind, source.volume.array.shape, source.dtype, source.volume.array.shape[1:])
