@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
@@ -42,13 +43,14 @@ import torch
 
 from volumes import formats
 from volumes.cache import cache_folder, cached_entries, with_points
-from volumes.classes import check_labels, settle_classes
+from volumes.classes import check_labels, class_names, settle_classes, with_ignored
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
 from volumes.files import CacheError, DataError, PackageError, Say, one_line, refuse, show, sizes, unique_name
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample, resample_label
+from volumes.layouts import declared_labels
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
@@ -73,6 +75,7 @@ class Data:
     classes: int = 0             # of the labels; 0 without data.labels
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored.
                                                  # Keep it to read more data alike
+    class_names: tuple[str, ...] = ()            # of dataset.json; empty: not known
 
 
 def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:
@@ -83,7 +86,10 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     with cfg.strict, for the first refused file.
     """
     # First the volumes, file by file, and what their labels mean.
-    classes, label_values = 0, None
+    declared = declared_labels(None if cfg.path is None else Path(cfg.path))
+    if cfg.labels:
+        cfg = with_ignored(cfg, declared.ignored, say)
+    classes, label_values, names = 0, None, ()
     if cfg.path is None:
         training, held_out = [[entry] for entry in synthetic_entries(cfg, seed)], []
         size = sizes(training[0][0].shape[1:])
@@ -92,7 +98,9 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     else:
         training, held_out = open_files(cfg, say, processes)
     if cfg.labels:
-        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say)
+        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say,
+                                                                   declared.count)
+        names = class_names(declared.names, classes, label_values, say)
 
     # Then the split, of whole patients.
     if cfg.path is not None:
@@ -119,7 +127,7 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     with_classes = f", {classes} classes" if cfg.labels else ""
     say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
         f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
-    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values)
+    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values, names)
 
 
 def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Groups]:

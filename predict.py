@@ -168,7 +168,7 @@ def segment(options: argparse.Namespace) -> bool:
             stored = values[with_blank(found, case.origin)]
             labels = stored.astype(np.uint8 if values.max() < 256 else np.int16)
             formats.write_label(job.output, labels, case.origin)
-        text += f"; {shares_text(found, values)}"
+        text += f"; {shares_text(found, values, ready.facts['data'].get('class_names'))}"
         return text if options.no_save else f"{text} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
@@ -192,14 +192,20 @@ def viz_path(output: Path) -> Path:
     return output.with_name(bare_name(output.name) + "_viz.png")
 
 
-def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
-    """The largest classes with their share of all voxels, in the order of their numbers. values: on disk."""
+def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence[str] | None = None) -> str:
+    """The largest classes with their share of all voxels, in the order of their numbers.
+
+    values: on disk; names: of the classes.
+    """
     shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
     by_size = 1 + np.argsort(-shares[1:], kind="stable")         # class 0 is the background
     largest = sorted(k for k in by_size[:MOST_CLASSES] if shares[k])
     if not largest:
         return "no foreground"
-    text = ", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest)
+    called = [str(value) for value in values]
+    if names is not None and len(names) == len(values):
+        called = [f"{value} {name}" for value, name in zip(values, names)]
+    text = ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 

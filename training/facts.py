@@ -31,6 +31,8 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None],
     if known and known.get("classes") and known.get("label_values") is None and wanted.classes is None:
         wanted = dataclasses.replace(wanted, classes=known["classes"])
     dataset = data.open_data(wanted, cfg.train.seed, say, ranks.world())
+    # What dataset.json says is ignored goes into the config, where the loss looks.
+    cfg = changed(cfg, data={"ignore_label": dataset.cfg.ignore_label})
     dataset.cfg = cfg.data
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
@@ -57,7 +59,8 @@ def facts_of(dataset: data.Data) -> dict:
         if each.path is not None:
             files[each.path] = {"name": each.file, "path": os.path.realpath(each.path),
                                 "digest": each.digest}
-    return {
+    named = {"class_names": list(dataset.class_names)} if dataset.class_names else {}
+    return named | {
         "modality": modalities.pop() if len(modalities) == 1 else "auto",
         "channels": dataset.channels,
         "classes": dataset.classes,

@@ -17,17 +17,20 @@ MAX_GAPPED = 256  # of a file whose largest value is no class number
 SHOWN = 16        # values that the line about them names
 
 
-def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig,
-                   say: Say) -> tuple[Groups, Groups, int, tuple[int, ...] | None]:
+def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig, say: Say,
+                   declared: int = 0) -> tuple[Groups, Groups, int, tuple[int, ...] | None]:
     """The number of classes and what stored values they have, set in every entry.
 
     Values are classes as they are stored where they are 0, 1, ... in the training set, or where data.classes
     says that there are more than the largest; else they are numbered in their order, and a line says so.
-    Held-out files with other labels are refused.
+    Held-out files with other labels are refused. declared: how many classes a dataset.json names, from 0 on;
+    it counts where no label lies beyond.
     """
     # First which stored values are classes.
     found = {value for group in training for entry in group for value in entry.label_ids}
     largest, values = max(found - {cfg.ignore_label}, default=0), cfg.label_values
+    if cfg.classes is None and values is None and declared > largest:
+        cfg = dataclasses.replace(cfg, classes=declared)
     # A value that is missing between the training set's may stand in a held-out file.
     found |= {value for group in held_out for entry in group for value in entry.label_ids if value < largest}
     ids = sorted(found - {cfg.ignore_label})
@@ -70,6 +73,26 @@ def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig,
         say(NONE_HELD_OUT)
     tell_flip(cfg, classes, say)
     return training, held_out, classes, values
+
+
+def with_ignored(cfg: DataConfig, ignored: int | None, say: Say) -> DataConfig:
+    """The config with the ignored value of a dataset.json, where it names none itself."""
+    if ignored is not None and cfg.ignore_label is None:
+        say(f"data: dataset.json has an `ignore` label: {ignored} is left out of the loss "
+            f"(data.ignore_label)")
+        cfg = dataclasses.replace(cfg, ignore_label=ignored)
+    return cfg
+
+
+def class_names(names: dict[int, str], classes: int, values: Sequence[int] | None,
+                say: Say) -> tuple[str, ...]:
+    """The name of each class; empty where dataset.json names none. Said in a line."""
+    if not names:
+        return ()
+    found = tuple(names.get(value, str(value)) for value in (values or range(classes)))
+    listed = ", ".join(f"{number} {name}" for number, name in enumerate(found[:SHOWN]))
+    say(f"data: classes of dataset.json: {listed}{', ...' if len(found) > SHOWN else ''}")
+    return found
 
 
 def tell_flip(cfg: DataConfig, classes: int, say: Say) -> None:
