@@ -5,18 +5,19 @@ change their sign. A 4th axis holds T volumes, components of a voxel are channel
 from any of its files and is known by its folder; it is read only, and what is made of it goes out as .nii.gz
 on the RAS grid. SimpleITK is asked for only where there is such a file. Version 1.0.
 """
+import contextlib
 import functools
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 
-from volumes.files import DataError, PackageError, split_ending
+from volumes.files import DataError, PackageError, one_line, split_ending
 from volumes.volume import (
     Note,
     Origin,
@@ -71,6 +72,19 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- reading
+@contextlib.contextmanager
+def errors_of_itk() -> Iterator[None]:
+    """What SimpleITK raises, without the places in its own source that it names."""
+    try:
+        yield
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", last)
+        raise DataError(f"SimpleITK cannot read it ({one_line(why, 120)}); repair the file or take it out of "
+                        f"the data") from error
+
+
+@errors_of_itk()
 def read_file(path: Path, request: Request) -> Source:
     """A .mha, .mhd, .nrrd or .nhdr as (C, D, H, W)."""
     sitk = library()
@@ -82,6 +96,7 @@ def read_file(path: Path, request: Request) -> Source:
     return as_source(sitk, reader.Execute(), request, [])
 
 
+@errors_of_itk()
 def read_series(path: Path, request: Request) -> Source:
     """The series of DICOM that a file belongs to, as (1, D, H, W) or with the channels of a colour image."""
     sitk = library()
