@@ -23,7 +23,7 @@ foreground. Voxel grids (radar, LiDAR): divided by the largest magnitude, 0 stay
 their type.
 
 Shape legend: C channels, D H W depth height width, T volumes of a 4-D file.
-Needs torch, numpy and nibabel; pictures Pillow. Version 1.2.
+Needs torch, numpy and nibabel; pictures Pillow; MetaImage, NRRD and DICOM SimpleITK. Version 1.3.
 """
 import argparse
 import contextlib
@@ -32,8 +32,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
@@ -43,18 +43,20 @@ import torch
 from volumes import formats
 from volumes.boxes import box_of, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
-from volumes.classes import check_labels, settle_classes
+from volumes.classes import check_labels, class_names, settle_classes, with_ignored
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
-from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes, unique_name
+from volumes.files import CacheError, DataError, PackageError, Say, one_line, refuse, show, sizes, unique_name
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample, resample_label
+from volumes.layouts import declared_labels
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
 from volumes.splits import NONE_HELD_OUT, in_turn, split, tell_shared, with_patients
 from volumes.synthetic import synthetic_entries
+from volumes.told import tell_guesses, tell_notes, tell_scales
 
 # The largest crop where data.patch is not given, voxels D H W.
 PATCH, PATCH_OF_SYNTHETIC, PATCH_OF_PICTURES = (32, 64, 64), (16, 48, 48), (32, 256, 256)
@@ -74,6 +76,7 @@ class Data:
     classes: int = 0             # of the labels; 0 without data.labels
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored.
                                                  # Keep it to read more data alike
+    class_names: tuple[str, ...] = ()            # of dataset.json; empty: not known
 
 
 def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:
@@ -84,7 +87,10 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     with cfg.strict, for the first refused file.
     """
     # First the volumes, file by file, and what their labels mean.
-    classes, label_values = 0, None
+    declared = declared_labels(None if cfg.path is None else Path(cfg.path))
+    if cfg.labels:
+        cfg = with_ignored(cfg, declared.ignored, say)
+    classes, label_values, names = 0, None, ()
     if cfg.path is None:
         training, held_out = [[entry] for entry in synthetic_entries(cfg, seed)], []
         size = sizes(training[0][0].shape[1:])
@@ -93,7 +99,9 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     else:
         training, held_out = open_files(cfg, say, processes)
     if cfg.labels:
-        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say)
+        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say,
+                                                                   declared.count)
+        names = class_names(declared.names, classes, label_values, say)
 
     # Then the split, of whole patients.
     if cfg.path is not None:
@@ -122,7 +130,7 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     with_classes = f", {classes} classes" if cfg.labels else ""
     say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
         f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
-    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values)
+    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values, names)
 
 
 def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Groups]:
@@ -148,11 +156,11 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
         try:
             entries = cached_entries(item, cfg, folder)
             if cfg.labels and cfg.label_values is None and not formats.is_picture(item.label):
-                check_labels(entries[0], cfg.classes, cfg)
+                check_labels(entries[0], None, cfg)
             found = entries[0].shape[0]
             channels = channels or found
             check_channels(item, found, channels)
-        except (CacheError, PillowError):
+        except (CacheError, PackageError):
             raise
         except DataError as error:
             refuse(error, cfg.strict, say)
@@ -179,43 +187,6 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
     if cfg.voxel_scale is None:
         tell_scales([entry for part in groups.values() for group in part for entry in group], say)
     return groups["training"], groups["validation"]
-
-
-def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
-    """A line for each modality that was guessed. entries: one of each file."""
-    guesses: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.guessed:
-            guesses.setdefault(entry.intensity.rule, []).append(entry)
-    for modality, guessed in guesses.items():
-        plural = "s" if len(guessed) > 1 else ""
-        names = ", ".join(entry.name for entry in guessed[:4])
-        more = ", ..." if len(guessed) > 4 else ""
-        say(f"data: guessed {modality} from the values of {len(guessed)} file{plural} ({names}{more}); "
-            f"data.modality or a datalist's class says it")
-
-
-def tell_notes(entries: Sequence[Entry], say: Say) -> None:
-    """A line for each kind of note on files, of the first one. entries: one of each file."""
-    noted: dict[str, list[tuple[Entry, str]]] = {}
-    for entry in entries:
-        for note in entry.notes:
-            noted.setdefault(note.kind, []).append((entry, note.text))
-    for (entry, text), *others in noted.values():
-        more = f" (so too, in their own numbers, {len(others)} more files)" if others else ""
-        say(f"data: {show(entry.path)}: {text}{more}")
-
-
-def tell_scales(entries: Sequence[Entry], say: Say) -> None:
-    """A line where voxel grids have a scale each: what is 1 in one of them is less in another."""
-    highs = [entry.intensity.high for entry in entries if entry.intensity.modality == "voxel"]
-    if len(set(highs)) < 2:
-        return
-    spread = [(min(channel), max(channel)) for channel in zip(*highs)]
-    least, largest = max(spread, key=lambda limits: limits[1] / limits[0])
-    one = ",".join(f"{limits[1]:.4g}" for limits in spread)
-    say(f"data: each of {len(highs)} voxel grids has its own scale, from {least:.4g} to {largest:.4g}; "
-        f"--data.voxel_scale {one} is one for all")
 
 
 def check_channels(item: Item, found: int, expected: int) -> None:

@@ -58,7 +58,7 @@ from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError, bare_name, short_digest, show, write_atomic
 from volumes.grids import resample_label
-from volumes.results import write_result
+from volumes.results import with_blank, write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
@@ -165,9 +165,10 @@ def segment(options: argparse.Namespace) -> bool:
         if options.viz:
             save_overlay(viz_path(job.output), case, found[0])
         if not options.no_save:
-            labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
+            stored = values[with_blank(found, case.origin)]
+            labels = stored.astype(np.uint8 if values.max() < 256 else np.int16)
             formats.write_label(job.output, labels, case.origin)
-        text += f"; {shares_text(found, values)}"
+        text += f"; {shares_text(found, values, ready.facts['data'].get('class_names'))}"
         return text if options.no_save else f"{text} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
@@ -191,14 +192,20 @@ def viz_path(output: Path) -> Path:
     return output.with_name(bare_name(output.name) + "_viz.png")
 
 
-def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
-    """The largest classes with their share of all voxels, in the order of their numbers. values: on disk."""
+def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence[str] | None = None) -> str:
+    """The largest classes with their share of all voxels, in the order of their numbers.
+
+    values: on disk; names: of the classes.
+    """
     shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
     by_size = 1 + np.argsort(-shares[1:], kind="stable")         # class 0 is the background
     largest = sorted(k for k in by_size[:MOST_CLASSES] if shares[k])
     if not largest:
         return "no foreground"
-    text = ", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest)
+    called = [str(value) for value in values]
+    if names is not None and len(names) == len(values):
+        called = [f"{value} {name}" for value, name in zip(values, names)]
+    text = ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 
@@ -231,7 +238,7 @@ def evaluate(options: argparse.Namespace) -> bool:
                         part = report.figure(rows[-1], slices_of(case, t, scored.found))
                         part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
-                    which = f" volume {t}" if len(case.arrays) > 1 else ""
+                    which = f" volume {case.numbers[t]}" if case.numbers else ""
                     name = f"[{number}/{len(items)}] {show(item.path)}{which}"
                     print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
 

@@ -144,7 +144,8 @@ def start(argv: Sequence[str]) -> int:
             torch.cuda.set_device(device)
 
         # Then the data of every stage, and what they say of the config, which nothing changes from here on.
-        cfg, opened = ranks.together(lambda: open_stages(cfg, task, say))
+        known = resumed and resumed.content["data"]
+        cfg, opened = ranks.together(lambda: open_stages(cfg, task, say, known))
         every = ranks.of_every_rank([tuple(facts_of(opened[0].dataset)["training"])])
         seen = [len(names) for names in dict.fromkeys(every)]
         if len(seen) > 1:

@@ -429,7 +429,8 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     # has on disk for each of its volumes. A latent of numbers is counted with 32 bits each and with 16.
     codes = latent_kind(ready).codes
     bits = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
-    voxels, source_bits = math.prod(case.origin.size), case.origin.bits / len(case.volumes)
+    voxels = math.prod(case.origin.size)
+    source_bits = case.origin.bits / (len(case.volumes) + len(case.origin.blank))
     for kind, each in bits.items():
         scores[f"bits_per_voxel{kind}"] = latent.size * each / voxels
         scores[f"compression{kind}"] = source_bits / (latent.size * each)

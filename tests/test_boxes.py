@@ -9,7 +9,8 @@ from volume_files import config, quiet, save
 from volumes.boxes import sums_of, together, tokens_of
 from volumes.files import DataError
 
-SPARSE = {"points": True, "surface": "0", "smooth": 0.0, "modality": "ct", "val_fraction": 0.34}
+SPARSE = {"points": True, "surface": "0", "smooth": 0.0, "modality": "ct", "val_fraction": 0.34,
+          "patch": None}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
     "sparse": {"quantize"},
 }
-LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
+LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "SimpleITK", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
 MAIN_PATH = {"losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
 
@@ -56,6 +56,7 @@ TESTED_IN = {
     "volumes.format_nibabel": "test_formats",
     "volumes.loading": "test_label_maps",
     "volumes.seeds": "test_data",               # crops that are functions of (seed, index)
+    "volumes.told": "test_intensities",         # notes and scales, as data.open_data tells them
     "volumes.volume": "test_formats",
     "tasks.vae": "test_tasks",
     "tasks.features": "test_tasks",

@@ -43,6 +43,7 @@ class TrainingFile(TypedDict):
 class LaterFacts(TypedDict, total=False):
     """What a file from before it came in lacks."""
     files: list[TrainingFile]
+    class_names: list[str]                    # of dataset.json
 
 
 class Facts(LaterFacts):

@@ -130,8 +130,8 @@ def row_of(item: Item, case: Case, number: int, scored: Scored) -> dict[str, Any
     """All that is known of volume `number` of a file; the number is named where the file has several."""
     volume = case.arrays[number]
     row = {"file": str(item.path), "name": item.known_as}
-    if len(case.volumes) > 1:
-        row["volume"] = number
+    if case.numbers:
+        row["volume"] = case.numbers[number]
     speed = {"seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}
     return row | {"shape": list(volume.shape[1:])} | scored.figures | speed
 

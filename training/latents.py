@@ -28,9 +28,10 @@ from training.console import line_of
 from training.ready import Ready
 from volumes.files import DataError, sizes, write_atomic
 from volumes.intensities import Intensity
+from volumes.own import LATENT
 from volumes.volume import Origin
 
-ENDING = "_latent.npz"                                           # of what `encode` writes
+ENDING = LATENT                                                  # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds
 
 
@@ -121,6 +122,7 @@ def origin_in(about: dict) -> Origin:
     for name in ("shape", "size"):
         values[name] = tuple(values[name])
     values["affine"] = tuple(tuple(row) for row in values["affine"])
+    values["blank"] = tuple(tuple(row) for row in values.get("blank", ()))  # none in older latents
     np.dtype(values["dtype"])                                    # TypeError where it names none
     return Origin(**values)
 

@@ -180,7 +180,8 @@ class Stage:
         return self.crops_of(max(step, self.first)).start // self.epoch_length
 
 
-def open_stages(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple[TrainConfig, list[Stage]]:
+def open_stages(cfg: TrainConfig, task: Task, say: Callable[[str], None],
+                known: dict | None = None) -> tuple[TrainConfig, list[Stage]]:
     """The run's config with all that the data say, and its stages, whose place in the run is not known yet.
 
     The volumes of every stage are prepared here, so that a full disk or a crop that does not fit is told
@@ -196,7 +197,7 @@ def open_stages(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tup
     # First the first stage. What the data say of its config goes into the run's, for all.
     (name, asked), *_ = stage_configs(cfg).items()
     check_grid(cfg, name, asked)
-    found, dataset = open_data(asked, task, once)
+    found, dataset = open_data(asked, task, once, known)
     opened = [Stage(name, found, dataset)]
     cfg = with_differences(cfg, asked, found)
 
@@ -205,10 +206,11 @@ def open_stages(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tup
         check_grid(cfg, name, asked)
         before = opened[-1].dataset
         if same_voxels(asked.data, before.cfg):
+            asked = changed(asked, data={"ignore_label": before.cfg.ignore_label})
             dataset = dataclasses.replace(before, cfg=asked.data, patch=asked.data.patch)
             found = told_by(dataset, asked, task)
         else:
-            found, dataset = open_data(asked, task, once)
+            found, dataset = open_data(asked, task, once, known)
         opened.append(Stage(name, found, dataset))
     return cfg, opened
 

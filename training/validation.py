@@ -11,9 +11,11 @@ import time
 
 import torch
 
+import data
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
+from training.console import line_of
 from training.devices import peak_gib
 from training.facts import facts_of
 from training.forward import forward
@@ -23,7 +25,7 @@ from training.resume import full_weights, shared_config
 from training.run import Run, dial_of_training_kept, recovered, stop_if_signalled
 from training.state import State
 from training.task import metric_of
-from volumes.files import naming, write_atomic
+from volumes.files import cut, naming, unique_name, write_atomic
 from volumes.format_nibabel import write_nifti
 
 
@@ -226,15 +228,13 @@ def save_samples(run: Run) -> None:
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
         return
-    model, folder = state.shipped.eval(), run.out / "samples"
-    if ranks.first():
-        folder.mkdir(exist_ok=True)
-    done: set[str] = set()                                       # names of volumes
+    model = state.shipped.eval()
+    done: dict[str, str] = {}                                    # stem of the files -> name of the volume
     for crop in run.held_out:
         name = crop.entry.name
-        if name in done or len(done) == cfg.log.samples:
+        if name in done.values() or len(done) == cfg.log.samples:
             continue
-        done.add(name)
+        stem = unique_name(cut(name.replace("/", "_")), name, done)
         stop_if_signalled(run)
 
         # First the network's output.
@@ -249,14 +249,23 @@ def save_samples(run: Run) -> None:
         if not ranks.first():
             continue
 
-        # Then the files, and the picture for TensorBoard and W&B.
-        picture = task.picture(cfg, crop, out)
-        stem = f"step_{state.step:06d}_{name.replace('/', '_')}"
-        content = pictures.png(picture.image)
-        write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
-        path = folder / f"{stem}_{picture.kind}.nii.gz"
-        with naming(path):
-            write_nifti(path, picture.volume, crop.affine)
-        for sink in run.log.sinks:
-            sink.picture(f"samples/{name}", picture.image, state.step)
+        # Then the files, and the picture for TensorBoard and W&B. They are for looking at: a full disk or a
+        # sink that fails is a line, and the run goes on.
+        try:
+            save_sample(run, crop, out, f"step_{state.step:06d}_{stem}")
+        except Exception as error:
+            run.log.say(f"step {state.step}: no picture of {name}: {type(error).__name__}: {line_of(error)}")
     model.train()
+
+
+def save_sample(run: Run, crop: data.Crop, out: tuple, stem: str) -> None:
+    """out: what the network made of a crop. Raises whatever a disk or a sink may."""
+    picture, folder = run.state.task.picture(run.cfg, crop, out), run.out / "samples"
+    folder.mkdir(exist_ok=True)
+    content = pictures.png(picture.image)
+    write_atomic(folder / f"{stem}.png", lambda file: file.write(content))
+    path = folder / f"{stem}_{picture.kind}.nii.gz"
+    with naming(path):
+        write_nifti(path, picture.volume, crop.affine)
+    for sink in run.log.sinks:
+        sink.picture(f"samples/{crop.entry.name}", picture.image, run.state.step)

@@ -153,7 +153,7 @@ def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Sequence[Pa
             volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
         content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(),
                    "guessed": loaded.guessed, "notes": loaded.notes, "volumes": volumes,
-                   "digest": digest_of(item.files)}
+                   "numbers": loaded.numbers, "digest": digest_of(item.files)}
         if cfg.labels:
             content["labels"] = [write_array(label_file(record, number), array)
                                  for number, array in enumerate(loaded.labels)]
@@ -231,15 +231,18 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
         if [os.path.getsize(file) for file in labels] != label_bytes:
             return None
         entries, notes = [], tuple(Note(*note) for note in content["notes"])
+        # A record from before blank volumes were left out has all volumes of its file.
+        count = len(content["volumes"])
+        numbers = content.get("numbers", list(range(count)) if count > 1 else [])
         for number, volume in enumerate(content["volumes"]):
             file = str(array_file(record, number))
             if os.path.getsize(file) != volume["bytes"]:
                 return None
             name = item.known_as
             volume_number = None
-            if len(content["volumes"]) > 1:
-                volume_number = number
-                name += f"_t{number:03d}"
+            if numbers:
+                volume_number = numbers[number]
+                name += f"_t{volume_number:03d}"
             modality, low, high = volume["intensity"]
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,

@@ -94,13 +94,14 @@ class DataConfig:
     select_channel: int | None = None        # use this channel alone, from 0
     labels: bool = False                     # image/label pairs, for segmentation; train.py sets it for
                                              # its task
-    classes: int | None = None               # labels lie below; None: the training set's largest + 1,
-                                             # at least 2
+    classes: int | None = None               # labels lie below, as stored; None: what the training set
+                                             # holds, at least 2
     ignore_label: int | None = None          # a label that may lie beyond the classes: voxels that the loss
                                              # leaves out
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ..., all others are 0;
-                                                 # None: as stored (pictures: in order)
-    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW
+                                                 # None: as stored, in their order where it has gaps
+    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW; W
+                                             # exchanges left and right, of labels too
     foreground: float = 0.0                  # share of crops that are placed to hold a voxel that is not
                                              # background (with labels: of a class drawn evenly among the
                                              # volume's); above 0 every validation crop holds one
