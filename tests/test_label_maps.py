@@ -163,6 +163,7 @@ def test_gaps_are_closed_in_every_format(kind, values, tmp_path):
         (line,) = [line for line in said if "the labels hold the values" in line]
         one_line(ValueError(line), ",".join(map(str, wanted)), f"classes 0 to {len(wanted) - 1}")
         assert not [line for line in said if "refused" in line]
+        assert ("takes them as they are" in line) == (max(values) < 1024), "a number that may be given"
         for entry in opened.train + opened.val:
             whole = stored[int(entry.name[-1])].transpose(2, 1, 0)
             assert np.array_equal(entry.read_label(), np.searchsorted(wanted, whole))

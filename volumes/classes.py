@@ -38,9 +38,11 @@ def settle_classes(training: Groups, held_out: Groups, cfg: DataConfig, say: Say
         values = numbered_in_order(ids, are_all_pictures(training), cfg)
         if values is not None:
             more = ", ..." if len(values) > SHOWN else ""
+            as_stored = ""
+            if largest < MAX_CLASSES:
+                as_stored = f", data.classes={largest + 1} takes them as they are"
             say(f"data: the labels hold the values {sizes(values[:SHOWN])}{more}: classes 0 to "
-                f"{len(values) - 1}, in their order (data.label_values names others, data.classes="
-                f"{largest + 1} takes them as they are)")
+                f"{len(values) - 1}, in their order (data.label_values names others{as_stored})")
     least = len(values) if values else largest + 1
     classes = max(2, cfg.classes or least)
     ignored = cfg.ignore_label
