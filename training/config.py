@@ -38,12 +38,15 @@ SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "pl
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule. Defaults: what learned fastest on CT crops (docs/LOG.md)."""
-    optimizer: str = "adamw"                  # adamw | adam | sgd (momentum 0.9)
+    optimizer: str = "adamw"                  # muon | adamw | adam | sgd (momentum 0.9)
     lr: float = 5e-4                          # the highest rate, after warm-up (docs/LOG.md)
     weight_decay: float = 0.01                # decoupled for adamw, L2 for the others
     schedule: str = "cosine"                  # cosine | cosine_restarts | constant |
                                               # exponential | step | plateau
-    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0
+    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0;
+                                              # 0: none
+    warmup_least: int = 10                    # it rises over at least so many steps, also where the run is
+                                              # shorter
     lr_min: float = 0.0                       # the cosine schedules end here
     restarts: int = 4                         # cosine_restarts: number of equal periods
     gamma: float = 0.1                        # exponential: factor over the whole run;
@@ -56,9 +59,10 @@ class OptimConfig:
     clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
 
     def __post_init__(self):
-        one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("optim.optimizer", self.optimizer, ("muon", "adamw", "adam", "sgd"))
         one_of("optim.schedule", self.schedule, SCHEDULES)
-        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1)
+        at_least("optim", self, lr=0, weight_decay=0, warmup=0, warmup_least=0, lr_min=0)
+        at_least("optim", self, restarts=1, drops=1)
         at_least("optim", self, plateau_patience=1, grad_clip=0, clip_percentile=0, clip_window=1)
         if self.clip_percentile > 100:
             raise ValueError(f"optim.clip_percentile is a percentile up to 100, got {self.clip_percentile}")
