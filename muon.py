@@ -1,6 +1,6 @@
 """Muon: orthogonalised momentum for the kernels of a network, AdamW for all else. Needs torch alone.
 
-    optimizer = Muon(groups_of(network), lr=5e-4)
+    optimizer = Muon(groups_of(network), lr=1e-3)
 
 A kernel's step has singular values near 1 times the rate, whatever its gradient is, so that no first step
 can throw a network off, and one rate serves narrow and wide networks. In float32 or wider inside; kernels of
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float | Tensor = 5e-4,
+        lr: float | Tensor = 1e-3,
         weight_decay: float = 0.01,
         momentum: float = 0.95,
         scale: float = 8.0,

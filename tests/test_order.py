@@ -50,7 +50,8 @@ def test_logged_rates_are_the_formula(tmp_path, epochs):
     assert run("--epochs", str(epochs), "--accum", "2", out=tmp_path / "r") == 0
     logged, total = rows(tmp_path / "r", "train"), epochs * 5
     assert len(logged) == total                                  # 3 volumes x 3 crops: 4 steps of 2, one of 1
-    assert [r["lr"] for r in logged] == [learning_rate(OptimConfig(), i, total) for i in range(total)]
+    o = load_config(TINY).optim
+    assert [r["lr"] for r in logged] == [learning_rate(o, i, total) for i in range(total)]
     assert [r["epoch"] for r in logged] == [i // 5 for i in range(total)]
 
 

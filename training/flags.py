@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
+from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml, with_optimizer
 from training.foreign import foreign_init
 from training.task import named, of
 
@@ -69,6 +69,7 @@ def load_config(
     task = of(tasks, cfg, "command line")
     metrics = dict.fromkeys(name for each in tasks.values() for name in each.METRICS)
     one_of("train.metric", cfg.train.metric, ("auto", *metrics))
+    cfg = with_optimizer(cfg, task.OPTIMIZER)
     task.check(cfg)
     return cfg
 

@@ -75,7 +75,7 @@ def resumed_config(checkpoint: dict, path: Path) -> TrainConfig:
     """
     before = {
         "data": {"patient": "file"},
-        "optim": {"optimizer": "adamw", "warmup_least": 0},
+        "optim": {"optimizer": "adamw", "lr": 5e-4, "warmup_least": 0},
     }
     base = TrainConfig()
     for section, fields in before.items():
