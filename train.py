@@ -5,11 +5,10 @@
     python train.py --resume runs/ct                                # goes on bit for bit
     python train.py --task seg --data FOLDER                        # a U-Net on image/label pairs
     python train.py --task features --data FOLDER                   # for loss.perceptual_features
-    torchrun --nproc_per_node 4 train.py --data FOLDER              # on 4 GPUs
+    torchrun --nproc_per_node 4 train.py --data FOLDER              # 4 GPUs: batch x accum x 4 crops a step
 
-This is the one place that wires configuration, data, networks, step, checkpoints and logs. It reads top to
-bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
-On several GPUs the global batch is batch x accum x GPUs.
+This is the one place that wires configuration, data, networks, step, checkpoints and logs: from the top the
+command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
 
 Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data
 range 2. Memory is in GiB. Version 0.3 (2026-11).
@@ -45,6 +44,7 @@ from training.config import TrainConfig, changed, config_dict, to_yaml
 from training.console import line_of, shown, tell
 from training.devices import gpu_use, peak_gib, pick_device, set_backend
 from training.facts import facts_of, is_same_training
+from training.fit import check_memory
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
@@ -160,6 +160,7 @@ def start(argv: Sequence[str]) -> int:
 
         # Then the run, or what it would be.
         if not dry:
+            ranks.together(lambda: [check_memory(stage.cfg, task, device) for stage in opened])
             return train(cfg, task, device, opened, out, resumed)
         print(to_yaml(cfg), end="")
         if ranks.first():
@@ -226,7 +227,7 @@ def lost_text(error: RuntimeError, out: Path | None) -> str:
 
 def resume_command(out: Path) -> str:
     """What goes on with the run, on as many processes as now."""
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
+    each = ranks.on_this_machine()
     nodes = f"--nnodes {ranks.world() // each} " if ranks.world() > each else ""
     launcher = "python" if ranks.world() == 1 else f"torchrun {nodes}--nproc_per_node {each}"
     return f"{launcher} train.py --resume {shlex.quote(str(out))}"

@@ -52,6 +52,7 @@ PRESETS = vae3d.PRESETS
 # config.yaml, so that here the defaults do.
 FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}
 METRICS = {"psnr": True, "ssim": True, "l1": False, "loss": False}
+OPTIMIZER = "muon"
 
 
 # -------------------------------------------------------------------------------- the config and the networks

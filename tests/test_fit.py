@@ -1,12 +1,15 @@
 """training/fit.py: the predicted peak of a dry run, and the settings that --fit chooses."""
+import os
+
 import pytest
 import torch
 
 import train
 from runs import CPU, TINY, load_config
 from tasks import TASKS
+from training import devices, ranks
 from training.config import changed
-from training.fit import fit, predicted, tile_plans
+from training.fit import check_memory, fit, predicted, tile_plans
 from training.task import of
 from vae3d import VAE3D
 
@@ -34,6 +37,37 @@ def test_fit_takes_the_cheapest_settings_that_fit():
         fit(cfg, task, CPU, "0.001", print)
     with pytest.raises(ValueError, match="--fit 16"):
         fit(cfg, task, CPU, "free", print)
+
+
+def test_a_step_larger_than_the_machine_is_refused_in_a_line(tmp_path, capsys, monkeypatch):
+    """Before the first step, with what it would take; not where it fits, or on a card."""
+    cfg = load_config(TINY)
+    task = of(TASKS, cfg)
+    needed = predicted(cfg, task, CPU).bytes
+    out = tmp_path / "r"
+    monkeypatch.setattr(devices, "machine_memory", lambda: needed - 1)
+    assert train.main([*TINY, "--steps", "1", "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and not out.exists()
+    assert f"batch 1, memory mode none is predicted to take {needed / 2 ** 30:.2f} GiB" in said[0]
+    check_memory(cfg, task, torch.device("cuda"))
+    monkeypatch.setattr(ranks, "on_this_machine", lambda: 2)
+    monkeypatch.setattr(devices, "machine_memory", lambda: 2 * needed - 2)
+    with pytest.raises(ValueError, match="for each of 2 processes"):
+        check_memory(cfg, task, CPU)
+    monkeypatch.setattr(devices, "machine_memory", lambda: 2 * needed)
+    check_memory(cfg, task, CPU)
+
+
+def test_the_machines_memory_is_what_the_system_says(tmp_path, monkeypatch):
+    """A container's limit counts where it is lower; `max` is none."""
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2 ** 20 < devices.machine_memory() <= built_in
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(devices, "Path", lambda name: limit)
+    for text, wanted in (("max\n", built_in), ("12345\n", 12345), (str(2 ** 70), built_in)):
+        limit.write_text(text)
+        assert devices.machine_memory() == wanted
 
 
 def test_tile_plans_take_at_most_twice_as_long_as_a_checkpointed_step():

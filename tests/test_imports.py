@@ -31,7 +31,7 @@ TORCH_ONLY: dict[str, set[str]] = {
     "sparse_conv": set(), "sparse_attention": {"sparse_conv"},
     "sparse_tables": {"sparse_conv", "sparse_attention"},
     "sparse": {"sparse_conv", "sparse_attention", "sparse_tables"},
-    "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(),
+    "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(), "muon": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},

@@ -31,6 +31,7 @@ from volumes.config import DataConfig
 from volumes.files import brief, one_line
 
 MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
+HIGHEST_RATE = {"muon": 1e-3, "adamw": 5e-4, "adam": 5e-4, "sgd": 5e-4}
 SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
 
 
@@ -39,12 +40,17 @@ SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "pl
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule. Defaults: what learned fastest on CT crops (docs/LOG.md)."""
-    optimizer: str = "adamw"                  # adamw | adam | sgd (momentum 0.9)
-    lr: float = 5e-4                          # the highest rate, after warm-up (docs/LOG.md)
+    optimizer: str | None = None              # muon (muon.py) | adamw | adam | sgd (momentum 0.9); auto: muon
+                                              # for new networks of --task vae, else adamw (docs/LOG.md)
+    lr: float | None = None                   # the highest rate, after warm-up; auto: 1e-3 of muon, 5e-4 of
+                                              # all others (docs/LOG.md)
     weight_decay: float = 0.01                # decoupled for adamw, L2 for the others
     schedule: str = "cosine"                  # cosine | cosine_restarts | constant |
                                               # exponential | step | plateau
-    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0
+    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0;
+                                              # 0: none
+    warmup_least: int = 10                    # it rises over at least so many steps, also where the run is
+                                              # shorter
     lr_min: float = 0.0                       # the cosine schedules end here
     restarts: int = 4                         # cosine_restarts: number of equal periods
     gamma: float = 0.1                        # exponential: factor over the whole run;
@@ -57,9 +63,12 @@ class OptimConfig:
     clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
 
     def __post_init__(self):
-        one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("optim.optimizer", self.optimizer, (None, "muon", "adamw", "adam", "sgd"))
+        if self.lr is not None:
+            at_least("optim", self, lr=0)
         one_of("optim.schedule", self.schedule, SCHEDULES)
-        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1)
+        at_least("optim", self, weight_decay=0, warmup=0, warmup_least=0, lr_min=0)
+        at_least("optim", self, restarts=1, drops=1)
         at_least("optim", self, plateau_patience=1, grad_clip=0, clip_percentile=0, clip_window=1)
         if self.clip_percentile > 100:
             raise ValueError(f"optim.clip_percentile is a percentile up to 100, got {self.clip_percentile}")
@@ -198,7 +207,7 @@ SECTIONS = [f for f in dataclasses.fields(TrainConfig) if f.default_factory is n
 def one_of(name: str, value, choices: Sequence) -> None:
     """Raises ValueError where the value is none of the choices."""
     if value not in choices:
-        known = ", ".join(map(str, choices))
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
         raise ValueError(f"{name} must be one of {known}, got {brief(value, 200)}")
 
 
@@ -209,6 +218,18 @@ def at_least(section: str, config, **bounds: float) -> None:
         # `not value >= bound` rather than `value < bound`: NaN fails it too.
         if not value >= bound:
             raise ValueError(f"{section}.{name} must be at least {bound}, got {value}")
+
+
+def with_optimizer(cfg: TrainConfig, of_task: str) -> TrainConfig:
+    """The config with what optim.optimizer and optim.lr leave to `auto` resolved.
+
+    of_task: the optimizer for new networks of the task. Weights that are there are fine-tuned by AdamW.
+    """
+    name = cfg.optim.optimizer
+    if name is None:
+        name = of_task if cfg.train.init is None else "adamw"
+    rate = HIGHEST_RATE[name] if cfg.optim.lr is None else cfg.optim.lr
+    return changed(cfg, optim={"optimizer": name, "lr": rate})
 
 
 # -------------------------------------------------------------------------------- from text

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import peaks
+from training import devices, ranks
 from training.config import MemoryConfig, TrainConfig, changed, convert
 from training.console import line_of
 from training.devices import pick_precision, to_device
@@ -21,6 +22,8 @@ from training.order import MicroBatch
 from training.step import StepResult, train_step
 from training.task import Task
 
+# Bytes that no step takes for a voxel of its crops; attention without a fused kernel is what comes near.
+MOST_PER_VOXEL = 100_000
 # Tile plans that take longer, over a checkpointed step, are not considered.
 MOST_WORK = 2.0
 
@@ -59,6 +62,27 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         return f"predicted peak: none, {line_of(error)}"
     left_out = " ".join(peaks.LEFT_OUT.split())
     return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {left_out}"
+
+
+def check_memory(cfg: TrainConfig, task: Task, device: torch.device) -> None:
+    """Raises ValueError where a step on a CPU is predicted to take more than the machine has.
+
+    There the system would end the process in the middle of a step, without a word. Steps that are small for
+    this memory are not predicted, which would take a second or two.
+    """
+    limit = devices.machine_memory() / ranks.on_this_machine()
+    if device.type != "cpu" or MOST_PER_VOXEL * cfg.train.batch * math.prod(cfg.data.patch) < limit:
+        return
+    try:
+        peak = predicted(cfg, task, device).bytes
+    except RuntimeError:                      # a step that cannot be simulated is tried
+        return
+    if peak > limit:
+        each = f" for each of {ranks.on_this_machine()} processes" if ranks.on_this_machine() > 1 else ""
+        raise ValueError(f"a step at {size_text(cfg.data.patch)}, batch {cfg.train.batch}, memory mode "
+                         f"{cfg.memory.mode} is predicted to take {peak / peaks.GIB:.2f} GiB, and this "
+                         f"machine has {limit / peaks.GIB:.2f}{each}; use --fit {limit / peaks.GIB:.2f}, a "
+                         "smaller --patch or a smaller --batch")
 
 
 def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 from training import guide_json
-from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml
+from training.config import SECTIONS, TrainConfig, closest, config_from, one_of, read_yaml, with_optimizer
 from training.console import tell
 from training.foreign import foreign_init
 from training.stages import stage_configs, without
@@ -78,6 +78,7 @@ def load_config(
     # Then what the tasks know: their metrics, and which fields go together.
     task = of(tasks, cfg, "command line")
     metrics = dict.fromkeys(name for each in tasks.values() for name in each.METRICS)
+    cfg = with_optimizer(cfg, task.OPTIMIZER)
     for each in stage_configs(cfg).values():
         one_of("train.metric", each.train.metric, ("auto", *metrics))
         task.check(each)

@@ -38,7 +38,7 @@ def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float =
     cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period);
     exponential: lr gamma^t; step: lr gamma^floor(drops t); plateau: lr times the factor that the validations
     gave."""
-    warm = int(o.warmup * total)
+    warm = warmup_steps(o, total)
     if step < warm:
         return o.lr * (step + 1) / warm
     t = (step - warm) / max(1, total - warm)
@@ -54,6 +54,11 @@ def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float =
             "plateau": plateau_factor,
         }[o.schedule]
     )
+
+
+def warmup_steps(o: OptimConfig, total: int) -> int:
+    """optim.warmup of the run and at least optim.warmup_least steps, also where the run ends before."""
+    return max(int(o.warmup * total), o.warmup_least) if o.warmup else 0
 
 
 def seed_of(*parts) -> int:

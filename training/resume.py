@@ -69,10 +69,19 @@ def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
 
 
 def resumed_config(checkpoint: dict, path: Path) -> TrainConfig:
-    """The config of a run that goes on. One from before data.patient held out files, whosever they were."""
+    """The config of a run that goes on; what its version had no field for is as it was then.
+
+    One from before data.patient held out files, whosever they were; one from before optim.warmup_least warmed
+    up over its share of the run alone, and the first ones had AdamW.
+    """
+    before = {
+        "data": {"patient": "file"},
+        "optim": {"optimizer": "adamw", "lr": 5e-4, "warmup_least": 0},
+    }
     base = TrainConfig()
-    if "patient" not in checkpoint["config"].get("data", {}):
-        base = changed(base, data={"patient": "file"})
+    for section, fields in before.items():
+        named = checkpoint["config"].get(section, {})
+        base = changed(base, **{section: {k: v for k, v in fields.items() if k not in named}})
     return config_from(checkpoint["config"], base, str(path))
 
 

@@ -71,6 +71,7 @@ class Task:
     sections: Callable[[Any], dict[str, Any]] = no_helpers  # (preset) -> sections of the config that start
                                                             # otherwise
     check: Callable[[TrainConfig], None] = nothing  # ValueError for fields that do not go together
+    OPTIMIZER: str = "adamw"                  # what optim.optimizer's auto is for a new network
     LABELS: bool = False                      # the data are image/label pairs
     POINTS: bool = False                      # crops are boxes of tokens, 0 where there is no point, and
                                               # stay on the CPU
