@@ -70,6 +70,8 @@ FLAGS_OF_RESULTS = ("amp", "sample", "seed", "window", "overlap", "mask_threshol
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d",
               "window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")
 
+AUGMENTATIONS = ("flip", "jitter")                               # of the variants that `encode` makes
+
 
 # -------------------------------------------------------------------------------- the commands
 # Each opens the checkpoint, does its work for each of its files, and returns whether all went well.
@@ -100,9 +102,14 @@ def encode(options: argparse.Namespace) -> bool:
     if not ready.facts["latent"] and ready.task.latent_kind(ready).codes is None:
         why = "not from train.py" if ready.facts["step"] is None else "its run has not finished"
         print(f"{ready.path}: {why}, so the latent's scale factor is not known (nan)")
+    variants = latents.with_variants(jobs.list_inputs(options.input, output=options.output),
+                                     options.variants, cfg)
+    subjects = {(item.path, item.known_as): subject for item, subject in variants}
 
     def work(job: Job) -> str:
         case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
+        subject = subjects[job.item.path, job.item.known_as]
+        case = latents.augmented(case, subject, cfg, options.seed)
         started = time.monotonic()
         arrays = []
         for number, volume in enumerate(case.arrays):
@@ -112,11 +119,11 @@ def encode(options: argparse.Namespace) -> bool:
                 generator = torch.Generator().manual_seed(seed)
             arrays.append(ready.task.encode(ready, volume, generator, tick))
         speed = jobs.speed(case.arrays, started)
-        found = latents.of_case(case, arrays, ready)
+        found = latents.of_case(case, arrays, ready, subject)
         latents.write(job.output, found, ready, options.sample)
         return f"{speed} -> {job.output}"
 
-    items = jobs.list_inputs(options.input, output=options.output)
+    items = [item for item, _ in variants]
     todo = jobs.make_jobs(items, options.output, lambda path: latents.ENDING, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
 
@@ -281,6 +288,8 @@ def made_by(options: argparse.Namespace, ready: Ready, cfg: DataConfig) -> str:
     """Text that differs where a command's results for one file would."""
     flags = [getattr(options, name, None) for name in FLAGS_OF_RESULTS]
     prepared = cfg.voxel_settings(), cfg.label_values
+    if getattr(options, "variants", 1) > 1:
+        prepared = *prepared, cfg.flip, cfg.jitter
     return short_digest(repr((options.command, ready.fingerprint, flags, prepared)))
 
 
@@ -288,7 +297,7 @@ def data_changes(options: argparse.Namespace) -> dict:
     """The fields of the section `data` that flags give."""
     hints = typing.get_type_hints(DataConfig)
     changes = {}
-    for field in (*DATA_FLAGS, "label_values"):
+    for field in (*DATA_FLAGS, *AUGMENTATIONS, "label_values"):
         value = getattr(options, f"data_{field}", None)
         if value is not None:
             changes[field] = convert(value, hints[field], f"--data.{field}")
@@ -356,7 +365,9 @@ def add_flags(command: str, add: Callable) -> None:
                  f"[{BUDGET:g}]")
     if command == "encode":
         add("--sample", action="store_true", help="a sample of the latent instead of its mean (kl)")
-        add("--seed", type=int, default=0, metavar="N", help="of --sample [0]")
+        add("--variants", type=whole_number("--variants"), default=1, metavar="K",
+            help="latents of each volume: itself, and K - 1 augmented ones by data.flip and data.jitter [1]")
+        add("--seed", type=int, default=0, metavar="N", help="of --sample and --variants [0]")
     if of_unet:
         add("--window", metavar="D,H,W", help="voxels a window of a U-Net [the crops that it was trained on]")
         add("--overlap", type=number_between("--overlap", -1e-9, 1), default=0.5, metavar="SHARE",
@@ -373,6 +384,8 @@ def add_flags(command: str, add: Callable) -> None:
     # How the volumes are prepared, where that is not as the run prepared its own.
     comments = field_comments(DataConfig)
     fields = (*DATA_FLAGS, "label_values") if of_unet else DATA_FLAGS
+    if command == "encode":
+        fields = (*DATA_FLAGS, *AUGMENTATIONS)
     for field in fields:
         text = comments.get(field, "").replace("%", "%%")
         add(f"--data.{field}", dest=f"data_{field}", metavar=field.upper(), help=f"{text} [as in training]")
@@ -387,6 +400,19 @@ def number_between(flag: str, low: float, high: float) -> Callable[[str], float]
             raise argparse.ArgumentTypeError(str(error)) from None
         if not low < value < high:
             raise argparse.ArgumentTypeError(f"must lie between {max(low, 0):g} and {high:g}, got {text}")
+        return value
+    return parse
+
+
+def whole_number(flag: str) -> Callable[[str], int]:
+    """For argparse: a whole number of at least 1."""
+    def parse(text: str) -> int:
+        try:
+            value = convert(text, int, flag)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
         return value
     return parse
 
