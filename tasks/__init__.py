@@ -1,6 +1,6 @@
 """What can be trained: one module a task. A new task is one file here and one line in the table
 (training/task.py says what is asked of it).
 """
-from tasks import features, seg, vae
+from tasks import diffusion, features, seg, vae
 
-TASKS = {"vae": vae, "seg": seg, "features": features}
+TASKS = {"vae": vae, "seg": seg, "features": features, "diffusion": diffusion}

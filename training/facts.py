@@ -23,7 +23,10 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     where weights do not fit.
     """
     cfg = changed(cfg, data={"labels": task.LABELS})
-    dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
+    if task.dataset is not None:
+        dataset = task.dataset(cfg, say)
+    else:
+        dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
         cfg,

@@ -124,8 +124,9 @@ def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> 
     if kind.codes is not None:
         stack = stack.astype(np.min_scalar_type(kind.codes - 1))
     about = {"version": 1, "modality": latents.intensities[0].modality, "bottleneck": kind.name,
-             "sampled": sampled, "weights": latents.fingerprint, "origin": dataclasses.asdict(latents.origin),
-             "spacing": list(spacing_of(latents.affine)), **latents.subject._asdict()}
+             "sampled": sampled, "weights": latents.fingerprint,
+             "origin": dataclasses.asdict(latents.origin), "spacing": list(spacing_of(latents.affine)),
+             "stride": stride_of(kind), **latents.subject._asdict()}
     content = {
         "latent" if kind.codes is None else "index": stack,
         "affine": latents.affine,
@@ -138,6 +139,12 @@ def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> 
     # Latents of numbers hardly shrink, and lie plain so that training maps them; indices do shrink.
     save = np.savez if kind.codes is None else np.savez_compressed
     write_atomic(path, lambda file: save(file, **content))
+
+
+def stride_of(kind: LatentKind) -> list[int]:
+    """Voxels D,H,W of a latent's element."""
+    far = 2**12
+    return [round(far / n) for n in kind.shape((far, far, far))[-3:]]
 
 
 def read(path: Path, ready: Ready) -> Latents:
