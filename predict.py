@@ -1,10 +1,11 @@
-"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, and evaluate the
-network on them.
+"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, sample new ones, and
+evaluate the network on them.
 
     python predict.py reconstruct --checkpoint runs/ct/best.pt --input scan.nii.gz --output out/
     python predict.py encode      --checkpoint runs/ct --input FOLDER --output latents/
     python predict.py decode      --checkpoint runs/ct --input latents/ --output out/
     python predict.py segment     --checkpoint runs/seg --input scan.nii.gz --output out/ --viz
+    python predict.py sample      --checkpoint runs/ldm --vae runs/ct --count 4 --output samples/
     python predict.py evaluate    --checkpoint runs/ct --data FOLDER --json out.json --report out.html
 
 `encode` writes the latent mean, or the indices of codes; `decode` after it equals `reconstruct`, to the bit.
@@ -44,7 +45,7 @@ import torch
 
 import pictures
 from tasks import TASKS
-from training import evaluation, jobs, latents, report
+from training import evaluation, jobs, latents, report, sampling
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
@@ -267,6 +268,16 @@ def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
     return report.slices_of(volume, found, label, intensity.background, case.spacing, case.is_picture)
 
 
+def sample(options: argparse.Namespace) -> bool:
+    """Noise -> volumes, by a denoiser of latents and their autoencoder (training/sampling.py)."""
+    denoiser, _ = open_checkpoint(options, "denoise")
+    vae = load(options.vae, TASKS, ("decode",), options.device, options.amp)
+    vae.task.prepare(vae, options, data_config(vae))
+    print(describe(vae), flush=True)
+    sampling.sample(options, denoiser, vae, jobs.show_progress)
+    return True
+
+
 # -------------------------------------------------------------------------------- what they share
 
 def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, DataConfig]:
@@ -311,6 +322,7 @@ COMMANDS = {
     "encode": (encode, f"volumes -> STEM{latents.ENDING}: the latent mean, or the indices of codes"),
     "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
     "segment": (segment, "volumes -> class numbers on their own grid"),
+    "sample": (sample, "volumes out of noise, by a denoiser of latents and their autoencoder"),
     "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures"),
 }
 
@@ -329,7 +341,7 @@ def build_parser() -> Parser:
 
 def add_flags(command: str, add: Callable) -> None:
     """The flags of one command. add: argparse's add_argument."""
-    of_autoencoder = command != "segment"
+    of_autoencoder = command not in ("segment", "sample")
     of_unet = command in ("segment", "evaluate")
 
     # The network.
@@ -342,7 +354,9 @@ def add_flags(command: str, add: Callable) -> None:
                  "YAML file of its constructor's arguments")
 
     # The files.
-    if command == "evaluate":
+    if command == "sample":
+        sampling.add_flags(add)
+    elif command == "evaluate":
         add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
         add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
             help="held-out: files that the run did not train on; else a list of a datalist [all]")
@@ -386,6 +400,8 @@ def add_flags(command: str, add: Callable) -> None:
     fields = (*DATA_FLAGS, "label_values") if of_unet else DATA_FLAGS
     if command == "encode":
         fields = (*DATA_FLAGS, *AUGMENTATIONS)
+    if command == "sample":                                      # which prepares no volumes
+        fields = ()
     for field in fields:
         text = comments.get(field, "").replace("%", "%%")
         add(f"--data.{field}", dest=f"data_{field}", metavar=field.upper(), help=f"{text} [as in training]")

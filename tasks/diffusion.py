@@ -297,6 +297,22 @@ def asked(run: Callable) -> diffusion.Network:
     return ask
 
 
+def denoise(ready: Ready) -> diffusion.Network:
+    """The network of a checkpoint. concat: a latent as it was encoded; hint: a label map (B, 1, D, H, W)."""
+    ask = asked(ready.model)
+
+    def prepared_first(x: Tensor, t: Tensor, vector: Tensor | None = None, concat: Tensor | None = None,
+                       hint: Tensor | None = None) -> Tensor:
+        if concat is not None:
+            concat = scaled_concat(concat)
+        if hint is not None:
+            whole = latent_data.fold(hint[0, 0].cpu().numpy(), ready.cfg.cond.stride, x.shape[2:])
+            label = unfold(torch.from_numpy(whole)[None], ready.cfg.cond.stride)
+            hint = bit_planes(label, PLANES).to(x.device, x.dtype)
+        return ask(x, t, vector, concat, hint)
+    return prepared_first
+
+
 # -------------------------------------------------------------------------------- pictures
 
 def sample(cfg: TrainConfig, state: State, network: Callable, crop: data.Crop) -> tuple[Tensor, Tensor, bool]:

@@ -110,6 +110,8 @@ class Task:
     reconstruct: Callable | None = None       # (ready, array, tick) -> array
     encode: Callable | None = None            # (ready, array, generator, tick) -> latent
     decode: Callable | None = None            # (ready, latent, size, tick) -> array
+    denoise: Callable | None = None           # (ready) -> the network as diffusion.py calls it, of conditions
+                                              # `vector`, `concat` and `hint` as they lie on disk
     latent_kind: Callable | None = None       # (ready) -> latents.LatentKind, of `encode`
     classes: Callable[[TrainConfig], int] | None = None  # how many `segment` tells apart; None: as many as
                                                          # the training labels have
