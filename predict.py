@@ -45,7 +45,7 @@ import torch
 
 import pictures
 from tasks import TASKS
-from training import evaluation, jobs, latents, report, sampling
+from training import evaluation, jobs, latents, report, sample_report, sampling
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
@@ -212,11 +212,20 @@ def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
 
 
 def evaluate(options: argparse.Namespace) -> bool:
-    """A data set -> figures of each volume and of all: a table, and on request JSON and a page."""
+    """A data set -> figures of each volume and of all: a table, and on request JSON and a page.
+
+    With --samples figures of these beside the data set (training/sample_report.py).
+    """
     # First the network and the files.
     for path in (options.json, options.report):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist; make it first")
+    if options.samples:
+        ready = load(options.checkpoint, TASKS, ("denoise",), "cpu") if options.checkpoint else None
+        cfg = sample_report.prepared_like(ready, data_changes(options))
+        return sample_report.evaluate_samples(options, ready, cfg)
+    if options.checkpoint is None:
+        raise ValueError("--checkpoint is needed: the network to evaluate; without one --samples FOLDER")
     ready, cfg = open_checkpoint(options, "evaluate", "reconstruct")
     score = ready.task.evaluate or evaluation.score_reconstruction
     is_held_out = options.split == "held-out"
@@ -346,7 +355,7 @@ def add_flags(command: str, add: Callable) -> None:
 
     # The network.
     foreign = "; or an autoencoder's state dict of MONAI, MAISI ... (weights.py)" if of_autoencoder else ""
-    add("--checkpoint", required=True, metavar="FILE_OR_RUN",
+    add("--checkpoint", required=command != "evaluate", metavar="FILE_OR_RUN",
         help=f"best.pt, last.pt or a run folder{foreign}")
     if of_autoencoder:
         add("--hints", metavar="HINTS",
@@ -360,6 +369,10 @@ def add_flags(command: str, add: Callable) -> None:
         add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
         add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
             help="held-out: files that the run did not train on; else a list of a datalist [all]")
+        add("--samples", metavar="FOLDER",
+            help="volumes of `sample`, compared with --data; --checkpoint: their denoiser, which knows its "
+                 "training cases")
+        add("--features", metavar="FILE_OR_RUN", help="of --samples: a run of --task features [random ones]")
         add("--json", metavar="FILE", help="write the figures")
         add("--report", metavar="FILE",
             help="write a page with the worst, median and best volume, self-contained HTML")
