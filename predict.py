@@ -1,10 +1,11 @@
-"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, and evaluate the
-network on them.
+"""Use a checkpoint: reconstruct, encode, decode and segment whole volumes of any size, sample new ones, and
+evaluate the network on them.
 
     python predict.py reconstruct --checkpoint runs/ct/best.pt --input scan.nii.gz --output out/
     python predict.py encode      --checkpoint runs/ct --input FOLDER --output latents/
     python predict.py decode      --checkpoint runs/ct --input latents/ --output out/
     python predict.py segment     --checkpoint runs/seg --input scan.nii.gz --output out/ --viz
+    python predict.py sample      --checkpoint runs/ldm --vae runs/ct --count 4 --output samples/
     python predict.py evaluate    --checkpoint runs/ct --data FOLDER --json out.json --report out.html
 
 `encode` writes the latent mean, or the indices of codes; `decode` after it equals `reconstruct`, to the bit.
@@ -44,7 +45,7 @@ import torch
 
 import pictures
 from tasks import TASKS
-from training import evaluation, jobs, latents, report
+from training import evaluation, jobs, latents, report, sample_report, sampling
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
@@ -69,6 +70,8 @@ FLAGS_OF_RESULTS = ("amp", "sample", "seed", "window", "overlap", "mask_threshol
 # Fields of the section `data` that a file may ask for, or that a foreign checkpoint does not know.
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d",
               "window", "hu_range", "percentiles", "percentiles_of", "voxel_scale", "spacing")
+
+AUGMENTATIONS = ("flip", "jitter")                               # of the variants that `encode` makes
 
 
 # -------------------------------------------------------------------------------- the commands
@@ -100,9 +103,14 @@ def encode(options: argparse.Namespace) -> bool:
     if not ready.facts["latent"] and ready.task.latent_kind(ready).codes is None:
         why = "not from train.py" if ready.facts["step"] is None else "its run has not finished"
         print(f"{ready.path}: {why}, so the latent's scale factor is not known (nan)")
+    variants = latents.with_variants(jobs.list_inputs(options.input, output=options.output),
+                                     options.variants, cfg)
+    subjects = {(item.path, item.known_as): subject for item, subject in variants}
 
     def work(job: Job) -> str:
         case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
+        subject = subjects[job.item.path, job.item.known_as]
+        case = latents.augmented(case, subject, cfg, options.seed)
         started = time.monotonic()
         arrays = []
         for number, volume in enumerate(case.arrays):
@@ -112,11 +120,11 @@ def encode(options: argparse.Namespace) -> bool:
                 generator = torch.Generator().manual_seed(seed)
             arrays.append(ready.task.encode(ready, volume, generator, tick))
         speed = jobs.speed(case.arrays, started)
-        found = latents.of_case(case, arrays, ready)
+        found = latents.of_case(case, arrays, ready, subject)
         latents.write(job.output, found, ready, options.sample)
         return f"{speed} -> {job.output}"
 
-    items = jobs.list_inputs(options.input, output=options.output)
+    items = [item for item, _ in variants]
     todo = jobs.make_jobs(items, options.output, lambda path: latents.ENDING, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
 
@@ -211,11 +219,20 @@ def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence
 
 
 def evaluate(options: argparse.Namespace) -> bool:
-    """A data set -> figures of each volume and of all: a table, and on request JSON and a page."""
+    """A data set -> figures of each volume and of all: a table, and on request JSON and a page.
+
+    With --samples figures of these beside the data set (training/sample_report.py).
+    """
     # First the network and the files.
     for path in (options.json, options.report):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist; make it first")
+    if options.samples:
+        ready = load(options.checkpoint, TASKS, ("denoise",), "cpu") if options.checkpoint else None
+        cfg = sample_report.prepared_like(ready, data_changes(options))
+        return sample_report.evaluate_samples(options, ready, cfg)
+    if options.checkpoint is None:
+        raise ValueError("--checkpoint is needed: the network to evaluate; without one --samples FOLDER")
     ready, cfg = open_checkpoint(options, "evaluate", "reconstruct")
     score = ready.task.evaluate or evaluation.score_reconstruction
     is_held_out = options.split == "held-out"
@@ -267,6 +284,16 @@ def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
     return report.slices_of(volume, found, label, intensity.background, case.spacing, case.is_picture)
 
 
+def sample(options: argparse.Namespace) -> bool:
+    """Noise -> volumes, by a denoiser of latents and their autoencoder (training/sampling.py)."""
+    denoiser, _ = open_checkpoint(options, "denoise")
+    vae = load(options.vae, TASKS, ("decode",), options.device, options.amp)
+    vae.task.prepare(vae, options, data_config(vae))
+    print(describe(vae), flush=True)
+    sampling.sample(options, denoiser, vae, jobs.show_progress)
+    return True
+
+
 # -------------------------------------------------------------------------------- what they share
 
 def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, DataConfig]:
@@ -288,6 +315,8 @@ def made_by(options: argparse.Namespace, ready: Ready, cfg: DataConfig) -> str:
     """Text that differs where a command's results for one file would."""
     flags = [getattr(options, name, None) for name in FLAGS_OF_RESULTS]
     prepared = cfg.voxel_settings(), cfg.label_values
+    if getattr(options, "variants", 1) > 1:
+        prepared = *prepared, cfg.flip, cfg.jitter
     return short_digest(repr((options.command, ready.fingerprint, flags, prepared)))
 
 
@@ -295,7 +324,7 @@ def data_changes(options: argparse.Namespace) -> dict:
     """The fields of the section `data` that flags give."""
     hints = typing.get_type_hints(DataConfig)
     changes = {}
-    for field in (*DATA_FLAGS, "label_values"):
+    for field in (*DATA_FLAGS, *AUGMENTATIONS, "label_values"):
         value = getattr(options, f"data_{field}", None)
         if value is not None:
             changes[field] = convert(value, hints[field], f"--data.{field}")
@@ -309,6 +338,7 @@ COMMANDS = {
     "encode": (encode, f"volumes -> STEM{latents.ENDING}: the latent mean, or the indices of codes"),
     "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
     "segment": (segment, "volumes -> class numbers on their own grid"),
+    "sample": (sample, "volumes out of noise, by a denoiser of latents and their autoencoder"),
     "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures"),
 }
 
@@ -327,12 +357,12 @@ def build_parser() -> Parser:
 
 def add_flags(command: str, add: Callable) -> None:
     """The flags of one command. add: argparse's add_argument."""
-    of_autoencoder = command != "segment"
+    of_autoencoder = command not in ("segment", "sample")
     of_unet = command in ("segment", "evaluate")
 
     # The network.
     foreign = "; or an autoencoder's state dict of MONAI, MAISI ... (weights.py)" if of_autoencoder else ""
-    add("--checkpoint", required=True, metavar="FILE_OR_RUN",
+    add("--checkpoint", required=command != "evaluate", metavar="FILE_OR_RUN",
         help=f"best.pt, last.pt or a run folder{foreign}")
     if of_autoencoder:
         add("--hints", metavar="HINTS",
@@ -340,10 +370,16 @@ def add_flags(command: str, add: Callable) -> None:
                  "YAML file of its constructor's arguments")
 
     # The files.
-    if command == "evaluate":
+    if command == "sample":
+        sampling.add_flags(add)
+    elif command == "evaluate":
         add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
         add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
             help="held-out: files that the run did not train on; else a list of a datalist [all]")
+        add("--samples", metavar="FOLDER",
+            help="volumes of `sample`, compared with --data; --checkpoint: their denoiser, which knows its "
+                 "training cases")
+        add("--features", metavar="FILE_OR_RUN", help="of --samples: a run of --task features [random ones]")
         add("--json", metavar="FILE", help="write the figures")
         add("--report", metavar="FILE",
             help="write a page with the worst, median and best volume, self-contained HTML")
@@ -363,7 +399,9 @@ def add_flags(command: str, add: Callable) -> None:
                  f"[{BUDGET:g}]")
     if command == "encode":
         add("--sample", action="store_true", help="a sample of the latent instead of its mean (kl)")
-        add("--seed", type=int, default=0, metavar="N", help="of --sample [0]")
+        add("--variants", type=whole_number("--variants"), default=1, metavar="K",
+            help="latents of each volume: itself, and K - 1 augmented ones by data.flip and data.jitter [1]")
+        add("--seed", type=int, default=0, metavar="N", help="of --sample and --variants [0]")
     if of_unet:
         add("--window", metavar="D,H,W", help="voxels a window of a U-Net [the crops that it was trained on]")
         add("--overlap", type=number_between("--overlap", -1e-9, 1), default=0.5, metavar="SHARE",
@@ -380,6 +418,10 @@ def add_flags(command: str, add: Callable) -> None:
     # How the volumes are prepared, where that is not as the run prepared its own.
     comments = field_comments(DataConfig)
     fields = (*DATA_FLAGS, "label_values") if of_unet else DATA_FLAGS
+    if command == "encode":
+        fields = (*DATA_FLAGS, *AUGMENTATIONS)
+    if command == "sample":                                      # which prepares no volumes
+        fields = ()
     for field in fields:
         text = comments.get(field, "").replace("%", "%%")
         add(f"--data.{field}", dest=f"data_{field}", metavar=field.upper(), help=f"{text} [as in training]")
@@ -394,6 +436,19 @@ def number_between(flag: str, low: float, high: float) -> Callable[[str], float]
             raise argparse.ArgumentTypeError(str(error)) from None
         if not low < value < high:
             raise argparse.ArgumentTypeError(f"must lie between {max(low, 0):g} and {high:g}, got {text}")
+        return value
+    return parse
+
+
+def whole_number(flag: str) -> Callable[[str], int]:
+    """For argparse: a whole number of at least 1."""
+    def parse(text: str) -> int:
+        try:
+            value = convert(text, int, flag)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
         return value
     return parse
 

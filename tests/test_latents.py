@@ -11,6 +11,7 @@ from tasks import TASKS
 from training.cases import read_case
 from training.ready import data_config, load
 from volumes.find import Item
+from volumes.seeds import seeded
 
 
 def test_encode_writes_the_mean_unless_asked_to_sample(tmp_path, runs):
@@ -54,3 +55,47 @@ def test_latents_that_lie_are_refused_in_one_line(tmp_path, runs, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2 and f"{number}.npz" in lines[0] and words in lines[0], lines
         assert lines[1].endswith("1 of 1 failed"), lines
+
+
+def test_encode_writes_what_training_asks_for(tmp_path, runs):
+    """Spacing, size, class, region, patient and the autoencoder's digest; by hand from the datalist."""
+    path = ct_file(tmp_path / "in/a.nii.gz")
+    entry = {"image": "in/a.nii.gz", "class": "ct", "region": "chest-abdomen", "patient": 7, "fold": 1}
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"training": [entry]}))
+    assert use("encode", runs("kl"), "--input", listed, "--output", tmp_path / "z") == 0
+    (file,) = (tmp_path / "z").rglob("*_latent.npz")
+    content = np.load(file, allow_pickle=False)
+    about = json.loads(str(content["about"]))
+    ready = load(runs("kl"), TASKS, device="cpu")
+    wanted = {"source": "in/a", "kind": "ct", "region": "chest-abdomen", "patient": "7", "fold": 1,
+              "variant": 0, "weights": ready.fingerprint}
+    assert {name: about[name] for name in wanted} == wanted
+    assert np.allclose(about["spacing"], data.read_volume(path).spacing)
+    assert content["size"].tolist() == list(data.read_volume(path).array.shape[1:])
+
+
+def test_variants_are_augmented_before_encoding(tmp_path, runs, capsys):
+    """Variant 2 is the encoded flip of its source, by the draws of (seed, name, 2); variant 0 the source."""
+    path = ct_file(tmp_path / "a.nii.gz")
+    flags = ["--input", path, "--data.flip", "DHW", "--variants", 3]
+    for name, seed in (("z", 0), ("same", 0), ("other", 1)):
+        assert use("encode", runs("kl"), *flags, "--seed", seed, "--output", tmp_path / name) == 0
+    names = ["a_latent.npz", "a_v001_latent.npz", "a_v002_latent.npz"]
+    assert sorted(file.name for file in (tmp_path / "z").glob("*.npz")) == names
+    found = {folder: [np.load(tmp_path / folder / name)["latent"][0] for name in names]
+             for folder in ("z", "same", "other")}
+    assert all(np.array_equal(a, b) for a, b in zip(found["z"], found["same"]))
+    assert not all(np.array_equal(a, b) for a, b in zip(found["z"], found["other"]))
+    assert json.loads(str(np.load(tmp_path / "z" / names[2])["about"]))["variant"] == 2
+
+    ready = load(runs("kl"), TASKS, device="cpu")
+    volume = read_case(Item(path), ready, data_config(ready)).arrays[0]
+    draw = seeded(0, "variant of a", 2).random(8)
+    axes = [axis for axis in (1, 2, 3) if draw[3 + axis] < 0.5]
+    flipped = np.ascontiguousarray(np.flip(volume, axes))
+    with torch.no_grad():
+        mu = ready.model.encode(torch.from_numpy(flipped)[None]).mu[0].numpy()
+    assert np.abs(found["z"][2] - mu).max() < 1e-5
+    assert use("encode", runs("kl"), "--input", path, "--output", tmp_path / "no", "--variants", 2) == 2
+    assert "nothing varies" in capsys.readouterr().err

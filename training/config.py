@@ -2,7 +2,7 @@
 
 A field is a key of the YAML and a flag of the command line: `kl_weight` of section `loss` is
 `loss: {kl_weight: ...}` and `--loss.kl_weight`. The comment beside a field is the help of its flag.
-Sections `vae`, `unet`, `loss` and `data` are declared by the rooms that read them.
+Sections `vae`, `unet`, `diffusion`, `loss` and `data` are declared by the rooms that read them.
 
 A config is what the user asked for, and is never changed: what the data says is put into a new one
 (a task's `resolve`), and the memory dial of the moment belongs to the state. Version 0.3 (2026-11).
@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 import vae3d
+from diffusion import DiffusionConfig
 from losses import LossConfig
 from sparse import SparseConfig
 from training.console import line_of
@@ -135,6 +136,37 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class CondConfig:
+    """Section `cond`: what a denoiser is told of a latent, and what is known of the latents.
+
+    The fields from `autoencoder` on are what the data say; they are filled in and kept with the run.
+    """
+    spacing: bool = True                      # the voxels' mm
+    size: bool = True                         # the volume's voxels, of which a latent may be a crop
+    region: bool = False                      # the part of the body (a datalist's `region`, by encode)
+    by_class: bool = True                     # a datalist's `class`, by encode
+    classes: tuple[str, ...] = ()             # their names; none given: those of the data
+    concat: str | None = None                 # folder of latents that stand beside the noised ones, such as
+                                              # sparse radar for dense; pairs have one name
+    control: str | None = None                # folder of label maps on the volumes' grids, for a ControlNet
+                                              # beside the frozen denoiser of train.init
+    vae: str | None = None                    # autoencoder (run or checkpoint) that decodes pictures of
+                                              # samples; none: the latent's first channel is shown
+    autoencoder: str | None = None            # digest of the weights that encoded the latents
+    concat_channels: int = 0                  # of `concat`
+    concat_autoencoder: str | None = None     # digest of the weights that encoded `concat`
+    stride: tuple[int, int, int] = (4, 4, 4)  # voxels D,H,W of a latent's element
+    mm: tuple[float, float, float] = (1.0, 1.0, 1.0)  # spacing of the first training volume
+    modality: str = "ct"                      # of the volumes
+    low: tuple[float, ...] = ()               # intensity that is -1, a channel: the median of the volumes'
+    high: tuple[float, ...] = ()              # intensity that is 1
+
+    def __post_init__(self):
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"cond.classes names one twice: {', '.join(self.classes)}")
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """The memory dial (vae3d.VAE3D.memory) and the CUDA allocator."""
     mode: str = "none"                        # none | checkpoint | tile
@@ -189,12 +221,15 @@ class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
     task: str = "vae"                         # vae | seg (U-Net, image/label pairs) |
                                               # features (a network for the perceptual loss) |
-                                              # sparse (points near a surface)
+                                              # sparse (points near a surface) |
+                                              # diffusion (a denoiser of latents)
     preset: str = "ultra_lightweight"         # where section `vae` (vae3d.PRESETS) or `unet`
                                               # (unet.PRESETS) starts from
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    cond: CondConfig = field(default_factory=CondConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -27,6 +27,9 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None],
     known: the facts of the checkpoint that is resumed, whose labels may be from before gaps were closed.
     """
     cfg = changed(cfg, data={"labels": task.LABELS, "points": task.POINTS})
+    if task.dataset is not None:
+        dataset = task.dataset(cfg, say)
+        return told_by(dataset, cfg, task), dataset
     wanted = cfg.data
     if known and known.get("classes") and known.get("label_values") is None and wanted.classes is None:
         wanted = dataclasses.replace(wanted, classes=known["classes"])

@@ -7,10 +7,15 @@ An .npz of numbers and one JSON text, no pickles:
     size          (3,), D, H, W of that grid
     scale_factor  of the latent; nan where the run has not measured it
     low, high     (T, C), the intensities that are -1 and 1 to the network
-    about         JSON: modality, bottleneck, fingerprint of the weights, how the source lay on disk
+    about         JSON: modality, bottleneck, fingerprint of the weights, how the source lay on disk;
+                  what training a diffusion asks for: spacing in mm, and the source's name, class, region,
+                  patient and fold where they are known, and which augmented variant of it this is
+
+Augmentation comes before encoding: variant 0 is the source, and variant k > 0 a flipped or rescaled one, a
+function of (seed, name, k).
 
 Shapes: T volumes of a 4-D file, C channels, D H W depth height width, Z latent channels, d h w of the latent.
-Version 0.3 (2026-11).
+Version 0.4 (2026-11).
 """
 from __future__ import annotations
 
@@ -23,13 +28,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+import data
 from training.cases import Case
 from training.console import line_of
 from training.ready import Ready
+from volumes.config import DataConfig
+from volumes.entries import Entry
 from volumes.files import DataError, sizes, write_atomic
+from volumes.find import Item
 from volumes.intensities import Intensity
 from volumes.own import LATENT
-from volumes.volume import Origin
+from volumes.seeds import seeded
+from volumes.volume import Origin, spacing_of
 
 ENDING = LATENT                                                  # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds
@@ -42,6 +52,16 @@ class LatentKind(NamedTuple):
     shape: Callable[[Sequence[int]], tuple[int, ...]]            # (D, H, W) -> (Z, d, h, w), or (d, h, w)
 
 
+class Subject(NamedTuple):
+    """What is known of a source beside its voxels; it is kept in `about`."""
+    source: str                                                  # its name below the data's root
+    kind: str | None = None                                      # the datalist's class
+    region: str | None = None                                    # the datalist's region
+    patient: str | None = None
+    fold: int | None = None
+    variant: int = 0                                             # 0: as it is; else augmented
+
+
 class Latents(NamedTuple):
     """What lies between `encode` and `decode`."""
     arrays: list[np.ndarray]                                     # T times (Z, d, h, w), or indices (d, h, w)
@@ -50,12 +70,52 @@ class Latents(NamedTuple):
     size: tuple[int, int, int]                                   # D, H, W of that grid
     fingerprint: str                                             # of the weights that encoded it
     origin: Origin
+    subject: Subject = Subject("")
 
 
-def of_case(case: Case, arrays: list[np.ndarray], ready: Ready) -> Latents:
+def of_case(case: Case, arrays: list[np.ndarray], ready: Ready, subject: Subject) -> Latents:
     """arrays: what the task's `encode` made of each volume."""
     intensities = [intensity for _, intensity in case.volumes]
-    return Latents(arrays, intensities, case.affine, case.arrays[0].shape[1:], ready.fingerprint, case.origin)
+    size = case.arrays[0].shape[1:]
+    return Latents(arrays, intensities, case.affine, size, ready.fingerprint, case.origin, subject)
+
+
+# -------------------------------------------------------------------------------- augmented variants
+
+def with_variants(items: Sequence[Item], count: int, cfg: DataConfig) -> list[tuple[Item, Subject]]:
+    """Each item `count` times, variant k > 0 under the name NAME_v001 and so on.
+
+    Raises ValueError where neither flips nor contrast would make the variants differ.
+    """
+    if count > 1 and cfg.flip == "none" and not cfg.jitter:
+        raise ValueError(f"--variants {count}: nothing varies; add --data.flip or --data.jitter")
+    found = []
+    for item in items:
+        known = Subject(item.known_as, item.kind, item.region, item.patient, item.fold)
+        for k in range(count):
+            named = item._replace(name=f"{item.known_as}_v{k:03d}") if k else item
+            found.append((named, known._replace(variant=k)))
+    return found
+
+
+def augmented(case: Case, subject: Subject, cfg: DataConfig, seed: int) -> Case:
+    """The case flipped and rescaled as the section `data` says, by the draws of its variant; 0: as it is.
+
+    All volumes of a series are changed alike.
+    """
+    if not subject.variant:
+        return case
+    draw = seeded(seed, f"variant of {subject.source}", subject.variant).random(8)
+    cfg = dataclasses.replace(cfg, spacing="original")           # whole volumes are not zoomed
+    volumes = []
+    for array, intensity in case.volumes:
+        entry = Entry("", None, array.shape, case.spacing, case.affine, intensity, array)
+        changed, _ = data.augmented_crop(entry, array.shape[1:], draw, cfg)
+        volumes.append((changed, intensity))
+    return case._replace(volumes=volumes)
+
+
+# -------------------------------------------------------------------------------- files
 
 
 def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> None:
@@ -65,7 +125,9 @@ def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> 
     if kind.codes is not None:
         stack = stack.astype(np.min_scalar_type(kind.codes - 1))
     about = {"version": 1, "modality": latents.intensities[0].modality, "bottleneck": kind.name,
-             "sampled": sampled, "weights": latents.fingerprint, "origin": dataclasses.asdict(latents.origin)}
+             "sampled": sampled, "weights": latents.fingerprint,
+             "origin": dataclasses.asdict(latents.origin), "spacing": list(spacing_of(latents.affine)),
+             "stride": stride_of(kind), **latents.subject._asdict()}
     content = {
         "latent" if kind.codes is None else "index": stack,
         "affine": latents.affine,
@@ -75,7 +137,15 @@ def write(path: Path, latents: Latents, ready: Ready, sampled: bool = False) -> 
         "high": np.array([intensity.high for intensity in latents.intensities]),
         "about": np.array(json.dumps(about)),
     }
-    write_atomic(path, lambda file: np.savez_compressed(file, **content))
+    # Latents of numbers hardly shrink, and lie plain so that training maps them; indices do shrink.
+    save = np.savez if kind.codes is None else np.savez_compressed
+    write_atomic(path, lambda file: save(file, **content))
+
+
+def stride_of(kind: LatentKind) -> list[int]:
+    """Voxels D,H,W of a latent's element."""
+    far = 2**12
+    return [round(far / n) for n in kind.shape((far, far, far))[-3:]]
 
 
 def read(path: Path, ready: Ready) -> Latents:

@@ -27,7 +27,8 @@ class MicroBatch(NamedTuple):
     image: Tensor                             # (b, C, D, H, W) in [-1, 1]
     seeds: list[int]                          # one per sample, of its random numbers
     volumes: list[int]                        # where the crops come from
-    label: Tensor | None = None               # (b, D, H, W) int64, for segmentation
+    label: Tensor | None = None               # what goes with them: (b, D, H, W) int64 for segmentation,
+                                              # (b, V) conditions for a denoiser
     crops_in_step: int | None = None          # of all ranks; none: those of the micro-batches at hand
 
 

@@ -1,6 +1,6 @@
 """What the rest of the program asks of a task, and what a task may leave out.
 
-A task is one module in tasks/: what is trained (an autoencoder, a U-Net, a feature network). Training,
+A task is one module in tasks/: what is trained (an autoencoder, a U-Net, a denoiser ...). Training,
 validation, memory prediction and predict.py know a task by the names below alone, and never ask which one it
 is. The table of all tasks is tasks.TASKS. Version 0.1 (2026-11).
 """
@@ -29,7 +29,8 @@ class Picture(NamedTuple):
     """What one held-out crop looks like."""
     image: Tensor                             # (height, width, 3) uint8
     volume: Any                               # (C, D, H, W) array, written as NIfTI beside it
-    kind: str                                 # the end of that file's name: recon | pred
+    kind: str                                 # the end of that file's name: recon | pred | sample
+    affine: Any = None                        # (4, 4) of that volume's grid; None: the crop's
 
 
 class Scored(NamedTuple):
@@ -77,6 +78,7 @@ class Task:
                                               # stay on the CPU
     stand_in: Callable | None = None          # (cfg, network, device, rehearsal) -> what takes the place of
                                               # crops in a prediction; None: random ones
+    dataset: Callable[..., Any] | None = None  # (cfg, say) -> data.Data; None: volumes, by data.open_data
     resolve: Callable[..., TrainConfig] = as_it_is  # (cfg, dataset) -> cfg with what the data say
     channels: Callable[[TrainConfig], int] = lambda cfg: cfg.vae.in_channels
                                               # of the network's input
@@ -96,6 +98,8 @@ class Task:
                                                            # added up over the crops
     figures: Callable[[dict[str, Tensor]], dict] = no_helpers  # (their sums) -> figures
     output: Callable[..., Any] | None = None  # (cfg, state, network, x): of a whole crop; None: network(x)
+    sample: Callable[..., Any] | None = None  # (cfg, state, network, crop): what `picture` shows of a crop;
+                                              # None: `output`
     picture: Callable[..., Picture] | None = None  # (cfg, crop, out); None: there is nothing to look at
 
     # What is shipped.
@@ -111,6 +115,8 @@ class Task:
     reconstruct: Callable | None = None       # (ready, array, tick) -> array
     encode: Callable | None = None            # (ready, array, generator, tick) -> latent
     decode: Callable | None = None            # (ready, latent, size, tick) -> array
+    denoise: Callable | None = None           # (ready) -> the network as diffusion.py calls it, of conditions
+                                              # `vector`, `concat` and `hint` as they lie on disk
     latent_kind: Callable | None = None       # (ready) -> latents.LatentKind, of `encode`
     classes: Callable[[TrainConfig], int] | None = None  # how many `segment` tells apart; None: as many as
                                                          # the training labels have

@@ -240,7 +240,9 @@ def save_samples(run: Run) -> None:
         # First the network's output.
         x = placed(cfg, crop.image[None], run.device)
 
-        def work(x=x):
+        def work(x=x, crop=crop):
+            if task.sample is not None:
+                return ranks.agreed(task.sample(cfg, state, model, crop))
             if task.output is not None:
                 return ranks.agreed(task.output(cfg, state, model, x))
             return ranks.agreed(forward(state, model, x))
@@ -266,6 +268,6 @@ def save_sample(run: Run, crop: data.Crop, out: tuple, stem: str) -> None:
     write_atomic(folder / f"{stem}.png", lambda file: file.write(content))
     path = folder / f"{stem}_{picture.kind}.nii.gz"
     with naming(path):
-        write_nifti(path, picture.volume, crop.affine)
+        write_nifti(path, picture.volume, crop.affine if picture.affine is None else picture.affine)
     for sink in run.log.sinks:
         sink.picture(f"samples/{crop.entry.name}", picture.image, run.state.step)

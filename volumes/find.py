@@ -52,6 +52,7 @@ class Item(NamedTuple):
     patient: str | None = None  # of a datalist's PATIENT_KEYS
     fold: int | None = None     # of a datalist's `fold`
     more: tuple[Path, ...] = ()  # files of further channels
+    region: str | None = None   # of a datalist's `region`: the part of the body
 
     @property
     def known_as(self) -> str:
@@ -408,7 +409,8 @@ def datalist_item(path: Path, place: str, entry: object, labels: bool) -> Item:
         label = own_label(file)
     fault = NO_LABEL if labels and label is None else None
     return Item(file, None if kind is None else str(kind), label, fault, more=tuple(more),
-                patient=patient_named(path, place, named), fold=fold_named(path, place, named))
+                patient=patient_named(path, place, named), fold=fold_named(path, place, named),
+                region=region_named(path, place, named))
 
 
 def patient_named(path: Path, place: str, named: dict) -> str | None:
@@ -429,6 +431,14 @@ def fold_named(path: Path, place: str, named: dict) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise DataError(f"{show(path)}: {place} has the fold {brief(value)}; make it a whole number")
     return value
+
+
+def region_named(path: Path, place: str, named: dict) -> str | None:
+    """The part of the body that an entry says it shows, such as chest or chest-abdomen."""
+    value = named.get("region")
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{show(path)}: {place} has the region {brief(value)}; make it a text such as chest")
+    return None if value is None else one_line(value)
 
 
 def is_name(value: object) -> bool:

@@ -1,0 +1,209 @@
+"""Task `diffusion` through the house: its loss by hand, statistics, runs that are killed, resumed, shared."""
+import dataclasses
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion
+import memtest
+import peaks
+from latent_files import write_latent, write_set
+from runs import (
+    CPU,
+    ROOT,
+    RunsOut,
+    assert_equal_runs,
+    load,
+    load_config,
+    make_step,
+    new_state,
+    resume,
+    rows,
+)
+from tasks import TASKS
+from tasks import diffusion as task
+from train import main
+from training import fit
+from training.order import MicroBatch
+from training.step import train_step
+from training.task import of
+
+NET = ["--task", "diffusion", "--unet.channels", "8,16", "--unet.time_channels", "16", "--patch", "4,8,8",
+       "--unet.norm_groups", "4", "--diffusion.steps", "2", "--device", "cpu", "--batch", "2",
+       "--train.val_crops", "2", "--log.sample_every", "0", "--data.crops_per_volume", "3"]
+TOLD = ["--unet.vector_channels", "8"]
+
+
+def run(folder, *flags, out):
+    return main([*NET, "--data", str(folder), *flags, "--out", str(out)])
+
+
+def test_the_loss_is_that_of_normalised_latents_by_their_own_draws():
+    """By hand: (z - mean) / std, mixed with noise at t, v = eps - x; the network begins at 0."""
+    cfg = load_config([*NET, *TOLD, "--diffusion.cond_drop", "0"])
+    state = new_state(cfg)
+    state.latent = {"mean": torch.tensor([1.0, 2, 3, 4]), "std": torch.tensor([2.0, 1, 4, 0.5])}
+    image, label = torch.randn(2, 4, 4, 8, 8), torch.randn(2, 8)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    found = task.objective(cfg, state, state.forward, MicroBatch(image, [], [], label), generators)
+    squares = []
+    for number, seed in enumerate((5, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(2, generator=generator, dtype=torch.float64)
+        eps = torch.randn(4, 4, 8, 8, generator=generator)
+        mean, std = (state.latent[name].view(4, 1, 1, 1) for name in ("mean", "std"))
+        squares.append((eps - (image[number] - mean) / std).square().mean())
+    assert abs(float(found.terms["loss"].detach() - sum(squares) / 2)) < 1e-5
+
+
+def test_mean_and_std_are_numpys_over_the_whole_set(tmp_path):
+    """Of training latents alone, whatever their sizes, also far from 0; and they ship with the weights."""
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        scale = np.array([1, 2, 3, 4]).reshape(4, 1, 1, 1)
+        latent = 1e4 + rng.standard_normal((1, 4, 4 + number, 8, 8)) * scale
+        write_latent(tmp_path / f"z/c{number}_latent.npz", latent)
+    out = tmp_path / "r"
+    assert run(tmp_path / "z", "--steps", "1", out=out) == 0
+    names = load(out / "best.pt")["data"]["training"]
+    assert len(names) == 3
+    arrays = [np.load(tmp_path / f"z/{name}_latent.npz")["latent"][0].astype(np.float64) for name in names]
+    flat = np.concatenate([array.reshape(4, -1) for array in arrays], 1)
+    for file in ("best.pt", "last.pt"):
+        known = load(out / file)["latent"]
+        assert np.allclose(known["mean"], flat.mean(1), rtol=1e-6)
+        assert np.allclose(known["std"], flat.std(1), rtol=1e-5)
+    # a run that starts from these weights keeps what they were trained with
+    write_set(tmp_path / "other")
+    flags = ["--steps", "1", "--init", str(out)]
+    assert run(tmp_path / "other", *flags, out=tmp_path / "tuned") == 0
+    assert torch.equal(load(tmp_path / "tuned/best.pt")["latent"]["mean"], known["mean"])
+
+
+def test_validation_is_at_fixed_levels(tmp_path):
+    """Eight of them, rising in noise; the mean is the loss; what is explained is 0 for linear knowledge."""
+    write_set(tmp_path / "z", kind="ct")
+    out = tmp_path / "r"
+    assert run(tmp_path / "z", "--steps", "30", "--train.val_every", "15", "--optim.lr", "1e-2", out=out) == 0
+    first, *_, last = rows(out, "val")
+    levels = [first[f"level_{k}"] for k in range(1, 9)]
+    # the network begins at 0, so every level has the mean square of eps - x, about 2
+    assert max(levels) - min(levels) < 1e-6 and abs(levels[0] - 2) < 0.3
+    assert first["loss"] == pytest.approx(sum(levels) / 8, rel=1e-6)
+    cfg = diffusion.DiffusionConfig()
+    shift = (4 * 8 * 8 / 32**3) ** (1 / 3)
+    times = [shift * u / (1 + (shift - 1) * u) for u in np.arange(0.5, 8) / 8]
+    linear = [diffusion.linear_loss(cfg, diffusion.Level(1 - t, t, t)) for t in times]
+    by_hand = np.mean([1 - level / each for level, each in zip(levels, linear)])
+    assert first["explained"] == pytest.approx(by_hand, abs=1e-3) and last["explained"] > first["explained"]
+    assert load(out / "best.pt")["config"]["train"]["ema"] == [task.EMA]
+
+
+def test_conditions_reach_the_network_and_are_dropped(tmp_path):
+    cfg = load_config([*NET, *TOLD])
+    state, seen = new_state(cfg), []
+    image, label = torch.randn(64, 4, 4, 8, 8), torch.arange(1, 65.0)[:, None].expand(64, 8)
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, t, vector, hint):
+            seen.append(vector)
+            return state.model(x, t, vector)
+    cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, cond_drop=0.3))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(64)]
+    task.objective(cfg, state, Spy(), MicroBatch(image, [], [], label), generators)
+    (vector,) = seen
+    wanted = []
+    for seed in range(64):
+        wanted.append(float(torch.rand(2, generator=torch.Generator().manual_seed(seed),
+                                       dtype=torch.float64)[1]) < 0.3)
+    assert [not row.any() for row in vector] == wanted and 8 < sum(wanted) < 32
+    assert all(torch.equal(row, told) for row, told, gone in zip(vector, label, wanted) if not gone)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_it_is_the_run_that_was_left_alone(tmp_path):
+    write_set(tmp_path / "z", kind="ct")
+    flags = [*NET, "--data", str(tmp_path / "z"), "--steps", "30", "--train.save_every", "2", "--accum", "2",
+             "--train.val_every", "7", "--log.sample_every", "8", "--log.every", "1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*flags, "--out", str(whole)]) == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, "--out", str(cut)],
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 9/"):
+            process.kill()
+            break
+    assert process.wait(60) == -signal.SIGKILL
+    assert resume(cut) == 0
+    assert_equal_runs(whole, cut)
+    assert list((whole / "samples").glob("*.png")) and list((whole / "samples").glob("*_sample.nii.gz"))
+
+
+def test_out_of_memory_turns_the_dial_and_repeats_the_step(tmp_path, monkeypatch, capsys):
+    import train
+    write_set(tmp_path / "z")
+    again = []
+
+    def short_of_memory(cfg, state, batches):
+        again.append(state.dial.mode)
+        if len(again) == 1:
+            with RunsOut([5]):
+                return train_step(cfg, state, batches)
+        return train_step(cfg, state, batches)
+    monkeypatch.setattr(train, "train_step", short_of_memory)
+    assert run(tmp_path / "z", "--steps", "2", out=tmp_path / "r") == 0
+    assert again == ["none", "checkpoint", "checkpoint"]
+
+
+@pytest.mark.slow
+def test_a_prediction_is_what_a_step_takes(tmp_path, capsys):
+    cfg = load_config([*NET, *TOLD])
+    predicted = fit.predicted(cfg, of(TASKS, cfg), CPU).bytes
+    assert predicted == peaks.count(lambda device: make_step(cfg, device)).bytes > 0
+    assert memtest.main([*NET, *TOLD, "--resolution", "4,8,8"]) == 0
+    assert "AMP checkpoint" in capsys.readouterr().out
+
+
+def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_path, monkeypatch):
+    """Label maps beside a frozen denoiser; its copy of the encoder begins as the trained one."""
+    write_set(tmp_path / "z", 3)
+    base = tmp_path / "base"
+    assert run(tmp_path / "z", "--steps", "30", "--optim.lr", "1e-2", out=base) == 0
+    assert load(base / "best.pt")["step"] == 30
+    (tmp_path / "labels").mkdir()
+    for number in range(3):
+        label = np.random.default_rng(number).integers(0, 9, (32, 32, 8)).astype(np.float32)
+        np.save(tmp_path / f"labels/case{number}.npy", label)
+    out = tmp_path / "control"
+    flags = ["--init", str(base), "--cond.control", str(tmp_path / "labels"), "--steps", "2", "--seed", "1"]
+    assert run(tmp_path / "z", *flags, out=out) == 0
+    theirs, ours = load(base / "best.pt")["model"], load(out / "last.pt")["model"]
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    # the first validation is of the base as it was shipped: the ControlNet adds 0
+    again = tmp_path / "again"
+    assert run(tmp_path / "z", "--init", str(base), "--steps", "1", "--seed", "1", out=again) == 0
+    assert rows(out, "val")[0]["loss"] == rows(again, "val")[0]["loss"]
+    assert all(float(ours[name].abs().sum()) > 0 for name in ours if name.startswith("beside.outputs."))
+    copied = [name for name in theirs if name.startswith("encoder.")]
+    apart = [float((ours[f"beside.encoder.{name}"] - theirs[name]).abs().max()) for name in copied]
+    assert max(apart) < 0.01                                     # of two steps, not of another start
+
+
+def test_what_cannot_be_meant_is_told_in_one_line(tmp_path, capsys):
+    write_set(tmp_path / "z")
+    write_set(tmp_path / "other", weights="a" * 16)
+    assert run(tmp_path / "z", "--steps", "1", out=tmp_path / "r") == 0
+    capsys.readouterr()
+    for flags, words in (
+        (["--task", "diffusion"], "name their folder with --data"),
+        (["--task", "diffusion", "--cond.control", "x"], "--init"),
+        (["--resume", str(tmp_path / "r"), "--data", str(tmp_path / "other")], "another autoencoder"),
+        ([*NET, "--init", str(tmp_path / "r"), "--data", str(tmp_path / "other")], "another autoencoder"),
+    ):
+        assert main([*flags, *([] if "--resume" in flags else ["--out", str(tmp_path / "no")])]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
