@@ -60,10 +60,11 @@ def test_every_field_is_in_the_caches_key_or_changes_no_voxel():
         "modality": "ct", "window": "lung", "hu_range": (-500.0, 500.0), "percentiles": (1.0, 99.0),
         "percentiles_of": "all", "voxel_scale": (2.0,), "spacing": "1,1,1", "resize": (4, 4, 4),
         "scale": 0.5, "four_d": "channels", "nan": "zero", "channel_axis": 1, "select_channel": 1,
-        "surface": "auto", "band": 3.0, "smooth": 0.0,
+        "surface": "auto", "band": 3.0, "smooth": 0.0, "metric": "mm",
     }
-    # These two say more of a surface, and nothing without one.
-    beside = {"band": {"surface": "auto"}, "smooth": {"surface": "auto"}}
+    # These say more of a surface, and nothing without one.
+    beside = {"band": {"surface": "auto"}, "smooth": {"surface": "auto"},
+              "metric": {"surface": "auto"}}
     fields = {field.name for field in dataclasses.fields(DataConfig)}
     assert not changes.keys() & set(NOT_OF_VOXELS) and fields == changes.keys() | set(NOT_OF_VOXELS)
     stamps = [("scan.nii", 1, 2)]

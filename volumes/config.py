@@ -26,6 +26,7 @@ CHOICES = {
     "four_d": ("volumes", "channels"),
     "nan": ("error", "zero"),
     "percentiles_of": ("foreground", "all"),
+    "metric": ("voxels", "mm"),
 }
 # The least value of fields that are whole numbers.
 LEAST = {"synthetic_count": 1, "crops_per_volume": 1, "workers": 0, "select_channel": 0, "classes": 2,
@@ -68,7 +69,9 @@ class DataConfig:
     surface: str = "none"                    # CT as points near a surface with their distance: none | auto
                                              # (by window: lung -500, bone 300, soft_tissue -150, brain 0) |
                                              # window (inside: the window's HU) | a level in HU
-    band: float = 2.0                        # of distances, voxels of the finest axis to either side
+    band: float = 2.0                        # of distances, voxels to either side
+    metric: str = "voxels"                   # of distances: voxels (a step along each axis is 1) | mm (in
+                                             # units of the finest axis; thick slices tear a surface)
     smooth: float = 1.0                      # sigma in voxels of a Gaussian before the level: noise makes
                                              # points that cost and say nothing
     points: bool = False                     # crops are boxes of tokens; train.py sets it for its task
@@ -244,7 +247,7 @@ class DataConfig:
             except ValueError:
                 raise ValueError(f"data.surface is {self.surface!r}; use none, auto, window or a level in HU "
                                  f"such as -500") from None
-        return Surface(low, high, self.band, self.smooth)
+        return Surface(low, high, self.band, self.smooth, self.metric)
 
     def voxel_settings(self, kind: str | None = None) -> "VoxelSettings":
         """What the voxels of one file depend on. kind: its `class` in a datalist."""

@@ -230,7 +230,7 @@ def clipped_share(channel: np.ndarray, modality: str, low: float, high: float) -
 def denormalise(array: np.ndarray, intensity: Intensity) -> np.ndarray:
     """(C, D, H, W) in [-1, 1] -> the scale of the file: HU come back as HU.
 
-    What was clipped stays clipped. Distances come back in voxels of the finest axis, and beyond their band as
+    What was clipped stays clipped. Distances come back in voxels (data.metric), and beyond their band as
     its width, negative inside.
     """
     if intensity.modality == "surface":

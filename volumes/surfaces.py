@@ -5,8 +5,10 @@ voxel of the other side, less half a voxel, so that the surface lies between the
 It is exact within the band and unknown beyond: separable min-plus convolution with truncated parabolas
 (Felzenszwalb and Huttenlocher 2012, doi:10.4086/toc.2012.v008a019), r steps to either side on each axis.
 
-Distances are in voxels of the finest axis, divided by the band: [-1, 1]. A voxel outside of the band is 0,
-which no distance is: 0 is "no point", as in a radar grid. They are cached in 1 byte, as 127ths.
+Distances are in voxels, a step along each axis counting 1, divided by the band: [-1, 1]. With `data.metric
+mm` they are true ones, in units of the finest axis: then a step across a thick slice may lie beyond the band,
+and the surface have holes there. A voxel outside of the band is 0, which no distance is: 0 is "no point", as
+in a radar grid. They are cached in 1 byte, as 127ths.
 
 Arrays are (C, D, H, W): C channels, D H W depth height width. Version 1.0.
 """
@@ -31,8 +33,9 @@ class Surface(NamedTuple):
     """What makes points of a scan, part of VoxelSettings."""
     low: float           # HU; inside lies above it,
     high: float          # and not above this one
-    band: float          # voxels of the finest axis
+    band: float          # to either side, in units of the metric
     smooth: float        # sigma of a Gaussian before the level, voxels; 0: none
+    metric: str = "voxels"  # voxels (a step along each axis is 1) | mm (in units of the finest axis)
 
 
 def inside_of(array: np.ndarray, surface: Surface) -> np.ndarray:
@@ -116,9 +119,10 @@ def surface_points(array: np.ndarray, spacing: Sequence[float], surface: Surface
     Raises DataError where no voxel is near a surface.
     """
     found = np.empty(array.shape, dtype=np.float32)
+    steps = spacing if surface.metric == "mm" else (1.0, 1.0, 1.0)
     for channel, out in zip(array, found):
         inside = inside_of(smoothed(channel, surface.smooth), surface)
-        out[:] = signed_distance(inside, spacing, surface.band)
+        out[:] = signed_distance(inside, steps, surface.band)
     if not found.any():
         raise DataError(f"no surface at {surface.low:g} HU: all voxels lie on one side of it; set "
                         f"data.surface to another level")
