@@ -1,6 +1,7 @@
 """A data set, from disk or synthetic, and random crops of its volumes.
 
-    python data.py PATH...      # check data before training: a row per file, one line per refused file
+    python data.py PATH...      # check data before training: a row per file, one line per refused file;
+                                # with --data.surface auto its points too, and whether they pay
 
 A folder, a file or a JSON datalist goes in (`open_data`); out come entries whose voxels lie normalised in
 memory-mapped files, so that a crop reads its own rows and nothing else, and `Crops`, a dataset in which
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 
 from volumes import formats
-from volumes.boxes import box_of, with_boxes
+from volumes.boxes import box_of, points_told, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
 from volumes.classes import check_labels, class_names, settle_classes, with_ignored
 from volumes.config import MODALITIES, DataConfig
@@ -380,15 +381,16 @@ def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, 
 
 
 # ------------------------------------------------------------------------------------------ command line
+OF_POINTS = ("surface", "window", "band", "smooth", "metric", "min_points")  # flags of `python data.py`
 COLUMNS = "{:{width}}  {:22}  {:16}  {:6}  {:8}  {:20}  {:8}  {}"
 
 
-def check(paths: list[str]) -> int:
-    """Print a row per file of each path, as training with the defaults would see it, a line per refused one.
+def check(paths: list[str], cfg: DataConfig) -> int:
+    """Print a row per file of each path, as training with the config would see it, a line per refused one.
 
     Returns 1 if there is a refused one, else 0.
     """
-    cfg, refused, total, pairs = DataConfig(), 0, 0, {}
+    refused, total, pairs = 0, 0, {}
     found = [[item for items in list_items(path, say=print).values() for item in items] for path in paths]
     for path in paths:
         with contextlib.suppress(DataError):  # a datalist whose labels are malformed still names images
@@ -421,7 +423,7 @@ def check(paths: list[str]) -> int:
                 except DataError as error:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
-            verdict = "; ".join([verdict, *(note.text for note in loaded.notes)])
+            verdict = "; ".join([verdict, *(note.text for note in loaded.notes), *points_told(loaded, cfg)])
             print(COLUMNS.format(show(item.path), *described(loaded), verdict, width=width), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")
     return 1 if refused else 0
@@ -445,7 +447,7 @@ def described(loaded: Loaded) -> tuple[str, ...]:
         many = f" x{len(array)} channels"
     spacing = ",".join(f"{mm:.3g}" for mm in loaded.spacing)
     return (sizes(array.shape[1:]) + many, spacing, source.orientation, source.dtype,
-            f"{stored.min():.5g} .. {stored.max():.5g}", intensity.modality)
+            f"{stored.min():.5g} .. {stored.max():.5g}", intensity.rule)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -453,10 +455,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="data.py", description="Check data before training: a row per file, a line per refused file. "
                                     "Exit code 0: all usable, 1: some refused, 2: nothing to check.")
     parser.add_argument("path", nargs="+", metavar="PATH", help="folder, file or JSON datalist")
-    paths = parser.parse_args(argv).path
+    for field in dataclasses.fields(DataConfig):
+        if field.name in OF_POINTS:
+            parser.add_argument(f"--data.{field.name}", type=type(field.default), default=field.default,
+                                metavar=field.name.upper(), help=f"as for train.py --task sparse "
+                                                                 f"[{field.default}]")
+    flags = vars(parser.parse_args(argv))
+    paths = flags.pop("path")
     try:
-        return check(paths)
-    except DataError as error:
+        return check(paths, DataConfig(**{name.removeprefix("data."): v for name, v in flags.items()}))
+    except ValueError as error:  # a DataError is one
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader went away: data.py DIR | head

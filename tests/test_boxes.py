@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Crops, open_data, val_crops
+from data import Crops, main, open_data, read_volume, val_crops
 from volume_files import config, quiet, save
 from volumes.boxes import sums_of, together, tokens_of
 from volumes.files import DataError
@@ -100,3 +100,24 @@ def test_points_and_tokens_are_told_and_where_sparse_does_not_pay(folder):
     save(folder / "in" / "noise.nii.gz", noise)
     opened(folder, said.append, val_fraction=0)
     assert "is no slower" in "\n".join(said)
+
+
+def test_data_py_prints_points_tokens_and_fill(folder, capsys):
+    assert main([str(folder / "in" / "ball2.nii.gz"), "--data.surface", "0", "--data.smooth", "0"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    values = opened(folder, val_fraction=0).train[2].read()
+    tokens = torch.nn.functional.max_pool3d(torch.from_numpy((values != 0).astype(np.float32)), 8).sum()
+    assert f"{(values != 0).sum():,} points in {int(tokens)} tokens" in row and " ct " in row
+    assert main([str(folder / "in"), "--data.surface", "here"]) == 2
+    assert "a level in HU such as -500" in capsys.readouterr().err
+    assert main([str(folder / "in" / "ball0.nii.gz")]) == 0 and "tokens" not in capsys.readouterr().out
+
+
+def test_point_files_in_the_guides_form_are_grids(tmp_path):
+    """Places x, y, z and one value a point; a distance of 0 is a point too."""
+    index = np.array([[0, 1, 2, 3], [0, 9, 8, 7], [0, 4, 4, 4]], np.int32)       # sample, x, y, z
+    values = np.array([0.5, -0.25, 0.0], np.float32)
+    np.savez(tmp_path / "points.npz", sparse_index=index, sparse_sdf=values, resolution=16)
+    array = read_volume(tmp_path / "points.npz").array
+    assert array.shape == (1, 16, 16, 16) and np.count_nonzero(array) == 3
+    assert array[0, 3, 2, 1] == .5 and array[0, 7, 8, 9] == -.25 and 0 < array[0, 4, 4, 4] < 1e-5

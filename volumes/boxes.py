@@ -12,8 +12,9 @@ from volumes.cache import with_tokens
 from volumes.config import DataConfig
 from volumes.entries import Entry, mapped
 from volumes.files import DataError, Say, show
+from volumes.loading import Loaded
 from volumes.seeds import seeded
-from volumes.surfaces import PAYS_BELOW, TOKEN, choose_box, points_in
+from volumes.surfaces import PAYS_BELOW, TOKEN, choose_box, points_in, token_counts
 
 TRIES = 50    # places that are tried for a box with data.min_points
 BOX = 64      # voxels on an edge, where neither data.patch nor data.max_points says
@@ -80,6 +81,20 @@ def together(crops: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     for place, image in zip(batch, images):
         place[tuple(slice(n) for n in image.shape)] = image
     return batch, torch.tensor(numbers)
+
+
+def points_told(loaded: Loaded, cfg: DataConfig) -> list[str]:
+    """For `python data.py`: points, tokens and fill of each volume of a file; none without data.surface."""
+    if cfg.surface == "none":
+        return []
+    told = []
+    for array, _ in loaded.volumes:
+        counts = token_counts(array)
+        points, fill = int(counts.sum()), counts.sum() / array[0].size
+        few = f", fewer than data.min_points={cfg.min_points}" if points < cfg.min_points else ""
+        told.append(f"{points:,} points in {np.count_nonzero(counts):,} tokens, fill {fill:.1%}"
+                    f"{few}{warning(fill)}")
+    return told
 
 
 def tell_points(entries: Sequence[Entry], say: Say) -> None:
