@@ -105,7 +105,8 @@ def test_points_and_tokens_are_told_and_where_sparse_does_not_pay(folder):
 def test_data_py_prints_points_tokens_and_fill(folder, capsys):
     assert main([str(folder / "in" / "ball2.nii.gz"), "--data.surface", "0", "--data.smooth", "0"]) == 0
     row = capsys.readouterr().out.splitlines()[1]
-    values = opened(folder, val_fraction=0).train[2].read()
+    dataset = opened(folder)
+    values = next(e for e in (*dataset.train, *dataset.val) if e.name == "ball2").read()
     tokens = torch.nn.functional.max_pool3d(torch.from_numpy((values != 0).astype(np.float32)), 8).sum()
     assert f"{(values != 0).sum():,} points in {int(tokens)} tokens" in row and " ct " in row
     assert main([str(folder / "in"), "--data.surface", "here"]) == 2
