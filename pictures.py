@@ -1,7 +1,9 @@
-"""What one looks at: slices of volumes side by side as PNG, bars as SVG. Needs torch and nothing else.
+"""What one looks at: slices of volumes side by side as PNG, bars and curves as SVG. Needs torch and nothing
+else.
 
     open("a.png", "wb").write(png(comparison(image, recon, spacing=(1, 1, 1), background=-1)))
     open("a.svg", "w").write(bars(["AMP none"], {"predicted": [5.6], "measured": [5.5]}, "Peak memory"))
+    open("b.svg", "w").write(curves({"run": [(1, 0.5), (2, 0.3)]}, "loss", is_log=True))
 
 Both kinds of file are written with the standard library alone, so that no plotting package is needed.
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 import torch
@@ -210,7 +212,12 @@ def bars(
             parts.append(rectangle(left, place, length, THICK, COLOURS[number % len(COLOURS)]))
             parts.append(text(left + length + 6, place + 12, f"{figure(value)} {unit}"))
 
-    size = f'width="{width:.0f}" height="{bottom + 48}" viewBox="0 0 {width:.0f} {bottom + 48}"'
+    return drawing(width, bottom + 48, parts)
+
+
+def drawing(width: float, height: float, parts: Sequence[str]) -> str:
+    """The parts as the text of a whole SVG file."""
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     font = 'font-family="sans-serif" font-size="12" fill="#202020"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>'
     return "\n".join([head, *parts, "</svg>"]) + "\n"
@@ -222,7 +229,7 @@ def axis_ticks(most: float) -> list[float]:
         most = 1.0
     power = 10.0 ** math.floor(math.log10(most / 4))
     apart = max(factor * power for factor in (1, 2, 5) if factor * power <= most / 4 * (1 + 1e-9))
-    return [round(n * apart, 12) for n in range(math.ceil(most / apart - 1e-9) + 1)]
+    return [float(f"{n * apart:.12g}") for n in range(math.ceil(most / apart - 1e-9) + 1)]
 
 
 def figure(value: float) -> str:
@@ -240,3 +247,154 @@ def text(x: float, y: float, words: str, attributes: str = "") -> str:
     """A line of text, its baseline at y. What XML takes for markup is escaped, what it forbids becomes ?."""
     allowed = "".join(c if c.isprintable() else "?" for c in words)
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(allowed)}</text>'
+
+
+# ------------------------------------------------------------------------------------------------ curves
+
+Points = Sequence[tuple[float, float | None]]                    # of a curve, in the order of their x
+MOST_POINTS = 500                # of a curve as it is drawn
+PLOT = (560, 300)                # pixels of the whole drawing
+MARGINS = (62, 14, 30, 34)       # of them left, right, above and below the axes
+
+
+def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step") -> str:
+    """Lines over one pair of axes, a colour and a row of the legend each -> SVG text, a whole file.
+
+    A y of None or NaN, or infinite, leaves a gap; on a logarithmic axis one of 0 or less does too. Of a
+    long curve each stretch of points is drawn as its least and its largest, so that no peak is lost. Where no
+    curve has a point, the drawing says so.
+    """
+    shown = {name: thinned(list(stretches(points, is_log))) for name, points in series.items()}
+    known = [point for parts in shown.values() for part in parts for point in part]
+    width, height = PLOT
+    left, right, above, below = MARGINS
+    rows = legend_rows(list(shown), width) if len(shown) > 1 else []
+    above += 18 * len(rows)
+    bottom = height - below
+    parts = [rectangle(0, 0, width, height, "white"), text(12, 18, title, 'font-size="14"')]
+    for row, names in enumerate(rows):
+        for place, number, name in names:
+            parts.append(rectangle(place, 26 + 18 * row, 12, 12, colour_of(number)))
+            parts.append(text(place + 17, 36 + 18 * row, name))
+    if not known:
+        parts.append(text(width / 2, height / 2, "no values yet", 'text-anchor="middle"'))
+        return drawing(width, height, parts)
+
+    # First the ends of both axes: at the outermost ticks upwards, at the last points to the sides.
+    x_low, x_high = min(x for x, _ in known), max(x for x, _ in known)
+    low, high = min(y for _, y in known), max(y for _, y in known)
+    ticks = log_ticks(low, high) if is_log else range_ticks(low, high)
+    low, high = ticks[0], ticks[-1]
+
+    def place_of(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        upwards = (y - low) / (high - low)
+        if is_log:
+            upwards = math.log(y / low) / math.log(high / low)
+        return left + across * (width - left - right), bottom - upwards * (bottom - above)
+
+    # Then the axes with their ticks, then the curves.
+    for tick in ticks:
+        _, y = place_of(x_low, tick)
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#d8d8d8"/>')
+        parts.append(text(left - 6, y + 4, f"{tick:.6g}", 'text-anchor="end"'))
+    for tick in range_ticks(x_low, x_high):
+        if x_low <= tick <= x_high:
+            x, _ = place_of(tick, low)
+            ends = f'x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 5}"'
+            parts.append(f'<line {ends} stroke="#808080"/>')
+            parts.append(text(x, bottom + 17, f"{tick:.6g}", 'text-anchor="middle"'))
+    parts.append(text((left + width - right) / 2, height - 4, x_name, 'text-anchor="middle"'))
+    for number, stretch in enumerate(shown.values()):
+        for points in stretch:
+            places = [place_of(x, y) for x, y in points]
+            if len(places) == 1:
+                x, y = places[0]
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"/>')
+                continue
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour_of(number)}" '
+                         'stroke-width="1.5"/>')
+    return drawing(width, height, parts)
+
+
+def colour_of(number: int) -> str:
+    """Of series `number`: the four colours of bars, then hues turned by the golden angle."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    return f"hsl({137.5 * number % 360:.0f}, 55%, 45%)"
+
+
+def legend_rows(names: Sequence[str], width: float) -> list[list[tuple[float, int, str]]]:
+    """(place, number, name) of each series, as many in a row as fit."""
+    rows: list[list[tuple[float, int, str]]] = [[]]
+    place = 12.0
+    for number, name in enumerate(names):
+        # A name that is too long for a whole row keeps its end, by which runs differ.
+        most = int((width - 60) / LETTER)
+        if len(name) > most:
+            name = "..." + name[3 - most:]
+        needed = 32 + LETTER * len(name)
+        if rows[-1] and place + needed > width:
+            rows.append([])
+            place = 12.0
+        rows[-1].append((place, number, name))
+        place += needed
+    return rows
+
+
+def stretches(points: Points, is_log: bool) -> Iterator[list[tuple[float, float]]]:
+    """The curve without what cannot be drawn, cut where that was."""
+    part: list[tuple[float, float]] = []
+    for x, y in points:
+        # Below 1e-300 a quotient of two values may be infinite.
+        if y is not None and math.isfinite(y) and (y > 1e-300 or not is_log):
+            part.append((x, y))
+        elif part:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def thinned(parts: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+    """At most about MOST_POINTS points of all stretches: of neighbours the least and the largest."""
+    total = sum(map(len, parts))
+    if total <= MOST_POINTS:
+        return parts
+    size = math.ceil(2 * total / MOST_POINTS)
+    found = []
+    for part in parts:
+        kept = []
+        for start in range(0, len(part), size):
+            block = part[start:start + size]
+            ends = {min(block, key=lambda point: point[1]), max(block, key=lambda point: point[1])}
+            kept += sorted(ends)
+        # The first and the last point keep the curve's length.
+        found.append(sorted({part[0], *kept, part[-1]}))
+    return found
+
+
+def range_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 or 5 times a power of ten apart, from `low` or less to `high` or more."""
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) / 10 or 1.0
+        low, high = low - room, high + room
+    apart = axis_ticks(high - low)[1]
+    first, last = math.floor(low / apart), math.ceil(high / apart)
+    return [float(f"{n * apart:.12g}") for n in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from `low` or less to `high` or more; with their 2 and 5 folds where those are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = max(1, (last - first) // 6)
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [factor * 10.0 ** power for power in range(first, last + every, every) for factor in factors]
+    # What lies outside the first tick below and the first above is not needed.
+    start = max((n for n, tick in enumerate(ticks) if tick <= low * (1 + 1e-9)), default=0)
+    end = min((n for n, tick in enumerate(ticks) if tick >= high * (1 - 1e-9)), default=len(ticks) - 1)
+    if end == start:
+        end = start + 1
+        ticks.append(10.0 * ticks[-1])
+    return [float(f"{tick:.6g}") for tick in ticks[start:end + 1]]

@@ -162,6 +162,55 @@ def test_bars_need_a_value_for_each_label():
         pictures.bars(["a", "b"], {"predicted": [1.0]}, "t")
 
 
+def lines_of(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of each polyline."""
+    found = [e.get("points").split() for e in ElementTree.fromstring(svg).iter(f"{SVG}polyline")]
+    return [[tuple(map(float, point.split(","))) for point in points] for points in found]
+
+
+def test_curves_lie_where_their_ticks_say():
+    """y by the places of the ticks, linear and logarithmic; a gap at None, NaN and what has no logarithm."""
+    points = [(0, 1.0), (50, 10.0), (60, None), (70, float("nan")), (80, 100.0), (100, 1000.0)]
+    for is_log in (False, True):
+        svg = pictures.curves({"a": points, "b": [(0, 2.0), (100, 4.0)]}, "loss", is_log)
+        texts = [(e.text, float(e.get("x")), float(e.get("y")) - 4, e.get("text-anchor"))
+                 for e in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+        y = {float(word): y for word, _, y, anchor in texts if anchor == "end"}
+        x = {float(word): x for word, x, y, anchor in texts if anchor == "middle" and word != "step"}
+        first, second, other = lines_of(svg)
+        assert len(first) == len(second) == 2 and {"a", "b", "loss", "step"} <= {word for word, *_ in texts}
+        assert second[1] == pytest.approx((x[100.0], y[1000.0]), abs=0.1)
+        if is_log:
+            assert first[0] == pytest.approx((x[0.0], y[1.0]), abs=0.1)
+            assert first[1][1] == pytest.approx(y[10.0], abs=0.1)
+            assert second[0][1] == pytest.approx(y[100.0], abs=0.1)
+        else:
+            assert first[0][1] == pytest.approx(y[0.0] + (y[1000.0] - y[0.0]) / 1000, abs=0.1)
+    assert len(lines_of(pictures.curves({"a": [(0, 1.0), (1, 2.0), (2, 0.0), (3, 1.0), (4, 2.0)]}, "l",
+                                        is_log=True))) == 2
+
+
+def test_of_a_long_curve_the_peaks_are_kept():
+    points = [(x, 1.0) for x in range(100_000)]
+    points[40_321], points[77] = (40_321, 9.0), (77, -3.0)
+    [line] = lines_of(pictures.curves({"a": points}, "loss"))
+    assert len(line) <= pictures.MOST_POINTS + 4
+    tall = sorted(line, key=lambda point: point[1])
+    assert tall[0][1] < tall[1][1] and tall[-1][1] > tall[-2][1]
+    assert line == sorted(line, key=lambda point: point[0])
+
+
+@pytest.mark.parametrize("values", [[], [None], [0.0], [5.0], [1e-12, 2e-12], [1e30], [-1.0, -1.0],
+                                    [3e-5, 5e-5], [0.999, 1.001], [1e-320, 1.0]])
+@pytest.mark.parametrize("is_log", [False, True])
+def test_curves_of_few_and_of_odd_values_draw(values, is_log):
+    svg = pictures.curves({"a<b&\x00": list(enumerate(values)), "long " * 60: []}, "t", is_log)
+    root = ElementTree.fromstring(svg)
+    for e in root.iter(f"{SVG}text"):
+        assert 0 <= float(e.get("x")) <= pictures.PLOT[0] and 0 <= float(e.get("y")) <= pictures.PLOT[1]
+    assert "nan" not in svg and "inf" not in svg
+
+
 @pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["pictures.py"], """
