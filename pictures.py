@@ -77,17 +77,40 @@ def error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def coloured(v: Tensor, label: Tensor) -> Tensor:
-    """(...) in [-1, 1] -> (..., 3): grey, with a colour per class where label (...) is not 0.
+    """(..., h, w) in [-1, 1] -> (..., h, w, 3): grey, and where label is not 0 its class: a contour in the
+    class's colour, and inside of it a tint that leaves the image to be seen.
+    """
+    colour, plain = class_colour(label), grey(v)
+    # A pixel is of the contour when one of its four neighbours is of another class.
+    padded = F.pad(label.float().reshape(1, -1, *label.shape[-2:]), (1, 1, 1, 1), mode="replicate")[0]
+    middle = padded[..., 1:-1, 1:-1]
+    around = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+    is_edge = torch.stack([other != middle for other in around]).any(0).reshape(label.shape)
+    share = torch.where(is_edge, 1.0, 0.2)[..., None]
+    return torch.where((label > 0)[..., None], (1 - share) * plain + share * colour, plain)
 
-    Each number turns the hue by the golden angle, so that neighbouring numbers get hues far apart.
+
+def class_colour(label: Tensor) -> Tensor:
+    """Class numbers (...) -> (..., 3). Each number turns the hue by the golden angle, so that neighbouring
+    numbers get hues far apart.
     """
     hue = (label * 0.381966 % 1)[..., None] * 6                   # sixths of the colour circle
     # each of red, green and blue is a straight line of the hue's distance from a corner of the circle
     corner = torch.tensor([3.0, 2.0, 4.0])
     slope = torch.tensor([1.0, -1.0, -1.0])
     offset = torch.tensor([-1.0, 2.0, 2.0])
-    colour = 255 * ((hue - corner).abs() * slope + offset).clamp(0, 1)
-    return torch.where((label > 0)[..., None], 0.5 * grey(v) + 0.5 * colour, grey(v))
+    return 255 * ((hue - corner).abs() * slope + offset).clamp(0, 1)
+
+
+BOTH, MISSED, ADDED = (230.0, 230.0, 230.0), (230.0, 70.0, 60.0), (70.0, 130.0, 240.0)
+
+
+def occupancy(found: Tensor, true: Tensor) -> Tensor:
+    """Two masks (...) -> (..., 3): what both hold, what was missed and what was added; else black."""
+    image = torch.zeros(*true.shape, 3)
+    for mask, colour in ((found & true, BOTH), (true & ~found, MISSED), (found & ~true, ADDED)):
+        image[mask] = torch.tensor(colour)
+    return image
 
 
 def slices(
@@ -114,15 +137,32 @@ def slices(
         image = colour(*(volume.select(axis, at) for volume in volumes)).float()
         if not is_picture:
             image = image.flip(0, 1)                              # from RAS
-        # then its size: square pixels as fine as the finer spacing, enlarged to about 256
-        extent = [shape[a] * spacing[a] for a in others]          # mm
-        pixel = max(min(spacing[a] for a in others), max(extent) / LARGEST)
-        size = [max(1, round(mm / pixel)) for mm in extent]
-        factor = max(1, 256 // max(size))
-        size = [n * factor for n in size]
-        image = F.interpolate(image.movedim(-1, 0)[None], size, mode="nearest")
-        found.append(image[0].movedim(0, -1))
+        found.append(enlarged(image, [spacing[a] for a in others]))
     return found
+
+
+def projections(
+    volumes: Sequence[Tensor], spacing: Sequence[float], colour: Callable[..., Tensor]
+) -> list[Tensor]:
+    """Largest value along D (bird's-eye) and along H (front) of each of volumes (D, H, W), as `colour` shows
+    them. For grids whose few occupied voxels no slice shows. D and H grow upwards, W to the right.
+    """
+    found = []
+    for axis in (0, 1):
+        image = colour(*(volume.amax(axis) for volume in volumes)).float()
+        found.append(enlarged(image.flip(0), [spacing[a] for a in range(3) if a != axis]))
+    return found
+
+
+def enlarged(image: Tensor, spacing: Sequence[float]) -> Tensor:
+    """(h, w, 3) with pixels of spacing mm -> square pixels as fine as the finer spacing, about 256 a side."""
+    extent = [n * mm for n, mm in zip(image.shape, spacing)]      # mm
+    pixel = max(min(spacing), max(extent) / LARGEST)
+    size = [max(1, round(mm / pixel)) for mm in extent]
+    factor = max(1, 256 // max(size))
+    size = [n * factor for n in size]
+    image = F.interpolate(image.movedim(-1, 0)[None], size, mode="nearest")
+    return image[0].movedim(0, -1)
 
 
 def sheet(columns: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -136,8 +176,22 @@ def sheet(columns: Sequence[Sequence[Tensor]]) -> Tensor:
     return torch.cat(rows).round().to(torch.uint8)
 
 
-def png(image: Tensor) -> bytes:
-    """(height, width, 3) uint8 -> the bytes of a PNG file (RFC 2083)."""
+def panels(image: Tensor, columns: int, sizes: Sequence[tuple[int, int]]) -> list[list[Tensor]]:
+    """What `sheet` put together, column by column. sizes: height and width of the slices of each row."""
+    found: list[list[Tensor]] = [[] for _ in range(columns)]
+    y = 2
+    for height, width in sizes:
+        for number, column in enumerate(found):
+            x = 2 + number * (width + 4)
+            column.append(image[y:y + height, x:x + width])
+        y += height + 4
+    return found
+
+
+def png(image: Tensor, note: str = "") -> bytes:
+    """(height, width, 3) uint8 -> the bytes of a PNG file (RFC 2083). note: ASCII, kept in it as `Comment`,
+    which changes no pixel.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
@@ -148,8 +202,35 @@ def png(image: Tensor) -> bytes:
     lines = b"".join(b"\0" + row.numpy().tobytes() for row in image.contiguous())
     # 8 bits a channel, colour type 2 (red, green, blue), no interlacing
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines, 6)), chunk(b"IEND", b"")
+    comment = chunk(b"tEXt", b"Comment\0" + note.encode("ascii")) if note else b""
+    content = comment + chunk(b"IDAT", zlib.compress(lines, 6))
+    parts = chunk(b"IHDR", header), content, chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def read_png(content: bytes) -> tuple[Tensor, str]:
+    """What `png` made -> the image (height, width, 3) uint8 and the note. ValueError for any other file."""
+    start, note, lines, size = 8, b"", b"", None
+    while content[:8] == b"\x89PNG\r\n\x1a\n" and start + 12 <= len(content):
+        length, kind = struct.unpack(">I4s", content[start:start + 8])
+        body = content[start + 8:start + 8 + length]
+        if kind == b"IHDR" and body[8:] == bytes([8, 2, 0, 0, 0]):
+            width, height = struct.unpack(">II", body[:8])
+            size = height, width
+        elif kind == b"tEXt":
+            note = body.partition(b"\0")[2]
+        elif kind == b"IDAT":
+            lines += body
+        start += length + 12
+    try:
+        pixels = torch.frombuffer(bytearray(zlib.decompress(lines)), dtype=torch.uint8)
+        height, width = size
+        image = pixels.reshape(height, 1 + 3 * width)
+    except (zlib.error, TypeError, RuntimeError, ValueError):
+        raise ValueError("not a PNG of pictures.png: cut, or of another program") from None
+    if image[:, 0].any():
+        raise ValueError("not a PNG of pictures.png: its lines are filtered")
+    return image[:, 1:].reshape(height, width, 3), note.decode("ascii", "replace")
 
 
 # ------------------------------------------------------------------------------------------------ bars

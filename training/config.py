@@ -26,7 +26,7 @@ from losses import LossConfig
 from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
-from volumes.config import DataConfig
+from volumes.config import WINDOWS, DataConfig
 from volumes.files import brief, one_line
 
 MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
@@ -156,6 +156,9 @@ class LogConfig:
     sample_every: int = 100                   # steps between pictures; 0: never; some are made at the end
                                               # in any case
     samples: int = 2                          # held-out volumes of which pictures are made
+    window: str = "auto"                      # in which pictures show a CT: lung | bone | soft_tissue |
+                                              # brain; none: as the network sees it; auto: soft_tissue,
+                                              # but none where data.window is given
     histogram_every: int = 100                # steps between histograms for tensorboard and wandb;
                                               # 0: never
     tensorboard: bool = False                 # write OUT/tensorboard (pip install tensorboard)
@@ -165,6 +168,7 @@ class LogConfig:
                                               # 0: never
 
     def __post_init__(self):
+        one_of("log.window", self.window, ("auto", "none", *WINDOWS))
         at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
 
 

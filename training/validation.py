@@ -6,11 +6,15 @@ the same noise, so that validations compare. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 
+import data
+import losses
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
@@ -211,8 +215,9 @@ def check_best(run: Run) -> bool:
 def save_samples(run: Run) -> None:
     """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI beside it.
 
-    Of the first crop of each held-out volume, up to log.samples volumes. All ranks compute them, since they
-    recover from out of memory together; the first writes.
+    Of the crop with most foreground of each held-out volume, up to log.samples volumes; what they show
+    stands in the PNG as a note (training/views.py). All ranks compute them, since they recover from out of
+    memory together; the first writes.
     """
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
@@ -220,12 +225,8 @@ def save_samples(run: Run) -> None:
     model, folder = state.shipped.eval(), run.out / "samples"
     if ranks.first():
         folder.mkdir(exist_ok=True)
-    done: set[str] = set()                                       # names of volumes
-    for crop in run.held_out:
+    for crop in crops_to_show(run):
         name = crop.entry.name
-        if name in done or len(done) == cfg.log.samples:
-            continue
-        done.add(name)
         stop_if_signalled(run)
 
         # First the network's output.
@@ -242,8 +243,9 @@ def save_samples(run: Run) -> None:
 
         # Then the files, and the picture for TensorBoard and W&B.
         picture = task.picture(cfg, crop, out)
+        note = json.dumps(picture.note | {"name": name, "step": state.step}) if picture.note else ""
         stem = f"step_{state.step:06d}_{name.replace('/', '_')}"
-        content = pictures.png(picture.image)
+        content = pictures.png(picture.image, note)
         write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
         path = folder / f"{stem}_{picture.kind}.nii.gz"
         with naming(path):
@@ -251,3 +253,29 @@ def save_samples(run: Run) -> None:
         for sink in run.log.sinks:
             sink.picture(f"samples/{name}", picture.image, state.step)
     model.train()
+
+
+def crops_to_show(run: Run) -> Iterator[data.Crop]:
+    """Of each of the first log.samples held-out volumes the crop with most foreground."""
+    held_out, count = run.held_out, run.cfg.log.samples
+    if isinstance(held_out, data.WholeVolumes):
+        for number in range(min(count, len(held_out))):          # each is read when its turn comes
+            yield held_out[number]
+        return
+    best: dict[str, tuple[int, data.Crop]] = {}
+    for crop in held_out:
+        name, amount = crop.entry.name, foreground(crop)
+        if name not in best and len(best) == count:
+            continue
+        if name not in best or amount > best[name][0]:
+            best[name] = amount, crop
+    for _, crop in best.values():
+        yield crop
+
+
+def foreground(crop: data.Crop) -> int:
+    """Voxels that a label names, or without one those that are not background."""
+    if crop.label is not None:
+        return int((crop.label > 0).sum())
+    far = (crop.image - crop.entry.intensity.background).abs() > losses.OCCUPIED
+    return int(far.any(0).sum())
