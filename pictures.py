@@ -1,7 +1,7 @@
 """What one looks at: slices of volumes side by side as PNG, bars and curves as SVG. Needs torch and nothing
 else.
 
-    open("a.png", "wb").write(png(comparison(image, recon, spacing=(1, 1, 1), background=-1)))
+    open("a.png", "wb").write(png(sheet([slices([x], x + 1, (1, 1, 1), grey)])))
     open("a.svg", "w").write(bars(["AMP none"], {"predicted": [5.6], "measured": [5.5]}, "Peak memory"))
     open("b.svg", "w").write(curves({"run": [(1, 0.5), (2, 0.3)]}, "loss", is_log=True))
 
@@ -27,24 +27,6 @@ LARGEST = 4096                   # pixels of a slice's longer side, whatever spa
 
 
 # ------------------------------------------------------------------------------------------------ slices
-
-
-def comparison(
-    image: Tensor, recon: Tensor, spacing: Sequence[float], background: float, is_picture: bool = False
-) -> Tensor:
-    """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
-
-    image, recon (C, D, H, W) -> (height, width, 3) uint8. The first channel is shown, and of each axis the
-    slice with the most foreground. Grey is -1 to 1; the error runs from black (0) over red to yellow (0.5).
-    """
-    image, recon = image[0], recon[0]
-    weight = (image - background).abs()
-    columns = [
-        slices([image], weight, spacing, grey, is_picture),
-        slices([recon], weight, spacing, grey, is_picture),
-        slices([recon, image], weight, spacing, error, is_picture),
-    ]
-    return sheet(columns)
 
 
 def label_comparison(

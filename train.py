@@ -40,29 +40,29 @@ from pathlib import Path
 import torch
 
 import data
-import peaks
 from tasks import TASKS
 from training import checkpoints, memory, ranks
 from training.adversary import disc_rate
 from training.config import TrainConfig, changed, config_dict, to_yaml
-from training.console import line_of, shown, tell
-from training.devices import gpu_use, peak_gib, pick_device, pick_precision, set_backend
+from training.console import line_of, tell
+from training.devices import gpu_use, peak_gib, pick_device, set_backend
 from training.facts import facts_of, is_same_training, open_data
 from training.fit import fit, predicted_peak
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
 from training.log import Log, codebook_use, log_histograms, open_sinks
+from training.opening import conclude, introduce
 from training.order import MicroBatch, crops_of_step, learning_rate, step_batches, steps_per_epoch
 from training.resume import full_weights, keep_global_batch, restore, resumed_config, start_from
 from training.run import Run, recovered, save_config, stopped_early, total_steps
+from training.run_page import keep_page
 from training.signals import SIGNALS, RunStopped, Stopped, caught_signals, stopped_by_signals
 from training.state import State, tensors_of
 from training.step import train_step
-from training.task import Task, metric_of, of
+from training.task import Task, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
 from volumes.files import DataError, StoreError
-from volumes.splits import patient_of
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
@@ -280,7 +280,8 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     # Then the run folder: its lock and the log are closed however the run ends.
     with contextlib.ExitStack() as opened:
         ranks.together(lambda: open_folder(cfg, out, resumed, opened) if ranks.first() else None)
-        log = Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated)
+        memory_of = "" if device.type == "cuda" else " of this process"
+        log = Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated, memory_of)
         opened.enter_context(contextlib.closing(log))
         held_out = data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
         if cfg.train.val_whole:
@@ -297,41 +298,10 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
             opened.close()
             ranks.barrier()
     if state.finished:
-        tell(f"done at step {state.step}: best {metric_of(cfg, task)} {shown(state.best)}; weights in "
-             f"{out / 'best.pt'}, pictures in {out / 'samples'}")
-        return EXIT_DONE
+        return EXIT_DONE if conclude(run) else EXIT_ERROR
     tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: "
          f"{resume_command(out)}")
     return SIGNALS[stopped_by]
-
-
-def introduce(run: Run, started_from: Sequence[str]) -> None:
-    """The first lines: what is trained, where, on what."""
-    cfg, state, log = run.cfg, run.state, run.log
-    disc = ""
-    if state.disc is not None:
-        disc = f"discriminator {count(state.disc):,}, "
-    precision = pick_precision(cfg.train.amp, run.device, state.model)[1]
-    if state.masters is not None:
-        precision = "16-bit weights, float32 masters"
-    log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "
-            f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
-    for text in started_from:
-        log.say(text)
-    patients = len({patient_of([entry]) for entry in run.dataset.val})
-    if not cfg.train.val_whole and len(run.held_out) < patients:
-        log.say(f"validation looks at {len(run.held_out)} of {patients} held-out patients; raise "
-                "--train.val_crops to see all of them")
-    if run.device.type == "cuda":
-        for text in peaks.environment_warnings():
-            log.say(f"warning: {text}")
-    of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
-    log.say(f"{run.total} steps of {state.global_batch} crops{of_ranks}, {run.per_epoch} an epoch; run "
-            f"folder {run.out}")
-
-
-def count(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 # -------------------------------------------------------------------------------- the loop
@@ -477,6 +447,8 @@ def settle(run: Run) -> bool:
         save_samples(run)
         state.sampled = state.step
     state.finished = at_end
+    if before != (state.validated, state.sampled, state.finished):
+        keep_page(run)
     return before != (state.validated, state.sampled, state.finished)
 
 

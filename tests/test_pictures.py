@@ -26,7 +26,10 @@ def test_png_is_what_was_drawn():
 def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres():
     image = torch.full((1, 4, 8, 8), -1.0)
     image[0, 2, 1, 6] = 1.0
-    picture = pictures.comparison(image, image.clone(), (4.0, 1.0, 1.0), -1.0)
+    weight, spacing = image[0] + 1, (4.0, 1.0, 1.0)
+    columns = [pictures.slices([image[0]], weight, spacing, pictures.grey)] * 2
+    columns.append(pictures.slices([image[0], image[0]], weight, spacing, pictures.error))
+    picture = pictures.sheet(columns)
     height, width, _ = picture.shape
     # axial 8 x 8 mm at 32 pixels a mm, the others 16 x 8 mm at 16
     assert (height, width) == (3 * 260, 3 * 260)
@@ -94,6 +97,39 @@ def test_labels_are_coloured_apart_and_the_background_stays_grey():
         not (sheet[:260, 260:520] == sheet[:260, :260]).all()
         and (sheet[:260, 520:] == sheet[:260, :260]).all()
     )
+
+
+def test_a_sheet_is_taken_apart_again_and_a_png_keeps_its_note():
+    columns = [[torch.rand(h, w, 3).mul(255).round() for h, w in ((5, 7), (3, 9))] for _ in range(2)]
+    image, note = pictures.read_png(pictures.png(pictures.sheet(columns), "a note"))
+    assert note == "a note"
+    for column, found in zip(columns, pictures.panels(image, 2, [(5, 7), (3, 9)])):
+        assert all(torch.equal(a.to(torch.uint8), b) for a, b in zip(column, found))
+    for content in (b"", b"\x89PNG\r\n\x1a\n", pictures.png(image)[:60]):
+        with pytest.raises(ValueError, match="not a PNG of pictures.png"):
+            pictures.read_png(content)
+
+
+def test_a_class_has_a_contour_and_its_inside_stays_to_be_seen():
+    label = torch.zeros(5, 5)
+    label[1:4, 1:4] = 1
+    image = pictures.coloured(torch.zeros(5, 5), label)
+    colour = pictures.class_colour(torch.tensor(1.0))
+    assert torch.equal(image[1, 1], colour) and torch.equal(image[3, 2], colour)
+    assert image[2, 2].tolist() == pytest.approx((0.8 * 127.5 + 0.2 * colour).tolist())
+    assert image[0, 0].tolist() == [127.5] * 3
+
+
+def test_projections_show_the_one_occupied_voxel_from_above_and_from_the_front():
+    volume = torch.zeros(4, 6, 8)
+    volume[3, 1, 2] = 1.0
+    above, front = pictures.projections([volume], (1.0, 1.0, 1.0), lambda v: pictures.grey(2 * v - 1))
+    assert above.shape == (6 * 32, 8 * 32, 3) and front.shape == (4 * 32, 8 * 32, 3)
+    for image, row in ((above, 4), (front, 0)):                  # H 1 of 6 from below, D 3 of 4 on top
+        assert image[..., 0].nonzero().min(0).values.tolist() == [row * 32, 2 * 32]
+    found, true = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    both = pictures.occupancy(found, true)
+    assert both.tolist() == [list(pictures.BOTH), list(pictures.ADDED), list(pictures.MISSED), [0, 0, 0]]
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -215,7 +251,7 @@ def test_curves_of_few_and_of_odd_values_draw(values, is_log):
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["pictures.py"], """
 import torch, pictures
-x = torch.zeros(1, 4, 4, 4)
-open("a.png", "wb").write(pictures.png(pictures.comparison(x, x, (1, 1, 1), -1.0)))
+x = torch.zeros(4, 4, 4)
+open("a.png", "wb").write(pictures.png(pictures.sheet([pictures.slices([x], x, (1, 1, 1), pictures.grey)])))
 open("a.svg", "w").write(pictures.bars(["a"], {"b": [1.0]}, "t"))""")
     assert (tmp_path / "a.png").stat().st_size > 100 and (tmp_path / "a.svg").read_text().startswith("<svg")

@@ -71,7 +71,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    out: str | None = None                    # run folder; none: runs/NAME_DATE, the data's name and
+                                              # today, or the next free runs/NAME_DATE-N
     init: str | None = None                   # what to start from: a run folder, a checkpoint, or an
                                               # autoencoder made elsewhere (weights.py)
     init_hints: str | None = None             # what a file made elsewhere cannot say (weights.py's hints):
