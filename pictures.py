@@ -346,6 +346,8 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
     # First the ends of both axes: at the outermost ticks upwards, at the last points to the sides.
     x_low, x_high = min(x for x, _ in known), max(x for x, _ in known)
     low, high = min(y for _, y in known), max(y for _, y in known)
+    # Of values that lie close together, powers of ten would show a flat line.
+    is_log = is_log and high >= 3 * low
     ticks = log_ticks(low, high) if is_log else range_ticks(low, high)
     low, high = ticks[0], ticks[-1]
 
@@ -441,8 +443,8 @@ def thinned(parts: list[list[tuple[float, float]]]) -> list[list[tuple[float, fl
 def range_ticks(low: float, high: float) -> list[float]:
     """Numbers 1, 2 or 5 times a power of ten apart, from `low` or less to `high` or more."""
     if not high - low > 1e-9 * max(abs(low), abs(high)):
-        room = abs(low) / 10 or 1.0
-        low, high = low - room, high + room
+        room = abs(low) / 10
+        low, high = (low - room, high + room) if room else (0.0, 1.0)
     apart = axis_ticks(high - low)[1]
     first, last = math.floor(low / apart), math.ceil(high / apart)
     return [float(f"{n * apart:.12g}") for n in range(first, last + 1)]

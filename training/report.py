@@ -62,6 +62,7 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 .bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px;
        background: linear-gradient(90deg, #000, #f00 50%, #ff0) }
 .box { display: inline-block; width: 12px; height: 12px; margin-right: 5px; vertical-align: -1px }
+.key { white-space: nowrap }
 h4 { margin: 12px 0 0; font-size: 14px; font-weight: 600; color: var(--soft) }
 .words { font-size: 13px; margin-top: 6px }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere }
@@ -126,7 +127,8 @@ def views_html(shown: Views) -> str:
         low, high = shown.error
         words.append(f'Error: {text(low)} <span class="bar"></span> {text(high)}.')
     for name, (red, green, blue) in shown.legend:
-        words.append(f'<span class="box" style="background:rgb({red},{green},{blue})"></span>{text(name)}')
+        box = f'<span class="box" style="background:rgb({red},{green},{blue})"></span>'
+        words.append(f'<span class="key">{box}{text(name)}</span>')
     return slices_table(shown.columns, shown.rows) + f'<p class="words">{" &ensp; ".join(words)}</p>'
 
 

@@ -44,9 +44,9 @@ def note_command(run: Run) -> None:
     row = {
         "step": run.state.step,
         "command": shlex.join(["python", *sys.argv]),
-        "data": f"{source}: {len(dataset.train)} training volumes, {len(dataset.val)} held out, channels: "
+        "data": f"{source}; training volumes: {len(dataset.train)}, held out: {len(dataset.val)}, channels: "
                 f"{dataset.channels}, crops of {sizes(dataset.patch)}",
-        "device": f"{run.device}, {ranks.world()} processes",
+        "device": f"{run.device}, processes: {ranks.world()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
     }
     with open(run.out / COMMANDS, "a", encoding="utf-8") as file:
@@ -166,9 +166,11 @@ def curves_of(logs: dict[str, list[dict]]) -> str:
             for split, words in (("train", "training"), ("val", "validation")):
                 points = points_of(rows, split, name)
                 is_speed = name in ("lr", "peak_gib", "voxels_per_second")
-                if points and not (is_speed and split == "val"):
+                is_known = any(y is not None for _, y in points)
+                if is_known and not (is_speed and split == "val"):
                     series[words if len(logs) == 1 else f"{run} {words}"] = points
-        drawings.append(drawn(name, series))
+        if series:
+            drawings.append(drawn(name, series))
     if classes:
         of_class = {f"{run} {name}" if len(logs) > 1 else name.replace("dice_", "class "):
                     points_of(rows, "val", name) for run, rows in logs.items() for name in classes}

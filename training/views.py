@@ -161,11 +161,13 @@ def of_labels(image: Tensor, labels: Mapping[str, Tensor], spacing: Sequence[flo
               names: Mapping[int, str] | None = None) -> Views:
     """image (C, D, H, W), labels: heading -> (D, H, W) -> the first channel, with contours of each of labels.
 
-    names: what the legend says of a class, in the place of its number. Slices where there is most foreground
-    of all labels.
+    names: what the legend says of a class, in the place of its number. Slices where there is most of the
+    first label.
     """
     x = windowed(image, intensity, window[1] if window else None)[0]
-    weight = torch.stack([label > 0 for label in labels.values()]).any(0).float()
+    # The first label decides, so that the slices stay the same as what is found changes.
+    masks = [label > 0 for label in labels.values()]
+    weight = (masks[0] if masks[0].any() else torch.stack(masks).any(0)).float()
     columns = {"Input": pictures.slices([x], weight, spacing, pictures.grey, is_picture)}
     for heading, label in labels.items():
         columns[heading] = pictures.slices([x, label], weight, spacing, pictures.coloured, is_picture)
