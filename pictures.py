@@ -350,6 +350,7 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
     is_log = is_log and high >= 3 * low
     ticks = log_ticks(low, high) if is_log else range_ticks(low, high)
     low, high = ticks[0], ticks[-1]
+    left = max(left, 12 + LETTER * max(len(f"{tick:.6g}") for tick in ticks))
 
     def place_of(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
@@ -361,7 +362,8 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
     # Then the axes with their ticks, then the curves.
     for tick in ticks:
         _, y = place_of(x_low, tick)
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#d8d8d8"/>')
+        ends = f'x1="{left:.1f}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}"'
+        parts.append(f'<line {ends} stroke="#d8d8d8"/>')
         parts.append(text(left - 6, y + 4, f"{tick:.6g}", 'text-anchor="end"'))
     for tick in range_ticks(x_low, x_high):
         if x_low <= tick <= x_high:

@@ -237,7 +237,7 @@ def test_of_a_long_curve_the_peaks_are_kept():
 
 
 @pytest.mark.parametrize("values", [[], [None], [0.0], [5.0], [1e-12, 2e-12], [1e30], [-1.0, -1.0],
-                                    [3e-5, 5e-5], [0.999, 1.001], [1e-320, 1.0]])
+                                    [3e-5, 5e-5], [1.1761e-4, 1.1765e-4], [0.999, 1.001], [1e-320, 1.0]])
 @pytest.mark.parametrize("is_log", [False, True])
 def test_curves_of_few_and_of_odd_values_draw(values, is_log):
     svg = pictures.curves({"a<b&\x00": list(enumerate(values)), "long " * 60: []}, "t", is_log)
@@ -245,6 +245,8 @@ def test_curves_of_few_and_of_odd_values_draw(values, is_log):
     for e in root.iter(f"{SVG}text"):
         assert 0 <= float(e.get("x")) <= pictures.PLOT[0] and 0 <= float(e.get("y")) <= pictures.PLOT[1]
     assert "nan" not in svg and "inf" not in svg
+    labels = [e for e in root.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+    assert all(len(e.text) * 6 <= float(e.get("x")) for e in labels)
 
 
 @pytest.mark.slow
