@@ -107,15 +107,22 @@ def of_reconstruction(image: Tensor, recon: Tensor, spacing: Sequence[float], in
     if intensity.modality == "voxel" and min(image.shape[1:]) > 1:
         return of_grid(image, recon, spacing, intensity)
     limits = window[1] if window else None
-    x, y = windowed(image, intensity, limits), windowed(recon, intensity, limits)
+
+    # Slices alone are put into the window: a whole volume may be large.
+    def grey(v: Tensor) -> Tensor:
+        return pictures.grey(windowed(v, intensity, limits))
+
+    def error_of(a: Tensor, b: Tensor) -> Tensor:
+        return pictures.error(windowed(a, intensity, limits), windowed(b, intensity, limits))
+
     columns: dict[str, list[Tensor]] = {"Input": [], "Reconstruction": [], "Error": []}
     rows: list[str] = []
-    for c in range(len(x)):
+    for c, (x, y) in enumerate(zip(image, recon, strict=True)):
         weight = (image[c] - intensity.background).abs()
-        columns["Input"] += pictures.slices([x[c]], weight, spacing, pictures.grey, is_picture)
-        columns["Reconstruction"] += pictures.slices([y[c]], weight, spacing, pictures.grey, is_picture)
-        columns["Error"] += pictures.slices([y[c], x[c]], weight, spacing, pictures.error, is_picture)
-        rows += row_names(len(columns["Input"]) - len(rows), c, len(x))
+        columns["Input"] += pictures.slices([x], weight, spacing, grey, is_picture)
+        columns["Reconstruction"] += pictures.slices([y], weight, spacing, grey, is_picture)
+        columns["Error"] += pictures.slices([y, x], weight, spacing, error_of, is_picture)
+        rows += row_names(len(columns["Input"]) - len(rows), c, len(image))
     words = [grey_words(window, intensity)] + ([] if is_picture else [orientation()])
     error = ("0", "0.5 and more, of the range from -1 to 1")
     if intensity.modality == "ct":
