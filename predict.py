@@ -7,6 +7,7 @@ evaluate the network on them.
     python predict.py segment     --checkpoint runs/seg --input scan.nii.gz --output out/ --viz
     python predict.py sample      --checkpoint runs/ldm --vae runs/ct --count 4 --output samples/
     python predict.py evaluate    --checkpoint runs/ct --data FOLDER --json out.json --report out.html
+    python predict.py report      runs/a runs/b --output both.html    # curves and pictures of runs
 
 `encode` writes the latent mean, or the indices of codes; `decode` after it equals `reconstruct`, to the bit.
 
@@ -45,7 +46,7 @@ import torch
 
 import pictures
 from tasks import TASKS
-from training import evaluation, jobs, latents, report, sample_report, sampling
+from training import evaluation, jobs, latents, report, run_page, sample_report, sampling, views
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
@@ -252,7 +253,7 @@ def evaluate(options: argparse.Namespace) -> bool:
                     totals.add(volume, scored)
                     rows.append(evaluation.row_of(item, case, t, scored))
                     if options.report:
-                        part = report.figure(rows[-1], slices_of(case, t, scored.found))
+                        part = report.figure(rows[-1], views_of(case, t, scored.found, cfg))
                         part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
                     which = f" volume {case.numbers[t]}" if case.numbers else ""
@@ -277,11 +278,26 @@ def part_file(folder: str, number: int) -> Path:
     return Path(folder, f"{number}.html")
 
 
-def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
+def views_of(case: Case, number: int, found: np.ndarray, cfg: DataConfig) -> views.Views:
     """Pictures of one volume, of its label where it has one, and of what the network made of it."""
-    volume, intensity = case.volumes[number]
-    label = label_of(case, number) if case.labels else None
-    return report.slices_of(volume, found, label, intensity.background, case.spacing, case.is_picture)
+    (volume, intensity), found = case.volumes[number], torch.from_numpy(found)
+    window = views.window_limits("auto", cfg.window, intensity)
+    rest = case.spacing, intensity, window, case.is_picture
+    if case.labels:
+        pair = {"Label": torch.from_numpy(label_of(case, number)), "Found": found}
+        return views.of_labels(torch.from_numpy(volume), pair, *rest)
+    return views.of_reconstruction(torch.from_numpy(volume), found, *rest)
+
+
+def report_runs(options: argparse.Namespace) -> bool:
+    """Run folders -> report.html, of several runs with one set of curves."""
+    folders = [Path(name) for name in options.runs]
+    output = Path(options.output or folders[0] / run_page.NAME)
+    if options.output is None and len(folders) > 1:
+        output = Path(run_page.NAME)                             # the page of the first run stays its own
+    run_page.write_page(folders, output)
+    print(f"report of {len(folders)} run{'s' if len(folders) > 1 else ''} -> {output}")
+    return True
 
 
 def sample(options: argparse.Namespace) -> bool:
@@ -308,6 +324,9 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, Da
     cfg = data_config(ready, with_labels, **data_changes(options))
     ready.task.prepare(ready, options, cfg)
     print(describe(ready), flush=True)
+    if ready.facts["step"] == 0:
+        print(f"{ready.path}: is of step 0, the untrained network: no later validation of its run was better",
+              flush=True)
     return ready, cfg
 
 
@@ -339,6 +358,7 @@ COMMANDS = {
     "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
     "segment": (segment, "volumes -> class numbers on their own grid"),
     "sample": (sample, "volumes out of noise, by a denoiser of latents and their autoencoder"),
+    "report": (report_runs, "curves and pictures of runs, side by side, as one page"),
     "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures"),
 }
 
@@ -357,6 +377,10 @@ def build_parser() -> Parser:
 
 def add_flags(command: str, add: Callable) -> None:
     """The flags of one command. add: argparse's add_argument."""
+    if command == "report":
+        add("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+        add("--output", metavar="FILE", help="[RUN/report.html; of several runs report.html here]")
+        return
     of_autoencoder = command not in ("segment", "sample")
     of_unet = command in ("segment", "evaluate")
 

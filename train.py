@@ -41,7 +41,7 @@ from tasks import TASKS
 from training import checkpoints, edges, ranks
 from training.adversary import disc_rate
 from training.config import TrainConfig, changed, config_dict, to_yaml
-from training.console import line_of, shown, tell
+from training.console import line_of, tell
 from training.devices import gpu_use, peak_gib, pick_device, set_backend
 from training.facts import facts_of, is_same_training
 from training.fit import check_memory
@@ -49,14 +49,16 @@ from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
 from training.log import Log, codebook_use, log_histograms, open_sinks
+from training.opening import conclude, introduce
 from training.order import MicroBatch, learning_rate, step_batches
 from training.resume import full_weights, keep_global_batch, restore, resumed_config, start_from
 from training.run import Run, recovered, save_config, stopped_early
+from training.run_page import keep_page
 from training.signals import SIGNALS, RunStopped, Stopped, caught_signals, stopped_by_signals
 from training.stages import Stage, open_stages, planned
 from training.state import State, tensors_of
 from training.step import train_step
-from training.task import Task, metric_of, of
+from training.task import Task, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
 from volumes.files import DataError, StoreError
 
@@ -281,13 +283,14 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, opened: Sequence[S
     with contextlib.ExitStack() as closing:
         ranks.together(lambda: open_folder(cfg, out, resumed, closing) if ranks.first() else None)
         names, number = [each.name for each in opened], len(state.edges)
-        log = Log(cfg, out, stages[-1].end, state.step, open_sinks(cfg, out), state.validated,
+        memory_of = "" if device.type == "cuda" else " of this process"
+        log = Log(cfg, out, stages[-1].end, state.step, open_sinks(cfg, out), state.validated, memory_of,
                   behind=names[:number], ahead=names[number + 1:])
         closing.enter_context(contextlib.closing(log))
         run = Run(cfg, opened, stages, state, device, out, log)
         edges.attach(run)
         save_config(run)
-        edges.introduce(run, started_from)
+        introduce(run, started_from)
 
         # Then the loop, and a last barrier: torchrun ends the other ranks as soon as one has left, so none
         # leaves before all is saved.
@@ -297,9 +300,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, opened: Sequence[S
             closing.close()
             ranks.barrier()
     if state.finished:
-        tell(f"done at step {state.step}: best {metric_of(cfg, task)} {shown(state.best)}; weights in "
-             f"{out / 'best.pt'}, pictures in {out / 'samples'}")
-        return EXIT_DONE
+        return EXIT_DONE if conclude(run) else EXIT_ERROR
     tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: "
          f"{resume_command(out)}")
     return SIGNALS[stopped_by]
@@ -464,6 +465,8 @@ def settle(run: Run) -> bool:
         save_samples(run)
         state.sampled = state.step
     run.over, state.finished = at_end, at_end and run.is_last_stage
+    if before != (state.validated, state.sampled, state.finished):
+        keep_page(run)
     return before != (state.validated, state.sampled, state.finished)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import data
 import losses
-import pictures
 import unet
 import vae3d
+from training import views
 from training.cases import Case, label_of
 from training.config import TrainConfig, changed
 from training.forward import forward
@@ -174,14 +174,23 @@ def figures(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
-    """Slices of the crop with its label, and with the classes found."""
+    """Slices of the crop with contours of its label and of the classes found, and Dice in this crop."""
     found = predicted_classes(out.logits).cpu().to(torch.int16)
     label = crop.label
     if cfg.data.ignore_label is not None:
         label = torch.where(label == cfg.data.ignore_label, 0, label)
-    is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
-    image = pictures.label_comparison(crop.image, [label, found[0]], crop.entry.spacing, is_picture)
-    return Picture(image, found.numpy(), "pred")
+    intensity = crop.entry.intensity
+    is_picture = intensity.modality == "picture" and crop.image.shape[1] == 1
+    window = views.window_limits(cfg.log.window, cfg.data.window, intensity)
+
+    # Dice of the classes that occur in the label or were found, for the legend.
+    pair = found.long(), crop.label[None]
+    scores = dice_row(torch.stack(losses.dice_scores(*pair, classes(cfg), cfg.data.ignore_label)))
+    names = {k: f"class {k}: Dice {scores[f'dice_{k}']:.3f}" for k in range(1, classes(cfg))}
+    shown = views.of_labels(crop.image, {"Label": label, "Found": found[0]}, crop.entry.spacing, intensity,
+                            window, is_picture, names)
+    figures = f"mean Dice {scores['dice']:.4f}"
+    return Picture(shown.sheet(), found.numpy(), "pred", shown.note() | {"figures": figures})
 
 
 # -------------------------------------------------------------------------------- use of a checkpoint

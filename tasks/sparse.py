@@ -29,11 +29,10 @@ from torch.utils._pytree import tree_map
 import data
 import losses
 import peaks
-import pictures
 import sparse
 import sparse_tables
 from sparse import SparseConfig, SparseVAE
-from training import ranks
+from training import ranks, views
 from training.cases import Case
 from training.config import TrainConfig, changed
 from training.forward import forward
@@ -247,11 +246,11 @@ def measured(state: State, network: SparseVAE, out, points: PointBatch,
 
 def metrics(cfg: TrainConfig, out: Measured, micro: MicroBatch, crop: data.Crop) -> dict[str, float]:
     """Of one crop; see `compared`."""
-    return compared(out.points, out.code, out.values, out.out.recon, out.pca, cfg.data.band)
+    return compared(out.points, out.code, out.values, out.out.recon, out.pca)
 
 
-def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor, pca: Tensor,
-             band: float) -> dict[str, float]:
+def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor,
+             pca: Tensor) -> dict[str, float]:
     """points: one sample; code and values: decoded from tokens alone; recon (N, C): on the true coordinates.
 
     iou: of decoded and true points. l1 and sign (share of equal signs): on the true coordinates; l1_decoded:
@@ -322,11 +321,13 @@ def output(cfg: TrainConfig, state: State, network: SparseVAE, image: Tensor) ->
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: Measured) -> Picture:
-    """Slices of distance, as it is and as the tokens give it, and their error."""
-    size = tuple(crop.image.shape[1:])
+    """The points of a crop and those that its tokens give, with the figures of this crop."""
+    size, intensity = tuple(crop.image.shape[1:]), crop.entry.intensity
     grid = grid_of(out.code.cpu(), out.values.cpu(), size)
-    image = pictures.points_comparison(crop.image, grid, crop.entry.spacing)
-    return Picture(image, grid.numpy(), "recon")
+    shown = views.of_reconstruction(crop.image, grid, crop.entry.spacing, intensity)
+    scores = compared(out.points, out.code, out.values, out.out.recon, out.pca)
+    figures = f"IoU {scores['iou']:.3f}, L1 {scores['l1']:.3f} of the band, signs {scores['sign']:.1%}"
+    return Picture(shown.sheet(), grid.numpy(), "recon", note=shown.note() | {"figures": figures})
 
 
 # -------------------------------------------------------------------------------- start of a run
@@ -463,7 +464,7 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
         recon, _, _ = vae.rebuild(z, tables)
         pca = vae.principal(points.feats, tables)
     decoded = points_of(torch.from_numpy(found)[None], ready.device)
-    scores = compared(points, decoded.code, decoded.feats, recon, pca, ready.cfg.data.band)
+    scores = compared(points, decoded.code, decoded.feats, recon, pca)
 
     # Bits: of the codes, and of which cells hold a token, log2 of (cells choose tokens).
     tokens, cells = tables.tokens, math.prod(token_size(size))

@@ -23,10 +23,9 @@ import adversarial
 import data
 import losses
 import perceptual
-import pictures
 import vae3d
 from losses import LossConfig
-from training import checkpoints, ranks
+from training import checkpoints, ranks, views
 from training.adversary import disc_rate
 from training.cases import Case
 from training.config import TrainConfig
@@ -257,11 +256,20 @@ def figures(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: vae3d.VAEOutput | vae3d.VQOutput) -> Picture:
-    """Slices of the crop, its reconstruction, and the error."""
-    recon = out.recon[0].float().cpu()
-    is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
-    image = pictures.comparison(crop.image, recon, crop.entry.spacing, cfg.loss.background, is_picture)
-    return Picture(image, recon.numpy(), "recon")
+    """The crop, its reconstruction, and the error, with the figures of this crop."""
+    recon, intensity = out.recon[0].float().cpu(), crop.entry.intensity
+    is_picture = intensity.modality == "picture" and crop.image.shape[1] == 1
+    window = views.window_limits(cfg.log.window, cfg.data.window, intensity)
+    shown = views.of_reconstruction(crop.image, recon, crop.entry.spacing, intensity, window, is_picture)
+    pair = recon[None], crop.image[None]
+    figures = f"PSNR {float(losses.psnr(*pair)):.2f} dB, SSIM {float(losses.ssim(*pair)):.4f}"
+    if intensity.modality == "ct":
+        # A distance of 2 is the whole range.
+        hu = float((recon - crop.image).abs().mean()) / 2 * (intensity.high[0] - intensity.low[0])
+        figures += f", mean error {hu:.1f} HU"
+    if intensity.modality == "voxel":
+        figures += f", IoU of occupied voxels {float(losses.occupancy_iou(*pair, cfg.loss.background)):.4f}"
+    return Picture(shown.sheet(), recon.numpy(), "recon", shown.note() | {"figures": figures})
 
 
 # -------------------------------------------------------------------------------- start and end of a run

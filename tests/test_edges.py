@@ -89,8 +89,9 @@ def test_a_run_of_three_stages(whole):
     assert ["adv" in row for row in found] == [False] * 10 + [True] * 4            # disc_start 1 of the stage
     assert ["perceptual" in row for row in found] == [False] * 9 + [True] * 5
     low = load_config(staged(out.parent, THREE)).optim
-    assert [row["lr"] for row in found[:5]] == [20 * learning_rate(low, step, 5) for step in range(5)]
-    assert [row["lr"] for row in found[9:]] == [0.01] * 5
+    assert [row["lr"] for row in found[:5]] == [10 * learning_rate(low, step, 5) for step in range(5)]
+    # Its own warm-up, of ten steps at least.
+    assert [row["lr"] for row in found[9:]] == pytest.approx([0.001 * (k + 1) for k in range(5)])
 
     # A validation ends each stage and another one begins it.
     val = [(row["step"], row["stage"]) for row in rows(out, "val")]

@@ -68,6 +68,7 @@ TESTED_IN = {
     "training.facts": "test_foreign",
     "training.flags": "test_config",
     "training.forward": "test_step",
+    "training.opening": "test_run_page",
     "training.run": "test_folder",
     "training.state": "test_step",
     "training.task": "test_tasks",

@@ -261,7 +261,7 @@ def test_figures_of_a_crop_by_hand():
     # Decoded: two of the four, and one elsewhere.
     code = torch.cat([points.code[:2], points.code[-1:] + 300])
     values = torch.cat([points.feats[:2] + .1, torch.ones(1, 1)])
-    found = sparse.compared(points, code, values, shift, 0 * shift, 2.0)
+    found = sparse.compared(points, code, values, shift, 0 * shift)
     assert found["iou"] == pytest.approx(2 / 5) and found["sign"] == pytest.approx(3 / 4)
     flipped = 2 * points.feats[2].abs().item()
     assert found["l1"] == pytest.approx(flipped / 4)

@@ -36,7 +36,8 @@ def test_finishing_takes_its_time_once(tmp_path):
     """The whole tiny run, files and all, takes seconds: the loop waits for nothing."""
     start = time.monotonic()
     assert run("--steps", "5", out=tmp_path / "r") == 0
-    names = {".lock", "best.pt", "config.yaml", "last.pt", "last.prev.pt", "log.jsonl", "samples"}
+    names = {".lock", "best.pt", "config.yaml", "last.pt", "last.prev.pt", "log.jsonl", "samples",
+             "report.html", "commands.jsonl"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == names
     assert time.monotonic() - start < 60
 

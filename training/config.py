@@ -28,7 +28,7 @@ from sparse import SparseConfig
 from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
-from volumes.config import DataConfig
+from volumes.config import WINDOWS, DataConfig
 from volumes.files import brief, one_line
 
 MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
@@ -82,7 +82,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    out: str | None = None                    # run folder; none: runs/NAME_DATE, the data's name and
+                                              # today, or the next free runs/NAME_DATE-N
     init: str | None = None                   # what to start from: a run folder, a checkpoint, or an
                                               # autoencoder made elsewhere (weights.py)
     init_hints: str | None = None             # what a file made elsewhere cannot say (weights.py's hints):
@@ -204,6 +205,9 @@ class LogConfig:
     sample_every: int = 100                   # steps between pictures; 0: never; some are made at the end
                                               # in any case
     samples: int = 2                          # held-out volumes of which pictures are made
+    window: str = "auto"                      # in which pictures show a CT: lung | bone | soft_tissue |
+                                              # brain; none: as the network sees it; auto: soft_tissue,
+                                              # but none where data.window is given
     histogram_every: int = 100                # steps between histograms for tensorboard and wandb;
                                               # 0: never
     tensorboard: bool = False                 # write OUT/tensorboard (pip install tensorboard)
@@ -213,6 +217,7 @@ class LogConfig:
                                               # 0: never
 
     def __post_init__(self):
+        one_of("log.window", self.window, ("auto", "none", *WINDOWS))
         at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
 
 

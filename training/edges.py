@@ -36,7 +36,6 @@ from training.state import State, allocate_moments, tensors_of
 from training.task import Task
 from training.validation import load_best
 from volumes.files import sizes
-from volumes.splits import patient_of
 
 # -------------------------------------------------------------------------------- before the first step
 
@@ -174,40 +173,6 @@ def enter(state: State, cfg: TrainConfig, number: int) -> None:
         allocate_moments(state.disc_optimizer)
     ranks.take_from_first(tensors_of(state))
     memory.turn_dial(state, cfg.memory)
-
-
-def introduce(run: Run, started_from: Sequence[str]) -> None:
-    """The first lines: what is trained, where, on what."""
-    cfg, state, log = run.cfg, run.state, run.log
-    disc = ""
-    if state.disc is not None:
-        disc = f"discriminator {count(state.disc):,}, "
-    precision = pick_precision(cfg.train.amp, run.device, state.model)[1]
-    if state.masters is not None:
-        precision = "16-bit weights, float32 masters"
-    log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "
-            f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
-    for text in started_from:
-        log.say(text)
-    patients = len({patient_of([entry]) for entry in run.dataset.val})
-    if not cfg.train.val_whole and len(run.held_out) < patients:
-        log.say(f"validation looks at {len(run.held_out)} of {patients} held-out patients; raise "
-                "--train.val_crops to see all of them")
-    if run.device.type == "cuda":
-        for text in peaks.environment_warnings():
-            log.say(f"warning: {text}")
-    of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
-    if run.stage.name:
-        names = ", ".join(f"{stage.name} to {stage.end}" for stage in run.stages)
-        log.say(f"{run.total} steps in {len(run.stages)} stages{of_ranks}: {names}; run folder {run.out}")
-        log.say(stage_text(run))
-        return
-    log.say(f"{run.total} steps of {run.stage.global_batch} crops{of_ranks}, {run.stage.per_epoch} an epoch; "
-            f"run folder {run.out}")
-
-
-def count(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 def stage_text(run: Run) -> str:

@@ -30,6 +30,7 @@ class Picture(NamedTuple):
     image: Tensor                             # (height, width, 3) uint8
     volume: Any                               # (C, D, H, W) array, written as NIfTI beside it
     kind: str                                 # the end of that file's name: recon | pred | sample
+    note: dict = {}                           # what the pixels mean: views.Views.note, and `figures`, text
     affine: Any = None                        # (4, 4) of that volume's grid; None: the crop's
 
 

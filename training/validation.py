@@ -6,12 +6,15 @@ the same noise, so that validations compare. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 
 import data
+import losses
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
@@ -222,18 +225,17 @@ def check_best(run: Run) -> bool:
 def save_samples(run: Run) -> None:
     """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI beside it.
 
-    Of the first crop of each held-out volume, up to log.samples volumes. All ranks compute them, since they
-    recover from out of memory together; the first writes.
+    Of the crop with most foreground of each held-out volume, up to log.samples volumes; what they show
+    stands in the PNG as a note (training/views.py). All ranks compute them, since they recover from out of
+    memory together; the first writes.
     """
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
         return
     model = state.shipped.eval()
     done: dict[str, str] = {}                                    # stem of the files -> name of the volume
-    for crop in run.held_out:
+    for crop in crops_to_show(run):
         name = crop.entry.name
-        if name in done.values() or len(done) == cfg.log.samples:
-            continue
         stem = unique_name(cut(name.replace("/", "_")), name, done)
         stop_if_signalled(run)
 
@@ -264,10 +266,37 @@ def save_sample(run: Run, crop: data.Crop, out: tuple, stem: str) -> None:
     """out: what the network made of a crop. Raises whatever a disk or a sink may."""
     picture, folder = run.state.task.picture(run.cfg, crop, out), run.out / "samples"
     folder.mkdir(exist_ok=True)
-    content = pictures.png(picture.image)
+    note = picture.note | {"name": crop.entry.name, "step": run.state.step} if picture.note else {}
+    content = pictures.png(picture.image, json.dumps(note) if note else "")
     write_atomic(folder / f"{stem}.png", lambda file: file.write(content))
     path = folder / f"{stem}_{picture.kind}.nii.gz"
     with naming(path):
         write_nifti(path, picture.volume, crop.affine if picture.affine is None else picture.affine)
     for sink in run.log.sinks:
         sink.picture(f"samples/{crop.entry.name}", picture.image, run.state.step)
+
+
+def crops_to_show(run: Run) -> Iterator[data.Crop]:
+    """Of each of the first log.samples held-out volumes the crop with most foreground."""
+    held_out, count = run.held_out, run.cfg.log.samples
+    if isinstance(held_out, data.WholeVolumes):
+        for number in range(min(count, len(held_out))):          # each is read when its turn comes
+            yield held_out[number]
+        return
+    best: dict[str, tuple[int, data.Crop]] = {}
+    for crop in held_out:
+        name, amount = crop.entry.name, foreground(crop)
+        if name not in best and len(best) == count:
+            continue
+        if name not in best or amount > best[name][0]:
+            best[name] = amount, crop
+    for _, crop in best.values():
+        yield crop
+
+
+def foreground(crop: data.Crop) -> int:
+    """Voxels that a label names, or without one those that are not background."""
+    if crop.label is not None:
+        return int((crop.label > 0).sum())
+    far = (crop.image - crop.entry.intensity.background).abs() > losses.OCCUPIED
+    return int(far.any(0).sum())
