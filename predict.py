@@ -337,6 +337,8 @@ def add_flags(command: str, add: Callable) -> None:
         add("--data", required=True, metavar="PATH", help="folder, file or datalist; with labels for a U-Net")
         add("--split", choices=("all", "held-out", "training", "validation", "testing"), default="all",
             help="held-out: files that the run did not train on; else a list of a datalist [all]")
+        add("--tolerance", type=number_between("--tolerance", -1e-9, math.inf), default=2.0, metavar="MM",
+            help="surfaces that lie no further apart count as equal for surface Dice [2]")
         add("--json", metavar="FILE", help="write the figures")
         add("--report", metavar="FILE",
             help="write a page with the worst, median and best volume, self-contained HTML")
