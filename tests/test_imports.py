@@ -29,7 +29,7 @@ TORCH_ONLY: dict[str, set[str]] = {
     "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
     "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(),
-    "metrics": set(),
+    "metrics": set(), "augment": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
