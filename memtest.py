@@ -31,7 +31,9 @@ from training.config import TrainConfig, changed, config_dict, to_yaml
 from training.devices import set_backend
 from training.fit import memory_settings, memory_text, network_of, size_text
 from training.flags import Parser, load_config
+from training.flags import build_parser as train_parser
 from training.memory import modes_of
+from training.spellings import spelled
 from training.task import Task, of
 from volumes.files import DataError
 
@@ -329,7 +331,7 @@ def build_parser(parser_class) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Peak memory of a training step: predicted without a GPU, measured on one.\n" + LEFT_OUT,
         epilog="Besides: every flag of train.py (--preset, --batch, --vae.norm group ...; "
-        "see train.py --help).\nDevice: cuda, present or not, unless --device cpu.",
+        "see train.py --help-all).\nDevice: cuda, present or not, unless --device cpu.",
     )
     add = parser.add_argument
     add("--resolution", metavar="D,H,W", help="the volume (train.py's --patch) [64,256,256]")
@@ -363,6 +365,7 @@ def asked_for(argv: Sequence[str]) -> Asked:
     """Raises ValueError or DataError, in one line, for what cannot be done."""
     # First the config: of one crop of 64,256,256, where neither a flag nor a file says otherwise.
     own, flags = build_parser(Parser).parse_known_args(argv)
+    flags = spelled(flags, train_parser(TASKS)._option_string_actions)
     given = given_flags(flags)
     if own.resolution or not given & {"--config", "--patch", "--data.patch"}:
         flags = [*flags, "--patch", own.resolution or "64,256,256"]

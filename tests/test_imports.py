@@ -61,7 +61,7 @@ TESTED_IN = {
     "training.cases": "test_results",
     "training.console": "test_log",
     "training.facts": "test_foreign",
-    "training.flags": "test_config",
+    "training.spellings": "test_flags",
     "training.forward": "test_step",
     "training.run": "test_folder",
     "training.state": "test_step",

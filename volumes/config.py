@@ -113,7 +113,9 @@ class DataConfig:
     pin_memory: bool = True                  # page-locked batches for faster copies; of use with CUDA only
 
     def __post_init__(self):
-        if not isinstance(self.spacing, str):  # a YAML list or a tuple
+        if isinstance(self.spacing, (int, float)):  # a number of a YAML file
+            object.__setattr__(self, "spacing", f"{self.spacing:g}")
+        elif not isinstance(self.spacing, str):  # a YAML list or a tuple
             text = ",".join(f"{value:g}" for value in self.spacing)
             object.__setattr__(self, "spacing", text)  # the instance is frozen
 
@@ -226,6 +228,8 @@ class DataConfig:
             mm = tuple(float(value) for value in self.spacing.strip("[]() ").split(","))
         except ValueError:
             mm = ()
+        if len(mm) == 1:  # one number for a cube
+            mm = mm * 3
         if len(mm) != 3 or not all(0 < value < math.inf for value in mm):
             raise ValueError(f"data.spacing is {self.spacing!r}; use original, random, or three sizes in mm "
                              f"D,H,W such as 3,1,1")
