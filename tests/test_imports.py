@@ -58,6 +58,7 @@ TESTED_IN = {
     "tasks.vae": "test_tasks",
     "tasks.features": "test_tasks",
     "training.bf16_probe": "test_devices",
+    "training.capacity": "test_memtest",
     "training.cases": "test_results",
     "training.console": "test_log",
     "training.facts": "test_foreign",
