@@ -44,11 +44,12 @@ import peaks
 from tasks import TASKS
 from training import checkpoints, memory, ranks
 from training.adversary import disc_rate
-from training.config import TrainConfig, changed, config_dict, to_yaml
+from training.capacity import dry_run_text
+from training.config import TrainConfig, changed, config_dict
 from training.console import line_of, shown, tell
 from training.devices import gpu_use, peak_gib, pick_device, pick_precision, set_backend
 from training.facts import facts_of, is_same_training, open_data
-from training.fit import fit, predicted_peak
+from training.fit import fit
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
@@ -163,9 +164,8 @@ def start(argv: Sequence[str]) -> int:
         # Then the run, or what it would be.
         if not dry:
             return train(cfg, task, device, dataset, out, resumed)
-        print(to_yaml(cfg), end="")
         if ranks.first():
-            say(predicted_peak(cfg, task, device))
+            print(dry_run_text(cfg, task, TASKS, device, "verbose" in options), end="")
         return EXIT_DONE
 
 

@@ -16,7 +16,7 @@ import torch
 import peaks
 from peaks import SPARE, MakeStep, Size
 from training import fit
-from training.config import TrainConfig, changed, config_dict
+from training.config import TrainConfig, changed, config_dict, to_yaml
 from training.fit import memory_settings, network_of
 from training.flags import load_config
 from training.task import Task
@@ -81,6 +81,20 @@ def dtype_of(cfg: TrainConfig) -> torch.dtype:
 def stride_of(network: torch.nn.Module) -> tuple[int, int, int]:
     """To whose multiples a network pads; 1 for one that has no levels."""
     return getattr(getattr(network, "cfg", None), "total_stride", (1, 1, 1))
+
+
+def dry_run_text(cfg: TrainConfig, task: Task, tasks: Mapping[str, ModuleType], device: torch.device,
+                 verbose: bool) -> str:
+    """What `train.py --dry-run` prints, a config file: the peak, then what differs from the defaults.
+
+    The peak is that on a card and on this machine's device, as comments. verbose: the whole config.
+    """
+    kinds = dict.fromkeys([torch.device("cuda").type, device.type])
+    lines = [f"# {fit.predicted_peak(cfg, task, torch.device(kind))}" for kind in kinds]
+    if verbose:
+        return "\n".join([*lines, to_yaml(cfg)])
+    settings = settings_yaml(cfg, task, tasks)
+    return "\n".join([*lines, "# what differs from the defaults; --verbose has all", settings])
 
 
 # -------------------------------------------------------------------------------- as YAML and as a command

@@ -69,8 +69,8 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         peak = predicted(cfg, task, device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    left_out = " ".join(peaks.LEFT_OUT.split())
-    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {left_out}"
+    left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
 
 
 def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:
