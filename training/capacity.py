@@ -23,7 +23,7 @@ from training.task import Task
 
 # In the settings of a plan these stand also where they are the default.
 SAID = {("data", "patch"), ("train", "amp"), ("train", "batch"), ("memory", "mode")}
-PER_VOXEL = 14.5             # bytes of a step in the leanest tiles, about; where the search begins
+PER_VOXEL = 16               # bytes of a step in the leanest tiles, about; where the search begins
 
 
 class Fit(NamedTuple):
