@@ -24,7 +24,8 @@ foreground. Voxel grids (radar, LiDAR): divided by the largest magnitude, 0 stay
 their type.
 
 Shape legend: C channels, D H W depth height width, T volumes of a 4-D file.
-Needs torch, numpy and nibabel; pictures Pillow; MetaImage, NRRD and DICOM SimpleITK. Version 1.3.
+Needs torch, numpy, nibabel, and augment.py beside it; pictures Pillow; MetaImage, NRRD and DICOM SimpleITK.
+Version 1.4.
 """
 import argparse
 import contextlib
@@ -41,6 +42,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+import augment
 from volumes import formats
 from volumes.boxes import box_of, points_told, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
@@ -61,6 +63,7 @@ from volumes.told import tell_guesses, tell_notes, tell_scales
 
 # The largest crop where data.patch is not given, voxels D H W.
 PATCH, PATCH_OF_SYNTHETIC, PATCH_OF_PICTURES = (32, 64, 64), (16, 48, 48), (32, 256, 256)
+CLIPPED = {"ct": (-1, 1), "picture": (-1, 1), "mr": (-1, math.inf)}   # as volumes/intensities.py does
 PATIENCE = 20   # seconds between lines that say how many files are read
 
 
@@ -254,7 +257,8 @@ class Crops(torch.utils.data.Dataset):
             if share < cfg.foreground:
                 point = choose_point(entry, which)
         box = box_of(entry, self.data.patch, cfg, self.seed, "box", index) if cfg.points else None
-        image, label = augmented_crop(entry, self.data.patch, draw, cfg, point, box)
+        more = seeded(self.seed, "augment", index)
+        image, label = augmented_crop(entry, self.data.patch, draw, more, cfg, point, box)
         if label is None:
             return torch.from_numpy(image), number
         return torch.from_numpy(image), torch.from_numpy(label), number
@@ -343,16 +347,19 @@ def cut(entry: Entry, size: tuple[int, ...], starts: list[int]) -> tuple[np.ndar
     return padded, padded_label
 
 
-def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig,
-                   point: tuple[int, ...] | None = None,
-                   box: tuple | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def augmented_crop(
+    entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, more: np.random.Generator, cfg: DataConfig,
+    point: tuple[int, ...] | None, box: tuple | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """A crop (C, *patch) and its label, or None, with what the config asks for.
 
     draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others.
-    box: first voxel and size of a crop of points, which is not zoomed.
+    more: what the changes of augment.py are drawn from. box: first voxel and size of a crop of points, which
+    is neither zoomed nor changed in its values.
     """
-    # The crop, of another size where it is zoomed; a picture stays flat.
-    size = patch
+    # The crop before its turn, of another size where it is zoomed; a picture stays flat.
+    plane, quarters = augment.choose_turn(cfg.turn, patch, *more.random(2))
+    size = patch = augment.size_before(patch, plane, quarters)
     if cfg.spacing == "random":
         low, high = map(math.log, cfg.zoom)
         zoom = math.exp(low + draw[3] * (high - low))
@@ -363,20 +370,25 @@ def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, 
         # Where it shrinks with a wider kernel, as a coarser scan has it: without, noise and lines alias.
         crop, _ = resample(crop, np.eye(4), patch)
         label = None if label is None else resample_label(label, patch)
-    # Flips.
+    # The turn, and flips.
+    crop = augment.turn(torch.from_numpy(crop), plane, quarters).numpy()
+    label = None if label is None else augment.turn(torch.from_numpy(label), plane, quarters).numpy()
     if cfg.flip != "none":
         flipped = [axis for axis, name in enumerate("DHW", 1)
                    if name in cfg.flip.upper() and draw[3 + axis] < 0.5]
         crop = np.ascontiguousarray(np.flip(crop, flipped))
         if label is not None:
             label = np.ascontiguousarray(np.flip(label, [axis - 1 for axis in flipped]))
-    # Contrast, around the background.
+    # Contrast, around the background, and other changes of intensities.
+    background = entry.intensity.background
     if cfg.jitter:
-        background = entry.intensity.background
-        factor = np.float32(1 + cfg.jitter * (2 * draw[7] - 1))
-        crop = (crop - background) * factor + np.float32(background)
-        if entry.intensity.modality in ("ct", "picture"):
-            crop = crop.clip(-1, 1)
+        crop = (crop - background) * np.float32(1 + cfg.jitter * (2 * draw[7] - 1)) + np.float32(background)
+    strengths = augment.Strengths.of(cfg)
+    if strengths.is_on and box is None:
+        seed = int(more.integers(2**63))
+        crop = augment.change_intensities(torch.from_numpy(crop), strengths, seed, background).numpy()
+    if cfg.jitter or strengths.is_on:
+        crop = crop.clip(*CLIPPED.get(entry.intensity.modality, (-math.inf, math.inf)))
     return crop, label
 
 

@@ -201,7 +201,7 @@ def largest(peak_of: Callable[[Size], int], shape: Sequence[float], unit: int, l
     while high is None or high - low > 1:
         # first the largest that seems to fit, between a and b: b is doubled while nothing bounds it
         a, b = low, high or max(4, 2 * low)
-        while high is None and b <= 8 * max(low, 4) and seems_to_fit(b):
+        while high is None and b <= 32 * max(low, 4) and seems_to_fit(b):
             a, b = b, 2 * b
         while b - a > 1:
             middle = (a + b) // 2

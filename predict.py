@@ -404,6 +404,8 @@ def add_flags(command: str, add: Callable) -> None:
             help="volumes of `sample`, compared with --data; --checkpoint: their denoiser, which knows its "
                  "training cases")
         add("--features", metavar="FILE_OR_RUN", help="of --samples: a run of --task features [random ones]")
+        add("--tolerance", type=number_between("--tolerance", -1e-9, math.inf), default=2.0, metavar="MM",
+            help="surfaces that lie no further apart count as equal for surface Dice [2]")
         add("--json", metavar="FILE", help="write the figures")
         add("--report", metavar="FILE",
             help="write a page with the worst, median and best volume, self-contained HTML")

@@ -71,7 +71,7 @@ class SparseConfig:
     lambda_vq: float = 1.0           # gradient: weight of the codes' distance from their latents
     lambda_commitment: float = 0.25  # of the latents' distance from their codes
     fsq_levels: tuple[int, ...] = ()  # of each latent channel, for bottleneck fsq
-    occupancy_weight: float = 0.5    # of the cross-entropy of existing children, mean over the levels
+    occupancy_weight: float = 1.0    # of the cross-entropy of existing children, mean over the levels
 
     def __post_init__(self):
         if self.fsq_levels and self.bottleneck == "fsq":
@@ -291,7 +291,7 @@ class SparseVAE(nn.Module):
         With V the first Z eigenvectors of their second moments and s the root of the mean of the Z
         eigenvalues, lin_in = [V^T / s, 0] and lin_out = V s: latents have about unit size.
         """
-        rows = rows.double()
+        rows = rows.cpu().double()                                                # MPS has none
         values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))            # ascending
         count = min(self.cfg.z_channels, len(values))
         first = vectors[:, -count:].flip(1)                                       # (512 C, Z)

@@ -349,8 +349,8 @@ class TileMode:
     requires_grad, backward; a rank that does not leaves the others waiting. Each then ends with the same
     output and the same whole gradients, bit for bit where kernels are deterministic: a step must not sum or
     average them over the ranks again. Where the tiles of one rank fail, all raise (tiles.together). A copy of
-    this object has no group. rehearsal: for predicting memory on tensors without data: each kind of tile runs
-    once, since its repeats cost the same; ranks take no part, and the plan is made as for a CPU.
+    this object has no group. rehearsal: for predicting memory on tensors without data: the largest tile runs
+    twice, and no other; ranks take no part, and the plan is made as for a CPU.
     Raises ValueError for a tile that is not three positive integers, a stretch that is not such a sum, or a
     group that this process does not belong to.
     """

@@ -43,11 +43,11 @@ class Stretch(NamedTuple):
     tile_units: tuple[int, int, int]
     tick: Callable[[float], None] | None = None  # told the share of the forward pass that is done
     group: Group = None
-    rehearsal: bool = False                      # each kind of tile runs once, for predicting memory
+    rehearsal: bool = False                      # the largest tile alone runs, for predicting memory
 
     def tiles(self, x: Tensor, end: int | None = None) -> Iterator[Tile]:
-        """This rank's tiles through ops[:end]; in a rehearsal one of each kind, since its repeats cost
-        the same.
+        """This rank's tiles through ops[:end]; in a rehearsal the one that reads most, twice: what is left of
+        a tile, such as gradients of weights, is there when the next one runs.
 
         The largest are dealt out first, so that no rank has more than another by more than the largest
         tile.
@@ -55,7 +55,7 @@ class Stretch(NamedTuple):
         end = len(self.ops) if end is None else end
         axes = [spans(self.ops, axis, x.shape[2 + axis], self.tile_units[axis], end) for axis in range(3)]
         if self.rehearsal:
-            axes = [list({(s.length, s.cuts): s for s in axis}.values()) for axis in axes]
+            return iter([tuple(max(axis, key=lambda span: span.length) for axis in axes)] * 2)
         if self.group is None:
             return product(*axes)
         by_size = sorted(product(*axes), key=lambda tile: -prod(s.length for s in tile))
@@ -374,7 +374,7 @@ def run_tiled(layers: Sequence[nn.Module], tile_units: tuple[int, int, int], x: 
     """nn.Sequential(*layers)(x) in tiles of `tile_units` (D, H, W), without keeping what is between.
 
     tick: told the share of the forward pass that is done, after each tile. group: the ranks that share
-    the tiles. rehearsal: each kind of tile runs once, for predicting memory on tensors without data; the
+    the tiles. rehearsal: the largest tile alone runs, for predicting memory on tensors without data; the
     rest of the output is 0. Raises ValueError where a layer has no row in LOCAL.
     """
     ops = []

@@ -40,7 +40,8 @@ import torch
 from tasks import TASKS
 from training import checkpoints, edges, ranks
 from training.adversary import disc_rate
-from training.config import TrainConfig, changed, config_dict, to_yaml
+from training.capacity import dry_run_text
+from training.config import TrainConfig, changed, config_dict
 from training.console import line_of, tell
 from training.devices import gpu_use, peak_gib, pick_device, set_backend
 from training.facts import facts_of, is_same_training
@@ -164,10 +165,10 @@ def start(argv: Sequence[str]) -> int:
         if not dry:
             ranks.together(lambda: [check_memory(stage.cfg, task, device) for stage in opened])
             return train(cfg, task, device, opened, out, resumed)
-        print(to_yaml(cfg), end="")
         if ranks.first():
-            for text in edges.peaks_of(opened, task, device):
-                say(text)
+            def peaks_on(kind: torch.device) -> list[str]:
+                return edges.peaks_of(opened, task, kind)
+            print(dry_run_text(cfg, task, TASKS, device, "verbose" in options, peaks_on), end="")
         return EXIT_DONE
 
 

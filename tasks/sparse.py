@@ -48,6 +48,7 @@ from volumes.config import DataConfig
 
 PRESETS = sparse.PRESETS
 METRICS = {"iou": True, "l1": False, "sign": True, "surface_dice": True, "loss": False}
+OPTIMIZER = "muon"                   # after 300 steps on CT: L1 .163, AdamW .198 (docs/LOG.md)
 POINTS = True
 # Share of the voxels that are points, where nothing else says how many (real CT: .04 to .11).
 FILL = 0.06

@@ -327,7 +327,8 @@ def test_usage_errors_are_told_once_and_a_dry_run_prints_once(pool, tmp_path):
         told_once(ended, says)
     ended = pool(2, session, ["--dry-run"], tmp_path / "a")
     assert codes_of(ended) == {0}
-    assert ended[0][1].count("predicted peak") == 1 and ended[1][1:] == ("", "")
+    assert ended[0][1].count("# predicted peak") == 2, ended[0][1]
+    assert ended[1][1:] == ("", "")
     assert not list(tmp_path.iterdir())
 
 

@@ -4,10 +4,12 @@ import os
 import pytest
 import torch
 
+import losses
 import train
 from runs import CPU, TINY, load_config
 from tasks import TASKS
 from training import devices, ranks
+from training import fit as fit_room
 from training.config import changed
 from training.fit import check_memory, fit, predicted, tile_plans
 from training.task import of
@@ -18,9 +20,31 @@ def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert train.main([*TINY, "--dry-run", "--device", "cuda"]) == 0     # a card that is not here
     text = capsys.readouterr().out
-    assert "predicted peak of a step on cuda" in text.splitlines()[-1] and not list(tmp_path.iterdir())
+    told = [line for line in text.splitlines() if not line.startswith("# data: ")]
+    assert told[0].startswith("# predicted peak of a step on cuda") and not list(tmp_path.iterdir())
+    # What differs, and no other field: not the defaults of the loss.
+    assert "kl_weight" not in text and "base_channels" in text and len(told) < 12
     (tmp_path / "c.yaml").write_text(text)
-    assert load_config(["--config", "c.yaml"]).vae.base_channels == 4
+    short = load_config(["--config", "c.yaml"])
+    assert short.vae.base_channels == 4
+
+    # All of it is the same config; on a CPU there are two peaks, the card's first.
+    assert train.main([*TINY, "--dry-run", "--verbose", "--device", "cuda"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "all.yaml").write_text(text)
+    assert "kl_weight" in text and load_config(["--config", "all.yaml"]) == short
+    assert train.main([*TINY, "--dry-run"]) == 0
+    peaks = [line for line in capsys.readouterr().out.splitlines() if "predicted peak" in line]
+    assert ["on cuda" in peaks[0], "on cpu" in peaks[1], len(peaks)] == [True, True, 2]
+
+
+def test_a_rehearsal_of_slabs_leaves_the_peak_as_it_is(monkeypatch):
+    """Three of eight slabs of a loss take what all of them do."""
+    monkeypatch.setattr(losses, "SLAB_VOXELS", 4 * 32 * 32)
+    cfg = load_config(["--patch", "32,32,32", "--batch", "1", "--loss.structure_weight", "0.1"])
+    few = predicted(cfg, of(TASKS, cfg), CPU).bytes
+    monkeypatch.setattr(fit_room, "few_slabs", losses.slabs)
+    assert few == pytest.approx(predicted(cfg, of(TASKS, cfg), CPU).bytes, rel=0.002)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ TORCH_ONLY: dict[str, set[str]] = {
     "sparse_tables": {"sparse_conv", "sparse_attention"},
     "sparse": {"sparse_conv", "sparse_attention", "sparse_tables"},
     "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(), "muon": set(),
+    "metrics": set(), "augment": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
@@ -63,10 +64,11 @@ TESTED_IN = {
     "training.conditions": "test_latent_data",
     "tasks.features": "test_tasks",
     "training.bf16_probe": "test_devices",
+    "training.capacity": "test_memtest",
     "training.cases": "test_results",
     "training.console": "test_log",
     "training.facts": "test_foreign",
-    "training.flags": "test_config",
+    "training.spellings": "test_flags",
     "training.forward": "test_step",
     "training.opening": "test_run_page",
     "training.run": "test_folder",

@@ -277,7 +277,7 @@ def with_optimizer(cfg: TrainConfig, of_task: str) -> TrainConfig:
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML or a flag -> the field's type, which `hint` is.
 
-    "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples.
+    "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), 96 -> (96, 96, 96), "1,2,2;2,2,2" -> two triples.
     Raises ValueError that names the field and what it must be.
     """
     origin = typing.get_origin(hint)
@@ -315,6 +315,9 @@ def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
         value = [part for part in value.strip("()[] ").split(separator) if part.strip()]
     if not isinstance(value, (list, tuple)):
         value = [value]
+    # One number for a cube.
+    if list(parts) == [int] * 3 and len(value) == 1:
+        value = value * 3
     if parts[-1] is not Ellipsis and len(value) != len(parts):
         order = " (D,H,W)" if len(parts) == 3 else ""
         raise ValueError(f"{name} needs {len(parts)} values{order}, got {brief(value, 200)}")

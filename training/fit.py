@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from unittest import mock
 
 import torch
 
+import losses
 import peaks
 from training import devices, ranks
 from training.config import MemoryConfig, TrainConfig, changed, convert
@@ -46,7 +49,19 @@ def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
             image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
         label = torch.zeros(batch, *size, dtype=torch.int64, device=device) if task.LABELS else None
         micro_batches.append(MicroBatch(image, list(range(batch)), [0] * batch, label))
-    return lambda: train_step(cfg, state, micro_batches)
+    if not rehearsal:
+        return lambda: train_step(cfg, state, micro_batches)
+
+    def step() -> StepResult:
+        with mock.patch.object(losses, "slabs", few_slabs):
+            return train_step(cfg, state, micro_batches)
+    return step
+
+
+def few_slabs(x: torch.Tensor, every: Callable = losses.slabs) -> Iterator[tuple[slice, ...]]:
+    """The first three slabs that a loss works in: the others take as much memory as the second one, and of a
+    volume of 768^3 there are hundreds."""
+    return islice(every(x), 3)
 
 
 def predicted(cfg: TrainConfig, task: Task, device: torch.device | str) -> peaks.Peak:
@@ -60,8 +75,8 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         peak = predicted(cfg, task, device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    left_out = " ".join(peaks.LEFT_OUT.split())
-    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {left_out}"
+    left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
 
 
 def check_memory(cfg: TrainConfig, task: Task, device: torch.device) -> None:

@@ -106,11 +106,13 @@ def augmented(case: Case, subject: Subject, cfg: DataConfig, seed: int) -> Case:
     if not subject.variant:
         return case
     draw = seeded(seed, f"variant of {subject.source}", subject.variant).random(8)
-    cfg = dataclasses.replace(cfg, spacing="original")           # whole volumes are not zoomed
+    # Whole volumes are neither zoomed nor turned: their grid stays.
+    cfg = dataclasses.replace(cfg, spacing="original", turn="none")
     volumes = []
     for array, intensity in case.volumes:
         entry = Entry("", None, array.shape, case.spacing, case.affine, intensity, array)
-        changed, _ = data.augmented_crop(entry, array.shape[1:], draw, cfg)
+        more = seeded(seed, f"more of {subject.source}", subject.variant)
+        changed, _ = data.augmented_crop(entry, array.shape[1:], draw, more, cfg, None)
         volumes.append((changed, intensity))
     return case._replace(volumes=volumes)
 

@@ -110,6 +110,16 @@ class DataConfig:
                                              # volume's); above 0 every validation crop holds one
     jitter: float = 0.0                      # contrast times a factor in [1 - jitter, 1 + jitter]; the
                                              # background stays where it is
+    turn: str = "none"                       # none, or quarter turns at random: HW in plane, DHW in all three
+                                             # planes
+    gamma: tuple[float, float] = (1.0, 1.0)  # exponents between which intensities are bent, over the
+                                             # background; 1,1: none. MAISI has 0.5,2 for MR
+    bias_field: float = 0.0                  # MR: a smooth field is multiplied; the largest coefficient of
+                                             # its logarithm. MAISI has 0.3
+    blur: float = 0.0                        # standard deviation of a Gaussian blur, up to so many voxels
+    low_resolution: float = 1.0              # as from voxels up to so many times as large
+    noise: float = 0.0                       # standard deviation of Gaussian noise, up to this, of [-1, 1]
+    augment_share: float = 0.3               # of the crops that each of the last five is done to
     strict: bool = False                     # a refused file is an error instead of a line
     cache_dir: str | None = None             # None: $XDG_CACHE_HOME/vae3d, else ~/.cache/vae3d; may be
                                              # deleted when nothing trains
@@ -120,7 +130,9 @@ class DataConfig:
     pin_memory: bool = True                  # page-locked batches for faster copies; of use with CUDA only
 
     def __post_init__(self):
-        if not isinstance(self.spacing, str):  # a YAML list or a tuple
+        if isinstance(self.spacing, (int, float)):  # a number of a YAML file
+            object.__setattr__(self, "spacing", f"{self.spacing:g}")
+        elif not isinstance(self.spacing, str):  # a YAML list or a tuple
             text = ",".join(f"{value:g}" for value in self.spacing)
             object.__setattr__(self, "spacing", text)  # the instance is frozen
 
@@ -169,7 +181,23 @@ class DataConfig:
             raise ValueError(f"data.max_gib is {self.max_gib}; use a number of GiB above 0")
         if self.flip != "none" and not (self.flip and set(self.flip.upper()) <= set("DHW")):
             raise ValueError(f"data.flip is {self.flip!r}; use none, or letters of DHW")
+        self.check_augmentation()
         self.spacing_mm()
+
+    def check_augmentation(self) -> None:
+        """Raises ValueError for changes of crops that cannot be meant."""
+        if self.turn != "none" and not (len(self.turn) >= 2 and set(self.turn.upper()) <= set("DHW")):
+            raise ValueError(f"data.turn is {self.turn!r}; use none, HW for turns in plane, or DHW")
+        if len(self.gamma) != 2 or not 0 < self.gamma[0] <= self.gamma[1] < math.inf:
+            raise ValueError(f"data.gamma is {self.gamma}; give two exponents above 0, the smaller first, "
+                             f"such as 0.7,1.5")
+        for name, least in (("bias_field", 0), ("blur", 0), ("low_resolution", 1), ("noise", 0)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"data.{name} is {value}; use a number of {least} (none) or more")
+        if not 0 <= self.augment_share <= 1:
+            raise ValueError(f"data.augment_share is {self.augment_share}; use a share of the crops in "
+                             f"[0, 1], such as 0.3")
 
     def check_split(self) -> None:
         """Raises ValueError for patients and folds that cannot be meant."""
@@ -221,6 +249,8 @@ class DataConfig:
             mm = tuple(float(value) for value in self.spacing.strip("[]() ").split(","))
         except ValueError:
             mm = ()
+        if len(mm) == 1:  # one number for a cube
+            mm = mm * 3
         if len(mm) != 3 or not all(0 < value < math.inf for value in mm):
             raise ValueError(f"data.spacing is {self.spacing!r}; use original, random, or three sizes in mm "
                              f"D,H,W such as 3,1,1")
@@ -288,5 +318,6 @@ class VoxelSettings:
 NOT_OF_VOXELS = ("path", "synthetic", "synthetic_count", "synthetic_size", "patch", "val_fraction",
                  "patient", "split_seed", "fold",
                  "crops_per_volume", "zoom", "labels", "classes", "ignore_label", "label_values", "flip",
-                 "foreground", "jitter", "strict", "cache_dir", "max_gib", "workers", "pin_memory",
-                 "points", "min_points", "max_points")
+                 "foreground", "jitter", "turn", "gamma", "bias_field", "blur", "low_resolution", "noise",
+                 "augment_share", "strict", "cache_dir", "max_gib", "workers", "pin_memory", "points",
+                 "min_points", "max_points")
