@@ -300,7 +300,7 @@ def pooled(sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     if "dice" not in sums:
         return {}
     within, total = sums["surfaces"]
-    return {"pooled": dice_row(sums["dice"]) | per_class("surface_dice", within.double() / total)}
+    return {"pooled": dice_row(sums["dice"]) | per_class("surface_dice", within.cpu().double() / total)}
 
 
 def dice_row(counts: Tensor) -> dict[str, float]:
