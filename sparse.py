@@ -133,8 +133,7 @@ class SparseVAE(nn.Module):
     def __init__(self, cfg: SparseConfig):
         super().__init__()
         self.cfg = cfg
-        outputs = 2 * cfg.z_channels if cfg.bottleneck == "kl" else cfg.z_channels
-        self.encoder = Encoder(cfg, outputs)
+        self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         # The linear path: values of a token's voxels and which of them are there -> latent -> values.
         self.lin_in = nn.Linear(VOLUME * (cfg.in_channels + 1), cfg.z_channels)
@@ -420,8 +419,8 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Points (N, C) -> tokens (T, outputs)."""
-    def __init__(self, cfg: SparseConfig, outputs: int):
+    """Points (N, C) -> tokens (T, Z), or (T, 2 Z) of a Gaussian: mean and logvar."""
+    def __init__(self, cfg: SparseConfig):
         super().__init__()
         width = cfg.model_channels
         widths = [width // 16, width // 8, width // 4, width]
@@ -430,7 +429,9 @@ class Encoder(nn.Module):
         self.transformer = blocks(cfg)
         self.positions = cfg.positions
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.out = nn.Linear(width, outputs)
+        self.out = nn.Linear(width, cfg.z_channels)
+        # A layer of its own, so that a codebook can take the place of the Gaussian and the rest fits.
+        self.logvar = nn.Linear(width, cfg.z_channels) if cfg.bottleneck == "kl" else None
         with torch.no_grad():
             self.out.weight *= START
 
@@ -442,7 +443,8 @@ class Encoder(nn.Module):
             h = torch.cat([maybe_checkpoint(True, one, feats, tile) for tile in tables.encoder_tiles])
         else:
             h = self.pooled(feats, tables, mode)
-        return self.out(self.norm(run_blocks(self, h, tables, mode)))
+        h = self.norm(run_blocks(self, h, tables, mode))
+        return self.out(h) if self.logvar is None else torch.cat([self.out(h), self.logvar(h)], 1)
 
     def pooled(self, feats: Tensor, tables: Tables, mode: str) -> Tensor:
         h = self.stem(feats)

@@ -306,3 +306,19 @@ def test_stage_1_trains_the_codebook_alone():
     assert not any(p.requires_grad for p in state.model.parameters())
     with pytest.raises(ValueError, match="sparse.bottleneck is kl; add --sparse.bottleneck vq"):
         state_of("--train.stage", "1", "--train.init", "x", "--sparse.bottleneck", "kl")
+
+
+@pytest.mark.slow
+def test_stages_go_on_from_one_another_as_the_docs_page_says(tmp_path, folder):
+    """Without codes, then the codebook alone, then all: docs/SPARSE.md."""
+    gaussian = ["--sparse.bottleneck", "kl"]
+    assert run(folder, tmp_path / "a", "--steps", "2", *gaussian) == 0
+    first = ["--init", str(tmp_path / "a"), "--train.stage", "1"]
+    assert run(folder, tmp_path / "b", "--steps", "2", *first) == 0
+    before, after = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in "ab")
+    kept = [name for name in before.keys() & after.keys()]
+    assert len(kept) > 40 and all(torch.equal(before[name], after[name]) for name in kept)
+    second = ["--init", str(tmp_path / "b"), "--train.stage", "2"]
+    assert run(folder, tmp_path / "c", "--steps", "2", *second) == 0
+    final = torch.load(tmp_path / "c" / "last.pt", weights_only=True)["model"]
+    assert not torch.equal(after["lin_in.weight"], final["lin_in.weight"])

@@ -286,7 +286,7 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     for what, names in left_out.items():
         if names:
             lines.append(f"init: {len(names)} {what}: {'; '.join(names)}")
-    return lines, "quantizer.codebook" in fits
+    return lines, any(name.startswith("quantizer.") and name.endswith("codebook") for name in fits)
 
 
 def is_gaussian(network: torch.nn.Module) -> bool:
