@@ -376,7 +376,7 @@ class ResConv(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         # Under autocast the norm is in float32; what backward keeps of it need not be.
-        return x + self.conv(F.silu(self.norm(x).to(x.dtype)), table)
+        return x + self.conv(self.norm(x).to(x.dtype), table, activate=True)
 
 
 class Down(nn.Module):

@@ -24,6 +24,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -177,18 +178,20 @@ def gather_rows(x: Tensor, table: Tensor) -> Tensor:
 
 
 class SubmanifoldConv(torch.autograd.Function):
-    """y[i] = sum_k x[table[i, k]] W_k + b.
+    """y[i] = sum_k a(x[table[i, k]]) W_k + b, with a the identity, or SiLU where `activate` says so.
 
     With 26 - k the offset opposite to k, a point i is the neighbour at 26 - k of its neighbour at k. So
     dx[i] = sum_k dy[table[i, k]] W_(26-k)^T is a gather too, and dW_k = sum_i x[table[i, k]]^T dy[i].
-    Only x and W are kept for backward; the gathered rows exist for CHUNK points at a time.
+    Only x and W are kept for backward, and SiLU computed again; the gathered rows exist for CHUNK points at a
+    time.
     """
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor,
+                activate: bool = False) -> Tensor:
         ctx.save_for_backward(x, weight, table)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.activate = bias is not None, activate
         kernel = weight.flatten(2).permute(2, 1, 0).flatten(0, 1)        # (27 C, O)
-        padded = with_nothing(x)
+        padded = with_nothing(F.silu(x) if activate else x)
         y = x.new_empty(len(x), len(weight))
         for rows, out in zip(table.split(CHUNK), y.split(CHUNK)):
             torch.mm(gather_rows(padded, rows), kernel, out=out)
@@ -198,10 +201,10 @@ class SubmanifoldConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, table = ctx.saved_tensors
         grad = grad.contiguous()
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
 
         # First the input's: the same sum over neighbours, with the kernel turned round.
@@ -211,19 +214,23 @@ class SubmanifoldConv(torch.autograd.Function):
             grad_x = torch.empty_like(x)
             for rows, out in zip(table.split(CHUNK), grad_x.split(CHUNK)):
                 torch.mm(gather_rows(padded, rows), turned, out=out)
+            if ctx.activate:
+                # d silu(x) / dx = s (1 + x (1 - s)), with s = sigmoid(x).
+                s = x.sigmoid()
+                grad_x *= s * (1 + x * (1 - s))
 
         # Then the kernel's, added up over the chunks in float32 or wider.
         if need_weight:
             wide = torch.promote_types(weight.dtype, torch.float32)
             total = torch.zeros(27 * x.shape[1], grad.shape[1], dtype=wide, device=x.device)   # (27 C, O)
-            padded = with_nothing(x)
+            padded = with_nothing(F.silu(x) if ctx.activate else x)
             for rows, part in zip(table.split(CHUNK), grad.split(CHUNK)):
                 total += gather_rows(padded, rows).T @ part
             kernel = total.view(27, x.shape[1], grad.shape[1]).permute(2, 1, 0)
             grad_weight = kernel.reshape(weight.shape).to(weight.dtype)
         if need_bias and ctx.has_bias:
             grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class SubMConv3d(nn.Conv3d):
@@ -234,9 +241,10 @@ class SubMConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, activate: bool = False) -> Tensor:
+        """activate: SiLU before the convolution, of which nothing is kept."""
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return SubmanifoldConv.apply(x, weight, bias, table)
+        return SubmanifoldConv.apply(x, weight, bias, table, activate)

@@ -467,20 +467,26 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     decoded = points_of(torch.from_numpy(found)[None], ready.device)
     scores = compared(points, decoded.code, decoded.feats, recon, pca)
 
-    # Bits: of the codes, and of which cells hold a token, log2 of (cells choose tokens).
-    tokens, cells = tables.tokens, math.prod(token_size(size))
-    where = math.lgamma(cells + 1) - math.lgamma(tokens + 1) - math.lgamma(cells - tokens + 1)
-    where /= math.log(2)
-    each = 32 * ready.cfg.sparse.z_channels
     usage = {}
     if vae.quantizer is not None:
-        each = len(latent) * math.log2(codes_of(vae))
         chosen = torch.from_numpy(latent[:, latent[-1] > 0]).T - 1
         numbered = vae.quantizer.numbered(chosen).flatten()
         usage = {"usage": torch.bincount(numbered, minlength=vae.quantizer.num_codes)}
-    scores["bits_per_voxel"] = (where + tokens * each) / math.prod(size)
-    scores["points"], scores["tokens"] = tables.points, tokens
+    scores["bits_per_voxel"] = bits_of(ready, latent) / math.prod(size)
+    scores["points"], scores["tokens"] = tables.points, tables.tokens
     return Scored(scores, found, seconds, usage)
+
+
+def bits_of(ready: Ready, latent: np.ndarray) -> float:
+    """What `encode` gave -> bits: of the codes (or 32 a number), and of which cells hold a token, which is
+    log2 of (cells choose tokens).
+    """
+    tokens, cells = int((latent[-1] > 0).sum()), latent[-1].size
+    where = math.lgamma(cells + 1) - math.lgamma(tokens + 1) - math.lgamma(cells - tokens + 1)
+    each = 32 * ready.cfg.sparse.z_channels
+    if ready.model.quantizer is not None:
+        each = len(latent) * math.log2(codes_of(ready.model))
+    return where / math.log(2) + tokens * each
 
 
 def pooled(sums: dict[str, Tensor]) -> dict[str, float]:

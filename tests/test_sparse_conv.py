@@ -85,7 +85,12 @@ def test_gradcheck_and_chunks(monkeypatch):
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
     monkeypatch.setattr(sc, "CHUNK", 4)
-    assert torch.autograd.gradcheck(lambda *t: sc.SubmanifoldConv.apply(*t, table), (x, weight, bias))
+    for activate in (False, True):
+        def conv(*tensors, activate=activate):
+            return sc.SubmanifoldConv.apply(*tensors, table, activate)
+        assert torch.autograd.gradcheck(conv, (x, weight, bias))
+    plain = sc.SubmanifoldConv.apply(F.silu(x), weight, bias, table)
+    assert (conv(x, weight, bias) - plain).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("count", [0, 1])
