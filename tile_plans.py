@@ -1,5 +1,5 @@
 """Tiles for a whole network: every setting of tiled execution worth having, what it costs, and how to run it.
-Needs torch, tiles.py and local_layers.py, and nothing else.
+Needs torch, tiles.py, local_layers.py and lean_norm.py, and nothing else.
 
     sides = Side(encoder, 1, (1, 1, 1)), Side(decoder, 4, (4, 4, 4))
     mode = TileMode(Network(sides, parameters=10**6), budget=8)  # GiB

@@ -1,5 +1,5 @@
-"""Exact tiled execution: any run of local layers, tile by tile, forward and backward. Needs torch and
-local_layers.py, and nothing else.
+"""Exact tiled execution: any run of local layers, tile by tile, forward and backward. Needs torch,
+local_layers.py and lean_norm.py, and nothing else.
 
     layers = [nn.Conv3d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 1, 3, padding=1)]
     y = run_tiled(layers, (32, 32, 32), x)       # nn.Sequential(*layers)(x) to rounding, gradients too
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lean_norm import by_batch_norm, channel_statistics, sloped
 from local_layers import Fork, Join, Op, Span, module_of, row, sizes_along, spans, unroll
 
 Tile = tuple[Span, Span, Span]
@@ -211,8 +212,7 @@ def volume_statistics(parts: Iterator[Tensor], groups: int, group: Group = None,
     with together(group, zero):
         for part in parts:
             n = part[0, 0].numel()
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
-            var, centre = torch.var_mean(wide, (2, 3, 4), correction=0)
+            var, centre = channel_statistics(part)
             apart = centre - mean
             spread = spread + var * n + apart.square() * (count * n / (count + n))
             mean, count = mean + apart * (n / (count + n)), count + n
@@ -235,7 +235,10 @@ def statistics_gradient(x: Tensor, target: object, mean: Tensor, grad_mean: Tens
     d mean / d x = 1 / n, d var / d x = 2 (x - mean) / n, with n the numbers of a group.
     """
     width = x.shape[1] // mean.shape[1]
-    m, gm, gv = (t.repeat_interleave(width, 1)[..., None, None, None] for t in (mean, grad_mean, grad_var))
+    m, gm, gv = (t.repeat_interleave(width, 1) for t in (mean, grad_mean, grad_var))
+    if by_batch_norm(x):
+        return sloped(x, m, 2 * gv / (width * voxels), gm / (width * voxels))
+    m, gm, gv = (t[..., None, None, None] for t in (m, gm, gv))
     return ((gm + 2 * gv * (x - m)) / (width * voxels)).to(x.dtype)
 
 

@@ -24,9 +24,10 @@ FOLDERS = ("volumes", "training", "tasks")
 
 # What people copy: each imports torch, and of ours what stands here, as it is loaded or through a door.
 TORCH_ONLY: dict[str, set[str]] = {
-    "vae3d": {"lean_conv"},          # taken where it lies beside it
-    "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
-    "tile_plans": {"local_layers", "tiles"}, "unet": set(), "diffusion": set(),
+    "vae3d": {"lean_conv", "lean_norm"},         # taken where they lie beside it
+    "quantize": set(), "lean_conv": set(), "lean_norm": set(), "local_layers": {"lean_norm"},
+    "tiles": {"local_layers", "lean_norm"}, "tile_plans": {"local_layers", "tiles"},
+    "unet": {"lean_norm"}, "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
     "sparse_conv": set(), "sparse_attention": {"sparse_conv"},
     "sparse_tables": {"sparse_conv", "sparse_attention"},
