@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="data.py", description="Check data before training: a row per file, a line per refused file. "
                                     "Exit code 0: all usable, 1: some refused, 2: nothing to check.")
     parser.add_argument("path", nargs="+", metavar="PATH", help="folder, file or JSON datalist")
-    for field in dataclasses.fields(DataConfig):
+    for field in dataclasses.fields(DataConfig()):
         if field.name in OF_POINTS:
             parser.add_argument(f"--data.{field.name}", type=type(field.default), default=field.default,
                                 metavar=field.name.upper(), help=f"as for train.py --task sparse "

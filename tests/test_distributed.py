@@ -52,7 +52,7 @@ def session(flags, out, double=False, spoil=None):
         stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         if double:
-            for room in ("training.order", "training.validation", "tasks.vae"):
+            for room in ("training.order", "tasks.vae"):
                 patch.setattr(f"{room}.to_device", lambda image, device: to_device(image.double(), device))
             torch.set_default_dtype(torch.float64)
         try:
