@@ -155,7 +155,7 @@ class VectorQuantizer(Quantizer):
         for part, source in zip(parts, generators):
             amount = min(self.num_codes, len(part))
             drawn = torch.randint(len(part), (amount,), generator=source)
-            found.append(part[drawn.to(part.device)])
+            found.append(part[drawn.to(part.device, non_blocking=True)])
         return torch.cat(found)
 
     @torch.no_grad()
@@ -316,6 +316,9 @@ class FiniteScalarQuantizer(Quantizer):
         self.num_codes = prod(levels)
         # An index is the sum of digit * base over the channels.
         self.bases = [prod(self.levels[:i]) for i in range(len(self.levels))]
+        # The same on the device, so that no forward pass waits for a copy. They belong to no state dict.
+        self.register_buffer("level_counts", torch.tensor(self.levels), persistent=False)
+        self.register_buffer("digit_bases", torch.tensor(self.bases), persistent=False)
 
     def forward(self, rows: Tensor, generator: Generators = None,
                 samples: Sequence[int] | None = None) -> Codes:
@@ -327,7 +330,7 @@ class FiniteScalarQuantizer(Quantizer):
                              f"{rows.shape[-1]} channels; make vae.z_channels the number of vae.fsq_levels")
         with torch.autocast(rows.device.type, enabled=False):
             x = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            levels = torch.tensor(self.levels, dtype=x.dtype, device=x.device)
+            levels = self.level_counts.to(x.device, x.dtype)
             # bounded = tanh(x + atanh(offset / half)) half - offset; even numbers of levels lie half a
             # level aside.
             half = (levels - 1) * (1 + 1e-3) / 2
@@ -337,7 +340,7 @@ class FiniteScalarQuantizer(Quantizer):
             # Levels count from -width; a digit from 0.
             width = levels.div(2, rounding_mode="floor")
             digits = (rounded + width).long()
-            index = (digits * torch.tensor(self.bases, device=x.device)).sum(-1)
+            index = (digits * self.digit_bases.to(x.device)).sum(-1)
             z_q = StraightThrough.apply(bounded / width, rounded / width)
         return Codes(z_q, z_q.new_zeros(()), index)
 
