@@ -80,6 +80,8 @@ CASES = {
     "fsq": ["--vae.bottleneck", "fsq", "--vae.fsq_levels", "8,5,5,5"],
     "gan": [*flags_of(GAN), "--loss.adaptive_weight", "true", "--accum", "2"],
     "everything": [*flags_of(EVERYTHING), "--loss.adaptive_weight", "true"],
+    "diffusion": ["--task", "diffusion", "--unet.channels", "8,16", "--unet.time_channels", "16",
+                  "--unet.norm_groups", "4", "--unet.vector_channels", "8"],
     "seg": [*SEG, "--loss.class_weights", "1,2"],
 }
 
