@@ -269,7 +269,7 @@ class LeCam(nn.Module):
 
 
 def adaptive_weight(recon_loss: Tensor, adv_loss: Tensor, shared: Tensor, limit: float = 1e4,
-                    scale: float = 1.0) -> Tensor:
+                    scale: float | Tensor = 1.0) -> Tensor:
     """|d recon_loss / d shared| / (|d adv_loss / d shared| + 1e-6), at most `limit`.
 
     Two () losses and a tensor that both depend on -> () float32 or wider, without gradient. VQGAN

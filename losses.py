@@ -124,8 +124,7 @@ def reconstruction_loss(recon: Tensor, target: Tensor, kind: str = "l1",
     if kind not in RECONSTRUCTION:
         raise ValueError(f"reconstruction loss must be one of {', '.join(RECONSTRUCTION)}, got {kind!r}")
     check_pair("reconstruction_loss", recon, target)
-    check_channel_weights(recon, channel_weights)
-    weighting = channel_weights, foreground_weight, background
+    weighting = channel_factors(recon, channel_weights), foreground_weight, background
     return _Reconstruction.apply(recon, target, RECONSTRUCTION[kind], weighting)
 
 
@@ -158,14 +157,11 @@ class _Reconstruction(torch.autograd.Function):
         return grad, None, None, None
 
 
-def weighted_difference(recon: Tensor, target: Tensor, channel_weights: Sequence[float] | None,
-                        foreground_weight: float, background: float) -> tuple[Tensor, Tensor]:
-    """recon - target in float32 or wider, and each element's weight as a tensor that broadcasts to it."""
+def weighted_difference(recon: Tensor, target: Tensor, weight: Tensor, foreground_weight: float,
+                        background: float) -> tuple[Tensor, Tensor]:
+    """recon - target in float32 or wider, and each element's weight, which broadcasts to it."""
     dtype = torch.promote_types(recon.dtype, torch.float32)
     target = target.to(dtype)
-    weight = torch.ones((), dtype=dtype, device=recon.device)
-    if channel_weights is not None:
-        weight = torch.tensor(channel_weights, dtype=dtype, device=recon.device).view(1, -1, 1, 1, 1)
     if foreground_weight != 1:
         foreground = ((target - background).abs() > OCCUPIED).any(dim=1, keepdim=True)
         weight = weight * torch.where(foreground, foreground_weight, 1.0)
@@ -188,8 +184,8 @@ def structure_loss(recon: Tensor, target: Tensor, channel_weights: Sequence[floa
     (Sobel & Feldman 1968) makes a ramp's gradient its slope. Otherwise as reconstruction_loss.
     """
     check_pair("structure_loss", recon, target)
-    check_channel_weights(recon, channel_weights)
-    return _Structure.apply(recon, target, (channel_weights, foreground_weight, background))
+    weighting = channel_factors(recon, channel_weights), foreground_weight, background
+    return _Structure.apply(recon, target, weighting)
 
 
 class _Structure(torch.autograd.Function):
@@ -385,7 +381,7 @@ def segmentation_loss(logits: Tensor, label: Tensor, dice_share: float = 0.5,
         raise ValueError(f"loss.class_weights has {len(class_weights)} factors, the labels have {classes} "
                          f"classes; give one for each")
     weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights)
-    weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+    weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32), non_blocking=True)
     ce, dice_loss = _Segmentation.apply(logits, label, weights, ignore_index)
     return SegmentationLoss((1 - dice_share) * ce + dice_share * dice_loss, ce, dice_loss)
 
@@ -489,10 +485,14 @@ def check_pair(name: str, recon: Tensor, target: Tensor) -> None:
                          f"got {tuple(recon.shape)} and {tuple(target.shape)}")
 
 
-def check_channel_weights(recon: Tensor, channel_weights: Sequence[float] | None) -> None:
+def channel_factors(recon: Tensor, channel_weights: Sequence[float] | None) -> Tensor:
+    """One factor per channel of recon (B, C, D, H, W) as (1, C, 1, 1, 1); a 1 for none. Float32 or wider."""
     if channel_weights is not None and len(channel_weights) != recon.shape[1]:
         raise ValueError(f"loss.channel_weights has {len(channel_weights)} factors, the data has "
                          f"{recon.shape[1]} channels; give one for each")
+    dtype = torch.promote_types(recon.dtype, torch.float32)
+    factors = (1.0,) if channel_weights is None else channel_weights   # filled in: a copy would wait
+    return torch.cat([recon.new_full((1, 1, 1, 1, 1), f, dtype=dtype) for f in factors], dim=1)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class VectorQuantizer(Quantizer):
         for part, source in zip(parts, generators):
             amount = min(self.num_codes, len(part))
             drawn = torch.randint(len(part), (amount,), generator=source)
-            found.append(part[drawn.to(part.device)])
+            found.append(part[drawn.to(part.device, non_blocking=True)])
         return torch.cat(found)
 
     @torch.no_grad()
@@ -189,15 +189,18 @@ class VectorQuantizer(Quantizer):
             smoothed = (self.code_count + eps) / (whole + len(count) * eps) * whole
             self.codebook.copy_(self.on_sphere(self.code_sum / smoothed[:, None]))
 
-        # Last the dead codes, which move to latents that no code is near.
+        # Last the dead codes, which move to latents that no code is near. Whether there are any is asked on a
+        # CPU alone: elsewhere the answer would wait for the device, and the search that it saves looks at K
+        # latents of a sample at most, where the forward pass has looked at all.
         mean = self.code_count.mean()
         dead = self.code_count < self.restart * mean
-        if dead.any():
-            codes = self.on_sphere(self.codebook)
-            fresh = far_rows(latents.to(self.codebook.dtype), codes, len(count), generator)
-            self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
-            self.code_count.copy_(torch.where(dead, 2 * self.restart * mean, self.code_count))
-            self.code_sum.copy_(torch.where(dead[:, None], fresh * self.code_count[:, None], self.code_sum))
+        if not self.restart or dead.device.type == "cpu" and not dead.any():
+            return
+        codes = self.on_sphere(self.codebook)
+        fresh = far_rows(latents.to(self.codebook.dtype), codes, len(count), generator)
+        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
+        self.code_count.copy_(torch.where(dead, 2 * self.restart * mean, self.code_count))
+        self.code_sum.copy_(torch.where(dead[:, None], fresh * self.code_count[:, None], self.code_sum))
 
     @torch.no_grad()
     def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None,
@@ -316,6 +319,9 @@ class FiniteScalarQuantizer(Quantizer):
         self.num_codes = prod(levels)
         # An index is the sum of digit * base over the channels.
         self.bases = [prod(self.levels[:i]) for i in range(len(self.levels))]
+        # The same on the device, so that no forward pass waits for a copy. They belong to no state dict.
+        self.register_buffer("level_counts", torch.tensor(self.levels), persistent=False)
+        self.register_buffer("digit_bases", torch.tensor(self.bases), persistent=False)
 
     def forward(self, rows: Tensor, generator: Generators = None,
                 samples: Sequence[int] | None = None) -> Codes:
@@ -327,7 +333,7 @@ class FiniteScalarQuantizer(Quantizer):
                              f"{rows.shape[-1]} channels; make vae.z_channels the number of vae.fsq_levels")
         with torch.autocast(rows.device.type, enabled=False):
             x = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            levels = torch.tensor(self.levels, dtype=x.dtype, device=x.device)
+            levels = self.level_counts.to(x.device, x.dtype)
             # bounded = tanh(x + atanh(offset / half)) half - offset; even numbers of levels lie half a
             # level aside.
             half = (levels - 1) * (1 + 1e-3) / 2
@@ -337,7 +343,7 @@ class FiniteScalarQuantizer(Quantizer):
             # Levels count from -width; a digit from 0.
             width = levels.div(2, rounding_mode="floor")
             digits = (rounded + width).long()
-            index = (digits * torch.tensor(self.bases, device=x.device)).sum(-1)
+            index = (digits * self.digit_bases.to(x.device)).sum(-1)
             z_q = StraightThrough.apply(bounded / width, rounded / width)
         return Codes(z_q, z_q.new_zeros(()), index)
 
@@ -395,11 +401,15 @@ def far_rows(rows: Tensor, codes: Tensor, amount: int, generator: torch.Generato
     nearest code.
     """
     index, _, _ = nearest(rows, codes)
-    # On the CPU: CUDA's running sum differs from run to run, and MPS has no float64.
-    error = (rows - codes[index]).square().sum(1).cpu().double()
-    edges = (error + 1e-12 + 1e-3 * error.mean()).cumsum(0)
-    draw = torch.rand(amount, generator=generator, dtype=torch.float64) * edges[-1]
-    drawn = torch.searchsorted(edges, draw).clamp_max(len(rows) - 1)
+    error = (rows - codes[index]).square().sum(1)
+    # MPS has no float64. Other devices are not waited for: rows, numbers and sums stay there.
+    error = (error.cpu() if error.device.type == "mps" else error).double()
+    weight = error + 1e-12 + 1e-3 * error.mean()
+    # Shares of 2^52, in whole numbers: CUDA's running sum of floats differs from run to run.
+    edges = (weight / weight.sum() * 2.0 ** 52).long().cumsum(0)
+    draw = (torch.rand(amount, generator=generator, dtype=torch.float64) * 2.0 ** 52).long()
+    draw = draw.to(edges.device, non_blocking=True)
+    drawn = torch.searchsorted(edges, draw, right=True).clamp_max(len(rows) - 1)
     return rows[drawn.to(rows.device)]
 
 

@@ -201,7 +201,8 @@ def objective(
     x, cond = prepared(cfg, state, micro.image, micro.label)
     draws = [torch.rand(2, generator=g, dtype=torch.float64) for g in generators]
     eps = noise_of(x, generators)
-    u, dropped = torch.stack(draws, 1).to(x.device, torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    u, dropped = torch.stack(draws, 1).to(x.device, dtype, non_blocking=True)
     none = {name: torch.zeros_like(value) for name, value in cond.items()}
     cond = diffusion.drop_conditions(cfg.diffusion, dropped, cond, none)
     found = diffusion.loss(cfg.diffusion, caller(state, network), x, eps, u, cond)
@@ -240,7 +241,7 @@ def prepared(cfg: TrainConfig, state: State, image: Tensor,
     if cfg.unet.vector_channels:
         if label is None:                                        # of a rehearsal
             label = torch.zeros(len(x), cfg.unet.vector_channels)
-        cond["vector"] = label.to(x.device, x.dtype)
+        cond["vector"] = label.to(x.device, x.dtype, non_blocking=True)
     if beside:
         cond["concat"] = scaled_concat(image[:, z:z + beside])
     if cfg.cond.control is not None:
@@ -252,8 +253,8 @@ def normalised(known: dict | None, z: Tensor) -> Tensor:
     """(z - mean) / std of each channel; as it is in a rehearsal of memory, which knows neither."""
     if known is None:
         return z
-    mean, std = (known[name].to(z.device, z.dtype).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-    return (z - mean) / std
+    mean, std = (known[name].to(z.device, z.dtype, non_blocking=True) for name in ("mean", "std"))
+    return (z - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
 
 
 def restored(known: dict, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """quantize.py: codebooks and grids, alone and in the autoencoder."""
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -378,3 +379,27 @@ def test_each_residual_codebook_lowers_the_error_and_keeps_its_codes_alive():
         errors.append((codes.z_q - z).square().mean().item())
         assert all(len(one.unique()) > 28 for one in codes.index.unbind(-1))
     assert errors[1] < 0.5 * errors[0] and errors[2] < 0.3 * errors[1]
+
+
+def test_dead_codes_draw_by_the_squared_distance():
+    """The draw in whole numbers against its definition: inverse sampling of the running sum, by numpy."""
+    rows = torch.randn(3000, 2, generator=torch.Generator().manual_seed(1))
+    codes = torch.tensor([[0.0, 0.0], [2.0, 1.0]])
+    drawn = quantize.far_rows(rows, codes, 500, torch.Generator().manual_seed(2))
+    distance = (rows.numpy()[:, None] - codes.numpy()[None]).astype(np.float64)
+    error = (distance ** 2).sum(2).min(1)
+    edges = np.cumsum(error + 1e-3 * error.mean())
+    generator = torch.Generator().manual_seed(2)
+    number = torch.rand(500, generator=generator, dtype=torch.float64).numpy() * edges[-1]
+    # Float32 distances may move an edge past a number, at most in a few of 500.
+    expected = torch.from_numpy(np.searchsorted(edges, number))
+    assert (drawn == rows[expected]).all(dim=1).sum() >= 498
+
+
+def test_levels_on_the_device_belong_to_no_state_dict_and_keep_their_values_in_16_bits():
+    """Old checkpoints load, and a network that is turned into float16 counts its codes as before."""
+    plain, rows = quantize.FiniteScalarQuantizer((8, 5, 2051)), torch.randn(64, 3)
+    assert not plain.state_dict()
+    halved = quantize.FiniteScalarQuantizer((8, 5, 2051)).half()
+    halved.load_state_dict({})
+    assert torch.equal(plain(rows).index, halved(rows).index)

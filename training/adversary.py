@@ -50,7 +50,8 @@ def generator_terms(
     terms["adv"] = adversarial.generator_loss(logits, loss.adv_loss)
     weight = loss.adv_weight * ramp(state.step, loss.disc_start, loss.disc_warmup)
     if loss.adaptive_weight:
-        scale = float(scaled(state, torch.ones((), device=fake.device)))
+        # As a tensor: to read the scale would wait for the device, once a micro-batch.
+        scale = scaled(state, torch.ones((), device=fake.device))
         last = state.model.last_weight
         terms["adaptive_weight"] = adversarial.adaptive_weight(terms["loss"], terms["adv"], last, scale=scale)
         weight = weight * terms["adaptive_weight"]

@@ -131,7 +131,7 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
                     placed(cfg, image, device),
                     seeds,
                     volumes.tolist(),
-                    *(x.to(device) for x in label),
+                    *(x.to(device, non_blocking=True) for x in label),
                     crops_in_step=len(window),
                 )
             )

@@ -22,8 +22,8 @@ from training.state import State, quantizer_of, running_statistics
 
 
 class StepResult(NamedTuple):
-    terms: dict[str, Tensor]                  # each () on the device, the mean over the step's crops
-    norm: Tensor                              # of the gradient before clipping
+    terms: dict[str, Tensor]                  # each () on the CPU, the mean over the step's crops
+    norm: Tensor                              # () on the CPU, of the gradient before clipping
     updated: bool                             # False: something was not finite, the weights are as before
 
 
@@ -57,11 +57,13 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
             threshold = cfg.loss.disc_grad_clip or math.inf
             disc_norm = torch.nn.utils.clip_grad_norm_(state.disc.parameters(), threshold)
             total = total + terms["disc"] + disc_norm
+        # Here the host waits for the device, and nowhere else in a step: what the log needs comes along.
+        *values, norm, total = on_host([*terms.values(), norm, total])
         updated = bool(torch.isfinite(total))
 
         # Then the update, of everything or of nothing.
         if updated:
-            update(cfg, state, optimizers, gan, terms, usage, norm)
+            update(cfg, state, optimizers, gan, terms, usage, float(norm))
 
         # Last the scales of 16 bits: lower after a step that was not finite.
         if state.masters is not None:
@@ -70,7 +72,7 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
             state.scaler.update()
         state.updating = False
         failed.value = not updated
-    return StepResult(terms, norm, updated)
+    return StepResult(dict(zip(terms, values)), norm, updated)
 
 
 # -------------------------------------------------------------------------------- gradients
@@ -177,6 +179,13 @@ def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], thr
     return torch.nn.utils.clip_grad_norm_(state.weights, threshold)
 
 
+def on_host(numbers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """() tensors on the CPU, by one copy from the device. Of different dtypes they take the widest."""
+    # The norm is on the CPU where there was no gradient at all.
+    device = numbers[-1].device
+    return torch.stack([n.to(device, non_blocking=True) for n in numbers]).cpu().unbind()
+
+
 def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
     """optim.grad_clip, or the percentile of the last norms where that is lower.
 
@@ -198,13 +207,14 @@ def update(
     gan: bool,
     terms: dict[str, Tensor],
     usage: Tensor | None,
-    norm: Tensor,
+    norm: float,
 ) -> None:
     """Weights, then what follows them: running statistics, codebook, averages."""
-    # First the weights. From the first of them on the step cannot be repeated.
+    # First the weights. From the first of them on the step cannot be repeated. The gradients are unscaled
+    # and finite: scaler.step() would only read that from the device once more.
     for optimizer in optimizers:
         if has_gradients(optimizer):
-            state.scaler.step(optimizer)
+            optimizer.step()
             state.updating = True
     if state.masters is not None:
         state.masters.give_weights()
@@ -225,7 +235,7 @@ def update(
     for ema, decay in zip(state.emas, cfg.train.ema):
         update_ema(ema, state, min(decay, (1 + state.step) / (10 + state.step)))
     if cfg.optim.clip_percentile:
-        state.norms = [*state.norms, float(norm)][-cfg.optim.clip_window:]
+        state.norms = [*state.norms, norm][-cfg.optim.clip_window:]
 
 
 class Outcome:
