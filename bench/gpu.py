@@ -16,25 +16,19 @@ sparse       one submanifold convolution, forward and backward
 diffusion    a denoiser's step, and a sample of a latent
 
 Each row is printed, and written where there is a file to write, as soon as it is known. A part that cannot
-run here is one row that says why (`skipped`), a row that failed has `error`. Exit codes: 0 every row is right;
-1 a row has an error or `right` false; 2 nothing could be started. Version 0.2 (2026-11).
+run here is one row that says why (`skipped`), a row that failed has `error`. Exit codes: 0 every row is
+right; 1 a row has an error or `right` false; 2 nothing could be started. Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
-import io
 import json
-import math
 import os
 import platform
-import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -281,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows_of(part, options):
             found[part].append(row)
             failed |= "error" in row or row.get("right") is False
-            print(f"{part}  " + "  ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
+            told = "  ".join(f"{name} {shown(value)}" for name, value in row.items())
+            print(f"{part}  {told}", flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -22,8 +22,8 @@ from training.memory import with_recovery
 from training.signals import RunStopped
 from training.step import train_step
 
-# Muon gives every kernel a step of one size, also one whose gradient is rounding: there two runs that agree to
-# rounding come apart.
+# Muon gives every kernel a step of one size, also one whose gradient is rounding: there two runs that agree
+# to rounding come apart.
 ADAMW = {"optim__optimizer": "adamw"}
 
 
