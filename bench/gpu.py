@@ -22,32 +22,49 @@ right; 1 a row has an error or `right` false; 2 nothing could be started. Versio
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import gc
+import io
 import json
 import os
 import platform
+import statistics
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import diffusion  # noqa: E402
 import peaks  # noqa: E402
 import quantize  # noqa: E402
 import sparse_conv  # noqa: E402
 import tiles  # noqa: E402
+import train  # noqa: E402
 import vae3d  # noqa: E402
+from runs import RunsOut  # noqa: E402
 from tasks import TASKS  # noqa: E402
+from tasks import diffusion as tasks_diffusion  # noqa: E402
+from tasks import vae as tasks_vae  # noqa: E402
 from training import config, devices, fit  # noqa: E402
+from training.console import line_of  # noqa: E402
 from training.flags import load_config  # noqa: E402
+from training.jobs import list_inputs  # noqa: E402
+from training.memory import begin, with_recovery  # noqa: E402
+from training.order import MicroBatch  # noqa: E402
+from training.step import train_step  # noqa: E402
 from training.task import of  # noqa: E402
+from volumes.loading import load as load_file  # noqa: E402
 
 Rows = Iterator[dict]
 # Predicted over measured peak may be so far from 1; float32 so far from float64, of the largest norm.
@@ -55,10 +72,16 @@ TOLERANCE, ROUNDING = 0.1, 1e-3
 
 
 def settings(options: argparse.Namespace, **flags: object) -> config.TrainConfig:
-    """The config of these flags; `_` stands for the dot: memory_mode is --memory.mode."""
-    words = {name.replace("_", ".", 1): value for name, value in flags.items()}
-    words.setdefault("amp", str(options.cuda).lower())
-    return load_config([word for name, value in words.items() for word in (f"--{name}", str(value))], TASKS)
+    return load_config(words_of({"amp": str(options.cuda).lower()} | dotted(flags)), TASKS)
+
+
+def dotted(flags: dict) -> dict:
+    """memory_mode is --memory.mode."""
+    return {name.replace("_", ".", 1): value for name, value in flags.items()}
+
+
+def words_of(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 @functools.cache
@@ -116,7 +139,7 @@ def networks_right(options: argparse.Namespace) -> Rows:
             network = vae3d.VAE3D(cfg)
             network.load_state_dict(true.state_dict())
             network = devices.on_device(network, options.device)
-            network.memory(mode, (16, 16, 16)) if mode == "tile" else network.memory(mode)
+            network.memory(mode, (16, 16, 16) if mode == "tile" else None)
             found = through(network, *(devices.to_device(v.float(), options.device) for v in (x, towards)))
             yield {"what": name, "mode": mode, "size": size} | judged(
                 output=off(found[0], expected[0]), gradients=off(found[1], expected[1]),
@@ -151,8 +174,7 @@ def sparse_right(options: argparse.Namespace) -> dict:
     dense = nn.Conv3d(16, 16, 3, padding=1).double()
     dense.load_state_dict(conv.state_dict())
     true = x.double().requires_grad_()
-    grid = torch.zeros(16, edge, edge, edge, dtype=torch.float64).index_put(
-        (torch.arange(16)[:, None], d, h, w), true.T)
+    grid = true.new_zeros(16, edge, edge, edge).index_put((torch.arange(16)[:, None], d, h, w), true.T)
     expected = dense(grid[None])[0][:, d, h, w].T
     (expected * towards).sum().backward()
 
@@ -172,15 +194,13 @@ def quantizer_right(options: argparse.Namespace) -> dict:
     quantizer = quantize.VectorQuantizer(256, 4).eval()
     nn.init.normal_(quantizer.codebook)
     rows = torch.randn(4096, 4)
-    distance = torch.cdist(rows.double(), quantizer.codebook.double(),
-                           compute_mode="donot_use_mm_for_euclid_dist")
+    distance = (rows[:, None].double() - quantizer.codebook.double()).norm(dim=2)
     nearest = distance.min(1)
     loss = 0.25 * nearest.values.square().mean() / 4
     found = quantizer.to(options.device)(rows.to(options.device))
     # Of two codes as near as rounding either is right, so the distances are compared, not the numbers.
     chosen = distance.gather(1, found.index.cpu()[:, None])[:, 0]
-    same = (found.index.cpu() == nearest.indices).float().mean()
-    return {"what": "quantizer", "same_codes": float(same)} | judged(
+    return {"what": "quantizer", "codes_differ": int((found.index.cpu() != nearest.indices).sum())} | judged(
         distance=off(chosen, nearest.values), loss=off(found.vq_loss, loss))
 
 
@@ -198,12 +218,18 @@ def peaks_of_steps(options: argparse.Namespace) -> Rows:
                   ("fast", "512,512,512", "tile"), ("fast", "1024,1024,1024", "tile")]
     for preset, size, mode in table:
         for amp in ("true", "false") if options.cuda and mode == "none" else (str(options.cuda).lower(),):
-            yield one_peak(options, preset, size, mode, amp)
+            try:
+                yield one_peak(options, preset, size, mode, amp)
+            except RuntimeError as error:        # of this row alone; the next has the memory back
+                yield {"preset": preset, "size": size, "mode": mode, "amp": amp, "error": line_of(error)}
 
 
 def one_peak(options: argparse.Namespace, preset: str, size: str, mode: str, amp: str) -> dict:
     cfg = settings(options, preset=preset, patch=size, batch=1, memory_mode=mode, amp=amp)
     row = {"preset": preset, "size": size, "mode": mode, "amp": amp}
+    known, key = vars(options).setdefault("known", {}), tuple(row.values())
+    if key in known:                             # `times` has rows of `peaks`
+        return known[key]
     predicted = fit.predicted(cfg, of(TASKS, cfg), options.device).bytes
     row["predicted_gib"] = round(predicted / peaks.GIB, 4)
     if options.cuda and predicted > torch.cuda.mem_get_info()[0] * (1 - peaks.SPARE):
@@ -211,12 +237,294 @@ def one_peak(options: argparse.Namespace, preset: str, size: str, mode: str, amp
     found = peaks.measure(lambda device: fit.make_step(cfg, of(TASKS, cfg), device), options.device, 2)
     ratio = predicted / found.allocated
     reserved = found.reserved and round(found.reserved / peaks.GIB, 4)
-    return row | {"measured_gib": peak_gib(found), "reserved_gib": reserved, "ratio": round(ratio, 3),
-                  "ms": round(1000 * found.seconds, 2), "right": abs(ratio - 1) <= TOLERANCE}
+    known[key] = row | {"measured_gib": peak_gib(found), "reserved_gib": reserved, "ratio": round(ratio, 3),
+                        "ms": round(1000 * found.seconds, 2), "right": abs(ratio - 1) <= TOLERANCE}
+    return known[key]
 
 
-# PARTS
-PARTS = {"correctness": correctness, "peaks": peaks_of_steps}
+# ----------------------------------------------------------------------------------------------- how fast
+
+def step_times(options: argparse.Namespace) -> Rows:
+    """`fast`, MONAI's networks, and these run by us, in turn; the two large sizes are ours alone."""
+    room, precision = race_room(), "bf16" if options.cuda else "fp32"
+    if isinstance(room, str):
+        yield {"skipped": f"no comparison: {room}"}
+    else:
+        for size in [(16, 16, 16)] if options.tiny else [(32, 64, 64), (64, 256, 256)]:
+            for name in ("AutoencoderKL",) if options.tiny else room.THEIRS:
+                yield {"against": name, "size": size, "precision": precision} | beside(
+                    options, room, name, size, room.PRECISIONS[precision])
+    for size, mode in [("16,32,32", "tile")] if options.tiny else [("512,512,512", "none"),
+                                                                   ("1024,1024,1024", "tile")]:
+        row = one_peak(options, "fast", size, mode, str(options.cuda).lower())
+        yield {"against": None} | {name: value for name, value in row.items() if name != "right"}
+
+
+def beside(options: argparse.Namespace, room: ModuleType, name: str, size: tuple[int, int, int],
+           dtype: torch.dtype | None) -> dict:
+    cfg = room.config(size, 1)
+    converted, _ = room.weights.convert(room.THEIRS[name]().state_dict(), norm_num_groups=8)
+    makes = {"ours": room.our_step(cfg, dtype), "theirs": room.their_step(name, cfg, dtype),
+             "same_network": room.our_step(cfg, dtype, converted)}
+    steps = {side: make(options.device) for side, make in makes.items()}
+    times = room.paired(steps, options.device, 3 if options.tiny else 10)
+    row = {f"{side}_ms": round(1000 * statistics.median(values), 2) for side, values in times.items()}
+    return row | {"ratio": room.ratio(times["ours"], times["theirs"]),
+                  "same_network_ratio": room.ratio(times["same_network"], times["theirs"])}
+
+
+# ----------------------------------------------------------------------------------------------- how good
+
+def race(options: argparse.Namespace) -> Rows:
+    """Each side trains for --seconds of steps on the same crops, its schedule as long as that; then the whole
+    volumes of --test. Without folders, tiny: synthetic volumes and their held-out crops."""
+    room = race_room()
+    if isinstance(room, str) or (options.train is None and not options.tiny):
+        yield {"skipped": room if isinstance(room, str) else "needs --train FOLDER and --test FOLDER"}
+        return
+    size, batch = ((16, 32, 32), 1) if options.tiny else ((16, 96, 96), 8)
+    more = {"data": options.train} if options.train else {
+        "data.synthetic_count": "4", "data.synthetic_size": "16,32,32"}
+    cfg, dtype = room.config(size, batch, **more), room.PRECISIONS["bf16" if options.cuda else "fp32"]
+    opened = room.data.open_data(cfg.data, cfg.train.seed, lambda line: None)
+    crops = room.data.Crops(opened, cfg.train.seed)
+    if options.test:
+        volumes = [(item.known_as, image) for item in list_inputs([options.test])
+                   for image, _ in load_file(item, cfg.data).volumes]
+    else:
+        volumes = [(crop.entry.name, crop.image) for crop in room.data.val_crops(opened, cfg.train.seed, 2)]
+    for side in ("theirs", "ours"):
+        network, row = trained(options, room, side, cfg, dtype, crops)
+        scores = [room.scores(network, [whole(image, options)], dtype) for _, image in volumes]
+        mean = {name: round(statistics.mean(score[name] for score in scores), 4) for name in scores[0]}
+        yield {"side": side, "size": size, "batch": batch, **row, "test_volumes": len(volumes), **mean}
+
+
+def whole(image: object, options: argparse.Namespace) -> Tensor:
+    """(C, D, H, W) on the device, padded as MONAI's network needs it; tiny: its first voxels."""
+    x = torch.as_tensor(image)
+    if options.tiny:
+        x = x[:, :16, :64, :64]
+    return devices.to_device(vae3d.pad_to_multiple(x[None], (4, 4, 4)), options.device)[0]
+
+
+def trained(options: argparse.Namespace, room: ModuleType, side: str, cfg: config.TrainConfig,
+            dtype: torch.dtype | None, crops: object) -> tuple[nn.Module, dict]:
+    """The first four steps, of a network that is thrown away, say how many the seconds pay for."""
+    longest = 2.0 if options.tiny else options.seconds
+    _, first = some_steps(options, room, side, cfg, dtype, crops, 4)
+    total = max(4, round(longest / statistics.median(first[1:])))
+    network, spent = some_steps(options, room, side, cfg, dtype, crops, total)
+    return network, {"steps": total, "seconds": round(sum(spent), 2),
+                     "ms": round(1000 * statistics.median(spent), 2)}
+
+
+def some_steps(options: argparse.Namespace, room: ModuleType, side: str, cfg: config.TrainConfig,
+               dtype: torch.dtype | None, crops: object, total: int) -> tuple[nn.Module, list[float]]:
+    """The network after `total` steps, and the seconds of each."""
+    if side == "theirs":
+        theirs = room.Theirs("AutoencoderKL", cfg, options.device, dtype)
+        network, optimizer = theirs.network, theirs.optimizer
+    else:
+        state = begin(cfg, of(TASKS, cfg), options.device)
+        state.amp_dtype, network, optimizer = dtype, state.model, state.optimizer
+    spent = []
+    for step, micro in room.batches(cfg, crops, total, options.device):
+        room.set_rate(optimizer, cfg, step, total)
+        if side == "theirs":
+            spent.append(room.seconds(functools.partial(theirs.step, micro.image), options.device))
+        else:
+            state.step = step
+            spent.append(room.seconds(functools.partial(train_step, cfg, state, [micro]), options.device))
+    return network, spent
+
+
+# ------------------------------------------------------------------------------------------ does it go on
+
+def recovery(options: argparse.Namespace) -> Rows:
+    yield out_of_memory(options)
+    yield killed(options)
+
+
+def out_of_memory(options: argparse.Namespace) -> dict:
+    """A step with less memory than mode none takes, and the same step with enough: equal to rounding.
+
+    On a card the allocator is given 70 % of what the step took; on the CPU an operation fails once."""
+    patch = "8,32,32" if options.tiny else "64,256,256"
+    cfg = settings(options, preset="fast", patch=patch, batch=1, memory_mode="none")
+    notes, weights, taken, image = [], [], 0, torch.randn(1, 1, *cfg.data.patch)
+    for short in (False, True):
+        state = begin(cfg, of(TASKS, cfg), options.device)
+        micro = MicroBatch(devices.to_device(image, options.device), [0], [0])
+        work = functools.partial(train_step, cfg, state, [micro])
+        with contextlib.ExitStack() as stack:
+            if short and options.cuda:
+                stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0)
+                torch.cuda.empty_cache()
+                card = torch.cuda.get_device_properties(options.device).total_memory
+                torch.cuda.set_per_process_memory_fraction(0.7 * taken / card)
+            elif short:
+                stack.enter_context(RunsOut([200]))
+            with_recovery(cfg, state, image.shape, notes.append, work)
+            if options.cuda:
+                taken = torch.cuda.memory_reserved()
+        weights.append(torch.cat([p.detach().cpu().flatten() for p in state.model.parameters()]))
+        del state, micro, work
+        gc.collect()
+    row = {"what": "out of memory" if options.cuda else "out of memory, simulated", "said": notes}
+    found = judged(weights=off(weights[1], weights[0]))
+    return row | found | {"right": found["right"] and bool(notes)}
+
+
+def run_of(options: argparse.Namespace, out: Path, **flags: object) -> list[str]:
+    """Words of a short run of train.py on synthetic volumes."""
+    size = "8,16,16" if options.tiny else "32,64,64"
+    words = {"data.synthetic_count": 4, "data.synthetic_size": size, "patch": size, "batch": 1,
+             "data.crops_per_volume": 4, "train.val_crops": 1, "train.latent_crops": 1, "log.sample_every": 0,
+             "train.save_every": 2, "steps": 6 if options.tiny else 30, "device": options.device,
+             "amp": str(options.cuda).lower(), "vae.base_channels": 8 if options.tiny else 16, "out": out}
+    return words_of(words | dotted(flags))
+
+
+def run(words: list[str]) -> None:
+    """train.py in this process, without what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = train.main(words)
+    if code:
+        raise RuntimeError(f"train.py ended with {code}: {said.getvalue().strip().splitlines()[-1]}")
+
+
+def killed(options: argparse.Namespace) -> dict:
+    """Killed in the middle, then --resume: last.pt has the bytes of the run that was left alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone, cut = Path(folder) / "alone", Path(folder) / "cut"
+        run(run_of(options, alone, log_every=1))
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run_of(
+            options, cut, log_every=1)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 4/"):
+                process.kill()
+                break
+        process.wait()
+        at = torch.load(cut / "last.pt", weights_only=True)["step"]
+        run(["--resume", str(cut)])
+        same = (alone / "last.pt").read_bytes() == (cut / "last.pt").read_bytes()
+    return {"what": "killed and resumed", "goes_on_from_step": at, "exit_code": process.returncode,
+            "right": same and process.returncode < 0}
+
+
+def repeat(options: argparse.Namespace) -> Rows:
+    """Twice the same command: last.pt has the same bytes."""
+    cases = {"fast": {"preset": "fast"}, "trilinear": {"vae_upsample": "trilinear"},
+             "attention": {"vae_attention": "true"}}
+    for name, flags in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for side in "ab":
+                run(run_of(options, Path(folder) / side, **flags))
+            a, b = ((Path(folder) / side / "last.pt").read_bytes() for side in "ab")
+        yield {"what": name, "right": a == b}
+
+
+# ------------------------------------------------------------------------------------- volumes and points
+
+def whole_volume(options: argparse.Namespace) -> Rows:
+    """Exact tiles of `fast` and windows of MONAI's network, both new; how far each is from its network run on
+    the volume in one piece, where that fits. On the CPU the peak is of live tensors."""
+    size = (16, 32, 64) if options.tiny else (128, 512, 512)
+    torch.manual_seed(0)
+    image, vae = torch.rand(1, 1, *size) * 2 - 1, vae3d.VAE3D.from_preset("fast").eval()
+    vae = devices.on_device(vae, options.device)
+    tiled = tasks_vae.set_tiles(copy.deepcopy(vae), (16, 16, 16) if options.tiny else "auto")
+    ours = [lambda x, network=network: network.decode(network.encode(x).mu, x.shape[2:])
+            for network in (tiled, vae)]
+    yield {"what": "exact tiles, fast", "size": size} | reconstructed(options, image, *ours)
+    room = race_room()
+    if isinstance(room, str):
+        yield {"what": "sliding window", "skipped": room}
+        return
+    from monai.inferers import SlidingWindowInferer
+
+    theirs = room.THEIRS["AutoencoderKL"]().to(options.device).eval().reconstruct
+    window = (16, 32, 32) if options.tiny else (64, 128, 128)
+    inferer = SlidingWindowInferer(window, overlap=0.25, mode="gaussian")
+    yield {"what": "MONAI, sliding window", "size": size, "window": window} | reconstructed(
+        options, image, lambda x: inferer(x, theirs), theirs)
+
+
+@torch.no_grad()
+def reconstructed(options: argparse.Namespace, image: Tensor, in_parts: Callable[[Tensor], Tensor],
+                  in_one_piece: Callable[[Tensor], Tensor]) -> dict:
+    dtype = torch.bfloat16 if options.cuda else None
+    def make(device: torch.device, work: Callable[[Tensor], Tensor] = in_parts) -> Callable[[], Tensor]:
+        x = devices.to_device(image, device)
+
+        def once() -> Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                return work(x)
+        return once
+    found = peaks.measure(make, options.device, 1)
+    row = {"seconds": round(found.seconds, 3), "peak_gib": peak_gib(found)}
+    recon = make(options.device)().cpu()
+    try:
+        return row | {"off_one_piece": off(recon, make(options.device, in_one_piece)().cpu())}
+    except RuntimeError as error:
+        if not tiles.is_out_of_memory(error):
+            raise
+        return row | {"off_one_piece": "in one piece it runs out of memory"}
+
+
+def sparse(options: argparse.Namespace) -> Rows:
+    count, width, edge = (2_000, 16, 32) if options.tiny else (100_000, 64, 128)
+    code, bits = points(edge, count).to(options.device), sparse_conv.bits_for(edge)
+    dtype = torch.bfloat16 if options.cuda else None
+    yield {"what": "table of neighbours", "points": count} | timed(
+        options, lambda device: lambda: sparse_conv.neighbours(code, bits))
+
+    def make(device: torch.device) -> Callable[[], None]:
+        conv, table = sparse_conv.SubMConv3d(width, width).to(device), sparse_conv.neighbours(code, bits)
+        x = torch.randn(count, width, device=device, requires_grad=True)
+
+        def once() -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                out = conv(x, table)
+            out.float().square().sum().backward()
+        return once
+    yield {"what": "forward and backward", "points": count, "channels": width} | timed(options, make)
+
+
+def timed(options: argparse.Namespace, make: peaks.MakeStep) -> dict:
+    found = peaks.measure(make, options.device, 3 if options.tiny else 10)
+    return {"ms": round(1000 * found.seconds, 2), "peak_gib": peak_gib(found)}
+
+
+def denoiser(options: argparse.Namespace) -> Rows:
+    size = (4, 8, 8) if options.tiny else (32, 64, 64)
+    small = {"unet_channels": "32,32", "diffusion_steps": 2} if options.tiny else {}
+    cfg = settings(options, task="diffusion", preset="denoiser_light", patch=",".join(map(str, size)),
+                   batch=1, **small)
+    task = of(TASKS, cfg)
+    row = {"latent": (cfg.unet.in_channels, *size)}
+    yield {"what": "a step"} | row | timed(options, lambda device: fit.make_step(cfg, task, device))
+
+    def make(device: torch.device) -> Callable[[], Tensor]:
+        state = begin(cfg, task, device)
+        state.model.eval()
+        network = tasks_diffusion.caller(state, state.model)
+        noise = devices.to_device(torch.randn(1, cfg.unet.in_channels, *size), device)
+
+        def once() -> Tensor:
+            with torch.no_grad():
+                return diffusion.sample(cfg.diffusion, network, noise)
+        return once
+    found = peaks.measure(make, options.device, 1)
+    yield {"what": "a sample", "steps": cfg.diffusion.steps, "solver": cfg.diffusion.solver} | row | {
+        "seconds": round(found.seconds, 3), "peak_gib": peak_gib(found)}
+
+
+PARTS = {"correctness": correctness, "peaks": peaks_of_steps, "times": step_times, "race": race,
+         "recovery": recovery, "repeat": repeat, "whole": whole_volume, "sparse": sparse,
+         "diffusion": denoiser}
 
 
 # ----------------------------------------------------------------------------------------------- the command
@@ -225,9 +533,8 @@ def rows_of(part: str, options: argparse.Namespace) -> Rows:
     """The rows of a part; an exception is its last one."""
     try:
         yield from PARTS[part](options)
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:
-        what = "out of memory: " if tiles.is_out_of_memory(error) else ""
-        yield {"error": f"{what}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    except Exception as error:       # whatever it is, the parts behind it are still worth their time
+        yield {"error": f"{type(error).__name__}: {line_of(error)}"}
 
 
 def facts(options: argparse.Namespace) -> dict:
@@ -235,8 +542,7 @@ def facts(options: argparse.Namespace) -> dict:
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
         "card": torch.cuda.get_device_name() if options.cuda else None,
-        "torch": torch.__version__, "cuda": torch.version.cuda if options.cuda else None,
-        "cudnn": torch.backends.cudnn.version() if options.cuda else None,
+        "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "monai": None if isinstance(room, str) else room.monai.__version__,
         "python": platform.python_version(), "tiny": options.tiny,
         "warnings": peaks.environment_warnings() if options.cuda else [],
@@ -275,8 +581,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows_of(part, options):
             found[part].append(row)
             failed |= "error" in row or row.get("right") is False
-            told = "  ".join(f"{name} {shown(value)}" for name, value in row.items())
-            print(f"{part}  {told}", flush=True)
+            print("  ".join([part, *(f"{name} {shown(value)}" for name, value in row.items())]), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -287,9 +592,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else fit.size_text(value)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ import dataclasses
 import json
 import math
 import shlex
-import subprocess
-import sys
 import types
 from xml.etree import ElementTree
 
@@ -17,8 +15,8 @@ import peaks
 import pictures
 import runs
 import vae3d
+from bench import gpu
 from peaks import GIB
-from pieces import ROOT
 from tasks import TASKS
 from training import fit
 from training.task import of
@@ -208,12 +206,27 @@ def test_a_row_runs_in_its_own_process():
 
 
 @pytest.mark.slow
-def test_the_gpu_bench_says_that_it_cannot_run():
+def test_the_gpu_bench_says_that_it_cannot_run(capsys):
     if not torch.cuda.is_available():
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "bench" / "gpu_memory.py")], capture_output=True, text=True
-        )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
+        assert gpu.main([]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and "--device cpu --tiny" in said.err
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_is_right_here_and_sees_what_is_not(tmp_path, monkeypatch, capsys):
+    """Networks, sparse convolution and quantiser in float32 against float64; then with a fault."""
+    found = tmp_path / "gpu.json"
+    flags = ["--device", "cpu", "--tiny", "--only", "correctness"]
+    assert gpu.main([*flags, "--json", str(found)]) == 0
+    written = json.loads(found.read_text())
+    assert len(written["correctness"]) == 14 and all(row["right"] for row in written["correctness"])
+    assert written["facts"]["torch"] == torch.__version__ and "sparse_conv" in capsys.readouterr().out
+
+    plain = gpu.sparse_conv.neighbours
+    monkeypatch.setattr(gpu.sparse_conv, "neighbours", lambda code, bits: plain(code, bits).flip(1))
+    monkeypatch.setitem(gpu.PARTS, "correctness", lambda options: iter([gpu.sparse_right(options)]))
+    assert gpu.main(flags) == 1 and "right False" in capsys.readouterr().out
 
 
 @pytest.mark.slow
