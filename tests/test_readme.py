@@ -60,7 +60,7 @@ class Place:
                 made = words[words.index(flag) + 1].rstrip("/") if flag in words else None
                 if made is None or command == text or (self.path / made).exists():
                     continue
-                if re.search(rf"(?<!--out )(?<!--output )(?<![\w/.]){made}(?![\w.])", text):
+                if re.search(rf"(?<!--out )(?<!--output )(?<![\w/.-]){made}(?![\w.-])", text):
                     self.run(page, command)
 
     def run(self, page, command):
