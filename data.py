@@ -1,6 +1,7 @@
 """A data set, from disk or synthetic, and random crops of its volumes.
 
-    python data.py PATH...      # check data before training: a row per file, one line per refused file
+    python data.py PATH...      # check data before training: a row per file, one line per refused file;
+                                # with --data.surface auto its points too, and whether they pay
 
 A folder, a file or a JSON datalist goes in (`open_data`); out come entries whose voxels lie normalised in
 memory-mapped files, so that a crop reads its own rows and nothing else, and `Crops`, a dataset in which
@@ -23,7 +24,8 @@ foreground. Voxel grids (radar, LiDAR): divided by the largest magnitude, 0 stay
 their type.
 
 Shape legend: C channels, D H W depth height width, T volumes of a 4-D file.
-Needs torch, numpy and nibabel; pictures Pillow. Version 1.2.
+Needs torch, numpy, nibabel, and augment.py beside it; pictures Pillow; MetaImage, NRRD and DICOM SimpleITK.
+Version 1.4.
 """
 import argparse
 import contextlib
@@ -32,31 +34,36 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
 
+import augment
 from volumes import formats
+from volumes.boxes import box_of, points_told, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
-from volumes.classes import check_labels, settle_classes
+from volumes.classes import check_labels, class_names, settle_classes, with_ignored
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
-from volumes.files import CacheError, DataError, PillowError, Say, one_line, refuse, show, sizes, unique_name
+from volumes.files import CacheError, DataError, PackageError, Say, one_line, refuse, show, sizes, unique_name
 from volumes.find import Item, list_items
 from volumes.formats import read_volume  # noqa: F401 (the README promises data.read_volume)
 from volumes.grids import resample, resample_label
+from volumes.layouts import declared_labels
 from volumes.loading import Loaded, load, load_labels
 from volumes.points import choose_point
 from volumes.seeds import seeded
 from volumes.splits import NONE_HELD_OUT, in_turn, split, tell_shared, with_patients
 from volumes.synthetic import synthetic_entries
+from volumes.told import tell_guesses, tell_notes, tell_scales
 
 # The largest crop where data.patch is not given, voxels D H W.
 PATCH, PATCH_OF_SYNTHETIC, PATCH_OF_PICTURES = (32, 64, 64), (16, 48, 48), (32, 256, 256)
+CLIPPED = {"ct": (-1, 1), "picture": (-1, 1), "mr": (-1, math.inf)}   # as volumes/intensities.py does
 PATIENCE = 20   # seconds between lines that say how many files are read
 
 
@@ -73,6 +80,7 @@ class Data:
     classes: int = 0             # of the labels; 0 without data.labels
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored.
                                                  # Keep it to read more data alike
+    class_names: tuple[str, ...] = ()            # of dataset.json; empty: not known
 
 
 def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:
@@ -83,7 +91,10 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     with cfg.strict, for the first refused file.
     """
     # First the volumes, file by file, and what their labels mean.
-    classes, label_values = 0, None
+    declared = declared_labels(None if cfg.path is None else Path(cfg.path))
+    if cfg.labels:
+        cfg = with_ignored(cfg, declared.ignored, say)
+    classes, label_values, names = 0, None, ()
     if cfg.path is None:
         training, held_out = [[entry] for entry in synthetic_entries(cfg, seed)], []
         size = sizes(training[0][0].shape[1:])
@@ -92,7 +103,9 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     else:
         training, held_out = open_files(cfg, say, processes)
     if cfg.labels:
-        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say)
+        training, held_out, classes, label_values = settle_classes(training, held_out, cfg, say,
+                                                                   declared.count)
+        names = class_names(declared.names, classes, label_values, say)
 
     # Then the split, of whole patients.
     if cfg.path is not None:
@@ -114,12 +127,14 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
         train = [with_points(entry) for entry in train]
         val = [with_points(entry) for entry in val]
     patch = cfg.patch or default_patch(train, is_synthetic=cfg.path is None)
+    if cfg.points:
+        train, val, patch = with_boxes(train, val, cfg, say)
     channels = train[0].shape[0]
     plural = "s" if channels > 1 else ""
     with_classes = f", {classes} classes" if cfg.labels else ""
     say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
         f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
-    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values)
+    return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values, names)
 
 
 def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Groups]:
@@ -145,11 +160,11 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
         try:
             entries = cached_entries(item, cfg, folder)
             if cfg.labels and cfg.label_values is None and not formats.is_picture(item.label):
-                check_labels(entries[0], cfg.classes, cfg)
+                check_labels(entries[0], None, cfg)
             found = entries[0].shape[0]
             channels = channels or found
             check_channels(item, found, channels)
-        except (CacheError, PillowError):
+        except (CacheError, PackageError):
             raise
         except DataError as error:
             refuse(error, cfg.strict, say)
@@ -176,43 +191,6 @@ def open_files(cfg: DataConfig, say: Say, processes: int) -> tuple[Groups, Group
     if cfg.voxel_scale is None:
         tell_scales([entry for part in groups.values() for group in part for entry in group], say)
     return groups["training"], groups["validation"]
-
-
-def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
-    """A line for each modality that was guessed. entries: one of each file."""
-    guesses: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.guessed:
-            guesses.setdefault(entry.intensity.modality, []).append(entry)
-    for modality, guessed in guesses.items():
-        plural = "s" if len(guessed) > 1 else ""
-        names = ", ".join(entry.name for entry in guessed[:4])
-        more = ", ..." if len(guessed) > 4 else ""
-        say(f"data: guessed {modality} from the values of {len(guessed)} file{plural} ({names}{more}); "
-            f"data.modality or a datalist's class says it")
-
-
-def tell_notes(entries: Sequence[Entry], say: Say) -> None:
-    """A line for each kind of note on files, of the first one. entries: one of each file."""
-    noted: dict[str, list[tuple[Entry, str]]] = {}
-    for entry in entries:
-        for note in entry.notes:
-            noted.setdefault(note.kind, []).append((entry, note.text))
-    for (entry, text), *others in noted.values():
-        more = f" (so too, in their own numbers, {len(others)} more files)" if others else ""
-        say(f"data: {show(entry.path)}: {text}{more}")
-
-
-def tell_scales(entries: Sequence[Entry], say: Say) -> None:
-    """A line where voxel grids have a scale each: what is 1 in one of them is less in another."""
-    highs = [entry.intensity.high for entry in entries if entry.intensity.modality == "voxel"]
-    if len(set(highs)) < 2:
-        return
-    spread = [(min(channel), max(channel)) for channel in zip(*highs)]
-    least, largest = max(spread, key=lambda limits: limits[1] / limits[0])
-    one = ",".join(f"{limits[1]:.4g}" for limits in spread)
-    say(f"data: each of {len(highs)} voxel grids has its own scale, from {least:.4g} to {largest:.4g}; "
-        f"--data.voxel_scale {one} is one for all")
 
 
 def check_channels(item: Item, found: int, expected: int) -> None:
@@ -278,7 +256,9 @@ class Crops(torch.utils.data.Dataset):
             share, *which = seeded(self.seed, "foreground", index).random(3)
             if share < cfg.foreground:
                 point = choose_point(entry, which)
-        image, label = augmented_crop(entry, self.data.patch, draw, cfg, point)
+        box = box_of(entry, self.data.patch, cfg, self.seed, "box", index) if cfg.points else None
+        more = seeded(self.seed, "augment", index)
+        image, label = augmented_crop(entry, self.data.patch, draw, more, cfg, point, box)
         if label is None:
             return torch.from_numpy(image), number
         return torch.from_numpy(image), torch.from_numpy(label), number
@@ -303,8 +283,10 @@ def val_crops(data: Data, seed: int, count: int) -> list[Crop]:
         draw, point = seeded(seed, "val", k).random(3), None
         if data.cfg.foreground:
             point = choose_point(entry, seeded(seed, "val foreground", k).random(2))
-        starts = starts_of(entry, data.patch, draw, point)
-        image, label = cut(entry, data.patch, starts)
+        starts, size = starts_of(entry, data.patch, draw, point), data.patch
+        if data.cfg.points:
+            starts, size = box_of(entry, data.patch, data.cfg, seed, "val box", k)
+        image, label = cut(entry, size, starts)
         affine = entry.affine @ nib.affines.from_matvec(np.eye(3), starts[::-1])  # affines are in x, y, z
         label = None if label is None else torch.from_numpy(label)
         crops.append(Crop(torch.from_numpy(image), entry, affine, label))
@@ -365,50 +347,62 @@ def cut(entry: Entry, size: tuple[int, ...], starts: list[int]) -> tuple[np.ndar
     return padded, padded_label
 
 
-def augmented_crop(entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, cfg: DataConfig,
-                   point: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def augmented_crop(
+    entry: Entry, patch: tuple[int, int, int], draw: np.ndarray, more: np.random.Generator, cfg: DataConfig,
+    point: tuple[int, ...] | None, box: tuple | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """A crop (C, *patch) and its label, or None, with what the config asks for.
 
     draw (8,) in [0, 1): place (3), zoom, flips (3), contrast: an option that is off moves none of the others.
+    more: what the changes of augment.py are drawn from. box: first voxel and size of a crop of points, which
+    is neither zoomed nor changed in its values.
     """
-    # The crop, of another size where it is zoomed; a picture stays flat.
-    size = patch
+    # The crop before its turn, of another size where it is zoomed; a picture stays flat.
+    plane, quarters = augment.choose_turn(cfg.turn, patch, *more.random(2))
+    size = patch = augment.size_before(patch, plane, quarters)
     if cfg.spacing == "random":
         low, high = map(math.log, cfg.zoom)
         zoom = math.exp(low + draw[3] * (high - low))
         size = tuple(max(1, round(n / zoom)) if n > 1 else 1 for n in patch)
-    crop, label = cut(entry, size, starts_of(entry, size, draw[:3], point))
-    if size != patch:
+    starts, size = box or (starts_of(entry, size, draw[:3], point), size)
+    crop, label = cut(entry, size, starts)
+    if size != patch and box is None:
         # Where it shrinks with a wider kernel, as a coarser scan has it: without, noise and lines alias.
         crop, _ = resample(crop, np.eye(4), patch)
         label = None if label is None else resample_label(label, patch)
-    # Flips.
+    # The turn, and flips.
+    crop = augment.turn(torch.from_numpy(crop), plane, quarters).numpy()
+    label = None if label is None else augment.turn(torch.from_numpy(label), plane, quarters).numpy()
     if cfg.flip != "none":
         flipped = [axis for axis, name in enumerate("DHW", 1)
                    if name in cfg.flip.upper() and draw[3 + axis] < 0.5]
         crop = np.ascontiguousarray(np.flip(crop, flipped))
         if label is not None:
             label = np.ascontiguousarray(np.flip(label, [axis - 1 for axis in flipped]))
-    # Contrast, around the background.
+    # Contrast, around the background, and other changes of intensities.
+    background = entry.intensity.background
     if cfg.jitter:
-        background = entry.intensity.background
-        factor = np.float32(1 + cfg.jitter * (2 * draw[7] - 1))
-        crop = (crop - background) * factor + np.float32(background)
-        if entry.intensity.modality in ("ct", "picture"):
-            crop = crop.clip(-1, 1)
+        crop = (crop - background) * np.float32(1 + cfg.jitter * (2 * draw[7] - 1)) + np.float32(background)
+    strengths = augment.Strengths.of(cfg)
+    if strengths.is_on and box is None:
+        seed = int(more.integers(2**63))
+        crop = augment.change_intensities(torch.from_numpy(crop), strengths, seed, background).numpy()
+    if cfg.jitter or strengths.is_on:
+        crop = crop.clip(*CLIPPED.get(entry.intensity.modality, (-math.inf, math.inf)))
     return crop, label
 
 
 # ------------------------------------------------------------------------------------------ command line
+OF_POINTS = ("surface", "window", "band", "smooth", "metric", "min_points")  # flags of `python data.py`
 COLUMNS = "{:{width}}  {:22}  {:16}  {:6}  {:8}  {:20}  {:8}  {}"
 
 
-def check(paths: list[str]) -> int:
-    """Print a row per file of each path, as training with the defaults would see it, a line per refused one.
+def check(paths: list[str], cfg: DataConfig) -> int:
+    """Print a row per file of each path, as training with the config would see it, a line per refused one.
 
     Returns 1 if there is a refused one, else 0.
     """
-    cfg, refused, total, pairs = DataConfig(), 0, 0, {}
+    refused, total, pairs = 0, 0, {}
     found = [[item for items in list_items(path, say=print).values() for item in items] for path in paths]
     for path in paths:
         with contextlib.suppress(DataError):  # a datalist whose labels are malformed still names images
@@ -441,7 +435,7 @@ def check(paths: list[str]) -> int:
                 except DataError as error:
                     refused += 1
                     verdict = f"ok, its label is refused: {error}"
-            verdict = "; ".join([verdict, *(note.text for note in loaded.notes)])
+            verdict = "; ".join([verdict, *(note.text for note in loaded.notes), *points_told(loaded, cfg)])
             print(COLUMNS.format(show(item.path), *described(loaded), verdict, width=width), flush=True)
     print(f"{total} files, {total - refused} usable, {refused} refused")
     return 1 if refused else 0
@@ -465,7 +459,7 @@ def described(loaded: Loaded) -> tuple[str, ...]:
         many = f" x{len(array)} channels"
     spacing = ",".join(f"{mm:.3g}" for mm in loaded.spacing)
     return (sizes(array.shape[1:]) + many, spacing, source.orientation, source.dtype,
-            f"{stored.min():.5g} .. {stored.max():.5g}", intensity.modality)
+            f"{stored.min():.5g} .. {stored.max():.5g}", intensity.rule)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -473,10 +467,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="data.py", description="Check data before training: a row per file, a line per refused file. "
                                     "Exit code 0: all usable, 1: some refused, 2: nothing to check.")
     parser.add_argument("path", nargs="+", metavar="PATH", help="folder, file or JSON datalist")
-    paths = parser.parse_args(argv).path
+    for field in dataclasses.fields(DataConfig):
+        if field.name in OF_POINTS:
+            parser.add_argument(f"--data.{field.name}", type=type(field.default), default=field.default,
+                                metavar=field.name.upper(), help=f"as for train.py --task sparse "
+                                                                 f"[{field.default}]")
+    flags = vars(parser.parse_args(argv))
+    paths = flags.pop("path")
     try:
-        return check(paths)
-    except DataError as error:
+        return check(paths, DataConfig(**{name.removeprefix("data."): v for name, v in flags.items()}))
+    except ValueError as error:  # a DataError is one
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader went away: data.py DIR | head

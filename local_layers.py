@@ -1,4 +1,5 @@
-"""What tiles.py needs to know of layers: a table, a row for each kind of local layer. Needs torch alone.
+"""What tiles.py needs to know of layers: a table, a row for each kind of local layer. Needs torch and
+lean_norm.py.
 
 A layer is local where an output voxel depends on an interval of input voxels along each axis, and on no
 others. From the rows, interval arithmetic tells which input a tile of the output needs, through any run of
@@ -28,6 +29,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lean_norm import normalised
 
 # ---------------------------------------------------------------------------------------- The table of layers
 
@@ -216,13 +219,8 @@ def pad_run(op: nn.ConstantPad3d, x: Tensor, pads: Pads, values: Values) -> Tens
 
 
 def norm_run(op: nn.GroupNorm, x: Tensor, pads: Pads, values: Values) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias (arXiv:1803.08494, Eq. 1), as scale * x +
-    shift.
-    """
-    width = x.shape[1] // op.num_groups
-    scale = (values["var"] + op.eps).rsqrt().repeat_interleave(width, 1) * values["weight"]      # (B, C)
-    shift = values["bias"] - values["mean"].repeat_interleave(width, 1) * scale
-    return torch.addcmul(shift[..., None, None, None], x, scale[..., None, None, None]).to(x.dtype)
+    """y = (x - mean) / sqrt(var + eps) * weight + bias (arXiv:1803.08494, Eq. 1)."""
+    return normalised(x, values["mean"], values["var"], values["weight"], values["bias"], op.eps)
 
 
 def out_channels(op: nn.Module, channels: int) -> int:

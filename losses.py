@@ -50,7 +50,7 @@ class LossConfig:
     disc_layers: int = 3                        # downsampling layers; 3 of stride 2 see 70^3 voxels
     disc_strides: tuple[int, int, int] | tuple[tuple[int, int, int], ...] = (2, 2, 2)  # of all, or of each
     disc_norm: str = "none"                     # none | group | instance | spectral
-    disc_lr: float | None = None                # none: optim.lr
+    disc_lr: float | None = None                # none: optim.lr, of muon half of it
     disc_grad_clip: float = 0.0                 # largest norm of its own gradient; 0: no clipping
     feature_matching_weight: float = 0.0        # L1 of the discriminator's features (arXiv:1711.11585: 10)
     r1_weight: float = 0.0                      # gamma of arXiv:1801.04406, Eq. 9 (there 10)
@@ -78,7 +78,7 @@ class LossConfig:
         if not self.foreground_weight > 0:
             raise ValueError(f"loss.foreground_weight must be positive, got {self.foreground_weight}")
         if self.disc_lr is not None and not self.disc_lr > 0:
-            raise ValueError(f"loss.disc_lr must be positive, or none for optim.lr, got {self.disc_lr}")
+            raise ValueError(f"loss.disc_lr must be positive, or none (by optim.lr), got {self.disc_lr}")
         if not 0 <= self.dice_share <= 1:
             raise ValueError(f"loss.dice_share must be from 0 (cross-entropy alone) to 1 (Dice alone), got "
                              f"{self.dice_share}")

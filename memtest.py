@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import subprocess
@@ -26,17 +25,19 @@ import peaks
 import pictures
 from peaks import GIB, LEFT_OUT, SPARE, MakeStep, Size
 from tasks import TASKS
-from training import fit
-from training.config import TrainConfig, changed, config_dict, to_yaml
+from training import capacity, fit
+from training.config import TrainConfig, changed, to_yaml
+from training.console import clear_line
 from training.devices import set_backend
-from training.fit import memory_settings, memory_text, network_of, size_text
+from training.fit import memory_text, network_of, size_text
 from training.flags import Parser, load_config
+from training.flags import build_parser as train_parser
 from training.memory import modes_of
+from training.spellings import spelled
 from training.task import Task, of
 from volumes.files import DataError
 
-# In the YAML of a plan these stand also where they are the default.
-SAID = {("data", "patch"), ("train", "amp"), ("train", "batch"), ("memory", "mode")}
+CARDS = (8, 12, 24)          # GiB of cards; the table says into which of them a setting fits
 
 
 # -------------------------------------------------------------------------------- a row of the table
@@ -65,10 +66,16 @@ class Row:
 
     @property
     def label(self) -> str:
-        text = f"{'AMP' if self.amp else 'fp32'} {self.mode}"
-        if self.tile:
-            text += f" {size_text(self.tile)}"
+        """Precision and mode in words."""
+        words = {"none": "all kept", "checkpoint": "checkpointed", "tile": "tiled"}
+        text = f"{precision_text(self.amp)}, {words[self.mode]}"
+        if self.tile and self.tile != "auto":
+            text += f" by {size_text(self.tile)}"
         return text
+
+
+def precision_text(amp: bool) -> str:
+    return "bf16 AMP" if amp else "float32"
 
 
 def new_row(cfg: TrainConfig, task: Task) -> Row:
@@ -136,7 +143,8 @@ def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: flo
         settings += [(True, mode, times) for mode in modes]
 
     rows = []
-    for amp, mode, times in settings:
+    for number, (amp, mode, times) in enumerate(settings, 1):
+        tell_progress(f"row {number} of {len(settings)} ...")
         batch = times * cfg.train.batch
         chosen = changed(cfg, train={"amp": amp, "batch": batch}, memory={"mode": mode})
         row = new_row(chosen, task)
@@ -147,6 +155,7 @@ def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: flo
         if budget and row.predicted_gib is not None:
             row.fits = row.predicted_gib * GIB <= budget * (1 - SPARE)
         rows.append(row)
+    clear_line()
     return rows
 
 
@@ -175,6 +184,9 @@ def cells_of(row: Row, first: float | None) -> dict[str, str]:
         seconds = f"{row.step_seconds:.3f}"
     if row.fits is not None:
         fits = "yes" if row.fits else "no"
+    cards = "-"
+    if row.predicted_gib is not None:
+        cards = " ".join(str(gib) for gib in CARDS if row.predicted_gib <= gib * (1 - SPARE)) or "none"
     return {
         "setting": row.label,
         "batch": str(row.batch),
@@ -185,6 +197,7 @@ def cells_of(row: Row, first: float | None) -> dict[str, str]:
         "reserved GiB": gib_text(row.reserved_gib),
         "s/step": seconds,
         "fits": fits,
+        "cards of GiB": cards,
     }
 
 
@@ -223,100 +236,62 @@ def picture(rows: Sequence[Row], title: str) -> str:
 
 # -------------------------------------------------------------------------------- the plan
 
-def print_plan(cfg: TrainConfig, task: Task, argv: Sequence[str], budget: float, device: str,
-               yaml: str | None) -> bool:
-    """Say what fits into `budget` bytes and with which settings; False: not even the leanest.
+def print_plan(cfg: TrainConfig, task: Task, budget: float, device: str, yaml: str | None) -> bool:
+    """Say whether cfg's volume fits into `budget` bytes and with which settings, then what the largest are.
 
-    In bf16 AMP, unless a flag speaks of amp. yaml: the file that the settings are written to.
+    yaml: the file that the answer's settings are written to. False: not even the leanest fits.
     """
-    if not given_flags(argv) & {"--amp", "--train.amp"}:
-        cfg = changed(cfg, train={"amp": True})
-    network, size, batch = network_of(cfg, task), cfg.data.patch, cfg.train.batch
-    dtype = torch.bfloat16 if cfg.train.amp else torch.float32
-    limit = int(budget * (1 - SPARE))
+    # First the answer for the volume that was asked for, with the command for it.
+    size, gib = size_text(cfg.data.patch), f"{budget / GIB:.4g} GiB"
+    tell_progress(f"looking at {size} ...")
+    found = capacity.answer(cfg, task, budget, device)
+    chosen = changed(cfg, memory=found.memory)
+    peak = f"{found.bytes / GIB:.2f} GiB with {100 * SPARE:.0f} % to spare"
+    clear_line()
+    if not found.fits:
+        too_much = found.bytes / GIB - budget * (1 - SPARE) / GIB
+        print(f"{size} does not fit {gib}: the least is {found.bytes / GIB:.2f} GiB "
+              f"({memory_text(found.memory)}), {too_much:.2f} GiB too much")
+    elif found.memory["mode"] == "none":
+        print(f"{size} fits {gib} as it is: {peak}")
+    else:
+        print(f"{size} fits {gib} with memory mode {memory_text(found.memory)}: {peak}")
+    if found.fits:
+        print(f"  {capacity.command(chosen, task, TASKS)}", flush=True)
 
-    def make_step_for(size: Size, memory: dict) -> MakeStep:
-        chosen = changed(cfg, data={"patch": size}, memory=memory)
-        return lambda d: fit.make_step(chosen, task, d, rehearsal=True)
-
-    # First the largest volumes that fit, with the settings that take least.
-    @functools.cache
-    def leanest(size: Size) -> dict:
-        return memory_settings(network, size, batch, dtype)[-1]
-
-    def peak_of(size: Size) -> int:
-        return peaks.predict(make_step_for(size, leanest(size)), device).bytes
-
-    def least_bytes(size: Size) -> int:
-        return 20 * batch * math.prod(size)
-
-    print(f"\nBudget {budget / GIB:.2f} GiB, {100 * SPARE:.0f} % of it kept free, "
-          f"{'bf16 AMP' if cfg.train.amp else 'fp32'}, batch {batch}; at most {fit.MOST_WORK:.0f} times the "
-          f"time of a checkpointed step; the largest to 3 % of their edges:")
-    unit = math.lcm(16, *stride_of(network))                     # edges are multiples of it
-    shapes = {
-        "largest cube": (1, 1, 1),
-        f"largest in the proportions of {size_text(size)}": size,
-    }
-    smaller = None
+    # Then the largest volumes, with the settings that take least.
+    smaller, per_voxel = None, capacity.PER_VOXEL
+    shapes = {"largest cube": (1, 1, 1), f"largest in the proportions of {size}": cfg.data.patch}
     for name, shape in shapes.items():
-        found = peaks.largest(peak_of, shape, unit, limit, least_bytes, close=0.1)
-        if not found:
-            print(f"  {name}: none")
+        best = capacity.largest(cfg, task, budget, device, shape, tell_progress, per_voxel)
+        clear_line()
+        if best is None:
+            print(f"{name}: none")
             continue
-        smaller, peak = found
-        print(f"  {name}: {size_text(smaller)}, {memory_text(leanest(smaller))}: {peak / GIB:.2f} GiB")
+        per_voxel = best.bytes / math.prod(best.size) / cfg.train.batch
+        smaller = best.size
+        print(f"{name}: {size_text(best.size)}, {best.bytes / GIB:.2f} GiB, {memory_text(best.memory)}")
+        there = changed(cfg, data={"patch": best.size}, memory=best.memory)
+        print(f"  {capacity.command(there, task, TASKS)}", flush=True)
+    print(f"({precision_text(cfg.train.amp)}, batch {cfg.train.batch}; at most {fit.MOST_WORK:.0f} times the "
+          f"time of a checkpointed step; the largest to 3 % of their edges)")
 
-    # Then the cheapest settings for the volume that was asked for.
-    candidates = memory_settings(network, size, batch, dtype, limit)
-    chosen = peaks.plan(make_step_for, size, budget, candidates, device)
-    if not chosen.fits:
-        needed = chosen.bytes / (1 - SPARE)
-        remedy = f"It would with --budget {needed / GIB:.2f}"
-        if smaller:
-            remedy += f", or as {size_text(smaller)}"
-        print(f"  {size_text(size)} does not fit: the least is {chosen.bytes / GIB:.2f} GiB "
-              f"({memory_text(chosen.memory)}), {(chosen.bytes - limit) / GIB:.2f} GiB too much. {remedy}")
+    # Then what would do instead, or the answer as a file for train.py --config.
+    if not found.fits:
+        remedy = f"It would with --budget {found.bytes / (1 - SPARE) / GIB:.2f}"
+        print(f"{remedy}, or as {size_text(smaller)}" if smaller else remedy)
         return False
-    print(f"  {size_text(size)} fits with memory.mode {memory_text(chosen.memory)}: "
-          f"{chosen.bytes / GIB:.2f} GiB")
-    text = settings_yaml(changed(cfg, memory=chosen.memory), task)
-    print(text, end="")
+    text = capacity.settings_yaml(chosen, task, TASKS)
+    print(f"as YAML:\n{text}", end="")
     if yaml:
         Path(yaml).write_text(text)
     return True
 
 
-def stride_of(network: torch.nn.Module) -> tuple[int, int, int]:
-    """To whose multiples a network pads; 1 for one that has no levels."""
-    return getattr(getattr(network, "cfg", None), "total_stride", (1, 1, 1))
-
-
-def settings_yaml(cfg: TrainConfig, task: Task) -> str:
-    """What differs from the preset's defaults, as YAML that train.py --config takes.
-
-    Values are written as JSON, which YAML includes.
-    """
-    words = ["--task", task.name]
-    # The preset of a foreign train.init is none that a flag may name.
-    if cfg.preset in task.PRESETS:
-        words += ["--preset", cfg.preset]
-    defaults = config_dict(load_config(words, TASKS))
-
-    lines = []
-    if task.name != TrainConfig.task:
-        lines.append(f"task: {task.name}")
-    lines.append(f"preset: {cfg.preset}")
-    for section, fields in config_dict(cfg).items():
-        if not isinstance(fields, dict):
-            continue
-        said = {}
-        for name, value in fields.items():
-            if value != defaults[section][name] or (section, name) in SAID:
-                said[name] = value
-        if said:
-            lines.append(f"{section}: {json.dumps(said)}")
-    return "\n".join(lines) + "\n"
+def tell_progress(text: str) -> None:
+    """A line that the next one takes the place of; nothing in a pipe."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{text}", end="", flush=True)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -329,7 +304,7 @@ def build_parser(parser_class) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Peak memory of a training step: predicted without a GPU, measured on one.\n" + LEFT_OUT,
         epilog="Besides: every flag of train.py (--preset, --batch, --vae.norm group ...; "
-        "see train.py --help).\nDevice: cuda, present or not, unless --device cpu.",
+        "see train.py --help-all).\nDevice: cuda, present or not, unless --device cpu.",
     )
     add = parser.add_argument
     add("--resolution", metavar="D,H,W", help="the volume (train.py's --patch) [64,256,256]")
@@ -363,6 +338,7 @@ def asked_for(argv: Sequence[str]) -> Asked:
     """Raises ValueError or DataError, in one line, for what cannot be done."""
     # First the config: of one crop of 64,256,256, where neither a flag nor a file says otherwise.
     own, flags = build_parser(Parser).parse_known_args(argv)
+    flags = spelled(flags, train_parser(TASKS)._option_string_actions)
     given = given_flags(flags)
     if own.resolution or not given & {"--config", "--patch", "--data.patch"}:
         flags = [*flags, "--patch", own.resolution or "64,256,256"]
@@ -433,7 +409,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(dataclasses.asdict(row)))
         return 0 if row.predicted_gib is not None else 1
 
-    # First the table, on the console and as files.
+    # First the answer, where there is a budget: in bf16 AMP, unless a flag speaks of amp.
+    is_planned = True
+    if own.budget is not None:
+        planned = cfg
+        if not given_flags(argv) & {"--amp", "--train.amp"}:
+            planned = changed(cfg, train={"amp": True})
+        is_planned = print_plan(planned, task, asked.budget, device, own.yaml)
+        print()
+
+    # Then the table, on the console and as files.
     rows = table(cfg, task, device, asked.measured, asked.budget)
     millions = rows[0].params / 1e6
     title = f"{cfg.preset} {size_text(cfg.data.patch)}, {millions:.2f} M parameters, one step on {device}"
@@ -446,11 +431,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         Path(own.json).write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
     if own.svg:
         Path(own.svg).write_text(picture(rows, title))
-
-    # Then the plan, where it is asked for.
-    is_planned = True
-    if own.budget is not None:
-        is_planned = print_plan(cfg, task, argv, asked.budget, device, own.yaml)
     is_predicted = all(row.predicted_gib is not None for row in rows)
     return 0 if is_planned and is_predicted else 1
 

@@ -201,7 +201,7 @@ def largest(peak_of: Callable[[Size], int], shape: Sequence[float], unit: int, l
     while high is None or high - low > 1:
         # first the largest that seems to fit, between a and b: b is doubled while nothing bounds it
         a, b = low, high or max(4, 2 * low)
-        while high is None and b <= 8 * max(low, 4) and seems_to_fit(b):
+        while high is None and b <= 32 * max(low, 4) and seems_to_fit(b):
             a, b = b, 2 * b
         while b - a > 1:
             middle = (a + b) // 2
@@ -236,6 +236,7 @@ def largest(peak_of: Callable[[Size], int], shape: Sequence[float], unit: int, l
 # guard of XLA by that of `meta`: the one change that stays. Where a name of the two imports is missing,
 # importing this file fails and says which. Where the table of device guards is missing,
 # predict(device="cuda") raises RuntimeError; for the CPU neither table nor patches are needed.
+# - batch norm's single kernels, which have no form without data, by the shapes that they return (BATCH_NORM).
 
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,
@@ -243,7 +244,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 
 
 class LiveStorages(TorchDispatchMode):
@@ -321,6 +322,11 @@ class LiveStorages(TorchDispatchMode):
         for number, size in events[:at + 1]:
             parts[self.kinds.get(number, "activations")] += size
         return sum(parts.values()), parts
+
+
+def real_tensors() -> contextlib.AbstractContextManager:
+    """For what a prediction has to compute with data: no mode is on inside."""
+    return _disable_current_modes()
 
 
 def tensors_in(value) -> Iterator[Tensor]:
@@ -411,6 +417,21 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
+def channel_vectors(x: Tensor, number: int) -> tuple[Tensor, ...]:
+    """So many (C,) of float32 or wider, for x (B, C, ...)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return tuple(x.new_empty(x.shape[1], dtype=wide) for _ in range(number))
+
+
+# What batch norm's CUDA kernels return, of which torch has no form without data (lean_norm.py calls them).
+BATCH_NORM = {
+    "batch_norm_update_stats": lambda x, *_: channel_vectors(x, 2),
+    "batch_norm_elemt.out": lambda x, *_, out: out,
+    "batch_norm_backward_reduce": lambda grad, x, *_: (*channel_vectors(x, 2), None, None),
+    "batch_norm_backward_elemt": lambda grad, x, *_: torch.empty_like(x),
+}
+
+
 @contextlib.contextmanager
 def simulated(device: torch.device) -> Iterator[torch.device]:
     """Everything inside runs on fake tensors; yields the device to build on."""
@@ -426,6 +447,8 @@ def simulated(device: torch.device) -> Iterator[torch.device]:
         stack.enter_context(mock.patch(absent, lambda: False))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
         library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        for name, stand_in in BATCH_NORM.items():
+            library.impl(name, stand_in, "Meta")
         for key in ("CUDA", "AutogradCUDA"):
             library.impl("scaled_dot_product_attention", fused_attention, key)
         stand_in = None

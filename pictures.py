@@ -1,7 +1,9 @@
-"""What one looks at: slices of volumes side by side as PNG, bars as SVG. Needs torch and nothing else.
+"""What one looks at: slices of volumes side by side as PNG, bars and curves as SVG. Needs torch and nothing
+else.
 
-    open("a.png", "wb").write(png(comparison(image, recon, spacing=(1, 1, 1), background=-1)))
+    open("a.png", "wb").write(png(sheet([slices([x], x + 1, (1, 1, 1), grey)])))
     open("a.svg", "w").write(bars(["AMP none"], {"predicted": [5.6], "measured": [5.5]}, "Peak memory"))
+    open("b.svg", "w").write(curves({"run": [(1, 0.5), (2, 0.3)]}, "loss", is_log=True))
 
 Both kinds of file are written with the standard library alone, so that no plotting package is needed.
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 import torch
@@ -25,24 +27,6 @@ LARGEST = 4096                   # pixels of a slice's longer side, whatever spa
 
 
 # ------------------------------------------------------------------------------------------------ slices
-
-
-def comparison(
-    image: Tensor, recon: Tensor, spacing: Sequence[float], background: float, is_picture: bool = False
-) -> Tensor:
-    """Input, reconstruction and error (columns) in axial, coronal and sagittal slices (rows).
-
-    image, recon (C, D, H, W) -> (height, width, 3) uint8. The first channel is shown, and of each axis the
-    slice with the most foreground. Grey is -1 to 1; the error runs from black (0) over red to yellow (0.5).
-    """
-    image, recon = image[0], recon[0]
-    weight = (image - background).abs()
-    columns = [
-        slices([image], weight, spacing, grey, is_picture),
-        slices([recon], weight, spacing, grey, is_picture),
-        slices([recon, image], weight, spacing, error, is_picture),
-    ]
-    return sheet(columns)
 
 
 def label_comparison(
@@ -61,6 +45,15 @@ def label_comparison(
     return sheet(columns)
 
 
+def signed(v: Tensor) -> Tensor:
+    """(...) in [-1, 1] -> (..., 3): blue below 0, red above, black where it is 0; brightest near 0, where the
+    surface is.
+    """
+    light = 255 * (1.2 - v.abs()).clamp(0, 1)
+    nothing = torch.zeros_like(v)
+    return torch.stack([torch.where(v > 0, light, nothing), nothing, torch.where(v < 0, light, nothing)], -1)
+
+
 def grey(v: Tensor) -> Tensor:
     """(...) in [-1, 1] -> (..., 3)."""
     level = (v.clamp(-1, 1) + 1) * 127.5
@@ -75,17 +68,40 @@ def error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def coloured(v: Tensor, label: Tensor) -> Tensor:
-    """(...) in [-1, 1] -> (..., 3): grey, with a colour per class where label (...) is not 0.
+    """(..., h, w) in [-1, 1] -> (..., h, w, 3): grey, and where label is not 0 its class: a contour in the
+    class's colour, and inside of it a tint that leaves the image to be seen.
+    """
+    colour, plain = class_colour(label), grey(v)
+    # A pixel is of the contour when one of its four neighbours is of another class.
+    padded = F.pad(label.float().reshape(1, -1, *label.shape[-2:]), (1, 1, 1, 1), mode="replicate")[0]
+    middle = padded[..., 1:-1, 1:-1]
+    around = padded[..., :-2, 1:-1], padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]
+    is_edge = torch.stack([other != middle for other in around]).any(0).reshape(label.shape)
+    share = torch.where(is_edge, 1.0, 0.2)[..., None]
+    return torch.where((label > 0)[..., None], (1 - share) * plain + share * colour, plain)
 
-    Each number turns the hue by the golden angle, so that neighbouring numbers get hues far apart.
+
+def class_colour(label: Tensor) -> Tensor:
+    """Class numbers (...) -> (..., 3). Each number turns the hue by the golden angle, so that neighbouring
+    numbers get hues far apart.
     """
     hue = (label * 0.381966 % 1)[..., None] * 6                   # sixths of the colour circle
     # each of red, green and blue is a straight line of the hue's distance from a corner of the circle
     corner = torch.tensor([3.0, 2.0, 4.0])
     slope = torch.tensor([1.0, -1.0, -1.0])
     offset = torch.tensor([-1.0, 2.0, 2.0])
-    colour = 255 * ((hue - corner).abs() * slope + offset).clamp(0, 1)
-    return torch.where((label > 0)[..., None], 0.5 * grey(v) + 0.5 * colour, grey(v))
+    return 255 * ((hue - corner).abs() * slope + offset).clamp(0, 1)
+
+
+BOTH, MISSED, ADDED = (230.0, 230.0, 230.0), (230.0, 70.0, 60.0), (70.0, 130.0, 240.0)
+
+
+def occupancy(found: Tensor, true: Tensor) -> Tensor:
+    """Two masks (...) -> (..., 3): what both hold, what was missed and what was added; else black."""
+    image = torch.zeros(*true.shape, 3)
+    for mask, colour in ((found & true, BOTH), (true & ~found, MISSED), (found & ~true, ADDED)):
+        image[mask] = torch.tensor(colour)
+    return image
 
 
 def slices(
@@ -112,15 +128,32 @@ def slices(
         image = colour(*(volume.select(axis, at) for volume in volumes)).float()
         if not is_picture:
             image = image.flip(0, 1)                              # from RAS
-        # then its size: square pixels as fine as the finer spacing, enlarged to about 256
-        extent = [shape[a] * spacing[a] for a in others]          # mm
-        pixel = max(min(spacing[a] for a in others), max(extent) / LARGEST)
-        size = [max(1, round(mm / pixel)) for mm in extent]
-        factor = max(1, 256 // max(size))
-        size = [n * factor for n in size]
-        image = F.interpolate(image.movedim(-1, 0)[None], size, mode="nearest")
-        found.append(image[0].movedim(0, -1))
+        found.append(enlarged(image, [spacing[a] for a in others]))
     return found
+
+
+def projections(
+    volumes: Sequence[Tensor], spacing: Sequence[float], colour: Callable[..., Tensor]
+) -> list[Tensor]:
+    """Largest value along D (bird's-eye) and along H (front) of each of volumes (D, H, W), as `colour` shows
+    them. For grids whose few occupied voxels no slice shows. D and H grow upwards, W to the right.
+    """
+    found = []
+    for axis in (0, 1):
+        image = colour(*(volume.amax(axis) for volume in volumes)).float()
+        found.append(enlarged(image.flip(0), [spacing[a] for a in range(3) if a != axis]))
+    return found
+
+
+def enlarged(image: Tensor, spacing: Sequence[float]) -> Tensor:
+    """(h, w, 3) with pixels of spacing mm -> square pixels as fine as the finer spacing, about 256 a side."""
+    extent = [n * mm for n, mm in zip(image.shape, spacing)]      # mm
+    pixel = max(min(spacing), max(extent) / LARGEST)
+    size = [max(1, round(mm / pixel)) for mm in extent]
+    factor = max(1, 256 // max(size))
+    size = [n * factor for n in size]
+    image = F.interpolate(image.movedim(-1, 0)[None], size, mode="nearest")
+    return image[0].movedim(0, -1)
 
 
 def sheet(columns: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -134,8 +167,22 @@ def sheet(columns: Sequence[Sequence[Tensor]]) -> Tensor:
     return torch.cat(rows).round().to(torch.uint8)
 
 
-def png(image: Tensor) -> bytes:
-    """(height, width, 3) uint8 -> the bytes of a PNG file (RFC 2083)."""
+def panels(image: Tensor, columns: int, sizes: Sequence[tuple[int, int]]) -> list[list[Tensor]]:
+    """What `sheet` put together, column by column. sizes: height and width of the slices of each row."""
+    found: list[list[Tensor]] = [[] for _ in range(columns)]
+    y = 2
+    for height, width in sizes:
+        for number, column in enumerate(found):
+            x = 2 + number * (width + 4)
+            column.append(image[y:y + height, x:x + width])
+        y += height + 4
+    return found
+
+
+def png(image: Tensor, note: str = "") -> bytes:
+    """(height, width, 3) uint8 -> the bytes of a PNG file (RFC 2083). note: ASCII, kept in it as `Comment`,
+    which changes no pixel.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
@@ -146,8 +193,35 @@ def png(image: Tensor) -> bytes:
     lines = b"".join(b"\0" + row.numpy().tobytes() for row in image.contiguous())
     # 8 bits a channel, colour type 2 (red, green, blue), no interlacing
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines, 6)), chunk(b"IEND", b"")
+    comment = chunk(b"tEXt", b"Comment\0" + note.encode("ascii")) if note else b""
+    content = comment + chunk(b"IDAT", zlib.compress(lines, 6))
+    parts = chunk(b"IHDR", header), content, chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def read_png(content: bytes) -> tuple[Tensor, str]:
+    """What `png` made -> the image (height, width, 3) uint8 and the note. ValueError for any other file."""
+    start, note, lines, size = 8, b"", b"", None
+    while content[:8] == b"\x89PNG\r\n\x1a\n" and start + 12 <= len(content):
+        length, kind = struct.unpack(">I4s", content[start:start + 8])
+        body = content[start + 8:start + 8 + length]
+        if kind == b"IHDR" and body[8:] == bytes([8, 2, 0, 0, 0]):
+            width, height = struct.unpack(">II", body[:8])
+            size = height, width
+        elif kind == b"tEXt":
+            note = body.partition(b"\0")[2]
+        elif kind == b"IDAT":
+            lines += body
+        start += length + 12
+    try:
+        pixels = torch.frombuffer(bytearray(zlib.decompress(lines)), dtype=torch.uint8)
+        height, width = size
+        image = pixels.reshape(height, 1 + 3 * width)
+    except (zlib.error, TypeError, RuntimeError, ValueError):
+        raise ValueError("not a PNG of pictures.png: cut, or of another program") from None
+    if image[:, 0].any():
+        raise ValueError("not a PNG of pictures.png: its lines are filtered")
+    return image[:, 1:].reshape(height, width, 3), note.decode("ascii", "replace")
 
 
 # ------------------------------------------------------------------------------------------------ bars
@@ -210,7 +284,12 @@ def bars(
             parts.append(rectangle(left, place, length, THICK, COLOURS[number % len(COLOURS)]))
             parts.append(text(left + length + 6, place + 12, f"{figure(value)} {unit}"))
 
-    size = f'width="{width:.0f}" height="{bottom + 48}" viewBox="0 0 {width:.0f} {bottom + 48}"'
+    return drawing(width, bottom + 48, parts)
+
+
+def drawing(width: float, height: float, parts: Sequence[str]) -> str:
+    """The parts as the text of a whole SVG file."""
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     font = 'font-family="sans-serif" font-size="12" fill="#202020"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>'
     return "\n".join([head, *parts, "</svg>"]) + "\n"
@@ -222,7 +301,7 @@ def axis_ticks(most: float) -> list[float]:
         most = 1.0
     power = 10.0 ** math.floor(math.log10(most / 4))
     apart = max(factor * power for factor in (1, 2, 5) if factor * power <= most / 4 * (1 + 1e-9))
-    return [round(n * apart, 12) for n in range(math.ceil(most / apart - 1e-9) + 1)]
+    return [float(f"{n * apart:.12g}") for n in range(math.ceil(most / apart - 1e-9) + 1)]
 
 
 def figure(value: float) -> str:
@@ -240,3 +319,158 @@ def text(x: float, y: float, words: str, attributes: str = "") -> str:
     """A line of text, its baseline at y. What XML takes for markup is escaped, what it forbids becomes ?."""
     allowed = "".join(c if c.isprintable() else "?" for c in words)
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(allowed)}</text>'
+
+
+# ------------------------------------------------------------------------------------------------ curves
+
+Points = Sequence[tuple[float, float | None]]                    # of a curve, in the order of their x
+MOST_POINTS = 500                # of a curve as it is drawn
+PLOT = (560, 300)                # pixels of the whole drawing
+MARGINS = (62, 14, 30, 34)       # of them left, right, above and below the axes
+
+
+def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step") -> str:
+    """Lines over one pair of axes, a colour and a row of the legend each -> SVG text, a whole file.
+
+    A y of None or NaN, or infinite, leaves a gap; on a logarithmic axis one of 0 or less does too. Of a
+    long curve each stretch of points is drawn as its least and its largest, so that no peak is lost. Where no
+    curve has a point, the drawing says so.
+    """
+    shown = {name: thinned(list(stretches(points, is_log))) for name, points in series.items()}
+    known = [point for parts in shown.values() for part in parts for point in part]
+    width, height = PLOT
+    left, right, above, below = MARGINS
+    rows = legend_rows(list(shown), width) if len(shown) > 1 else []
+    above += 18 * len(rows)
+    bottom = height - below
+    parts = [rectangle(0, 0, width, height, "white"), text(12, 18, title, 'font-size="14"')]
+    for row, names in enumerate(rows):
+        for place, number, name in names:
+            parts.append(rectangle(place, 26 + 18 * row, 12, 12, colour_of(number)))
+            parts.append(text(place + 17, 36 + 18 * row, name))
+    if not known:
+        parts.append(text(width / 2, height / 2, "no values yet", 'text-anchor="middle"'))
+        return drawing(width, height, parts)
+
+    # First the ends of both axes: at the outermost ticks upwards, at the last points to the sides.
+    x_low, x_high = min(x for x, _ in known), max(x for x, _ in known)
+    low, high = min(y for _, y in known), max(y for _, y in known)
+    # Of values that lie close together, powers of ten would show a flat line.
+    is_log = is_log and high >= 3 * low
+    ticks = log_ticks(low, high) if is_log else range_ticks(low, high)
+    low, high = ticks[0], ticks[-1]
+    left = max(left, 12 + LETTER * max(len(f"{tick:.6g}") for tick in ticks))
+
+    def place_of(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        upwards = (y - low) / (high - low)
+        if is_log:
+            upwards = math.log(y / low) / math.log(high / low)
+        return left + across * (width - left - right), bottom - upwards * (bottom - above)
+
+    # Then the axes with their ticks, then the curves.
+    for tick in ticks:
+        _, y = place_of(x_low, tick)
+        ends = f'x1="{left:.1f}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}"'
+        parts.append(f'<line {ends} stroke="#d8d8d8"/>')
+        parts.append(text(left - 6, y + 4, f"{tick:.6g}", 'text-anchor="end"'))
+    for tick in range_ticks(x_low, x_high):
+        if x_low <= tick <= x_high:
+            x, _ = place_of(tick, low)
+            ends = f'x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{bottom + 5}"'
+            parts.append(f'<line {ends} stroke="#808080"/>')
+            parts.append(text(x, bottom + 17, f"{tick:.6g}", 'text-anchor="middle"'))
+    parts.append(text((left + width - right) / 2, height - 4, x_name, 'text-anchor="middle"'))
+    for number, stretch in enumerate(shown.values()):
+        for points in stretch:
+            places = [place_of(x, y) for x, y in points]
+            if len(places) == 1:
+                x, y = places[0]
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"/>')
+                continue
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour_of(number)}" '
+                         'stroke-width="1.5"/>')
+    return drawing(width, height, parts)
+
+
+def colour_of(number: int) -> str:
+    """Of series `number`: the four colours of bars, then hues turned by the golden angle."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    return f"hsl({137.5 * number % 360:.0f}, 55%, 45%)"
+
+
+def legend_rows(names: Sequence[str], width: float) -> list[list[tuple[float, int, str]]]:
+    """(place, number, name) of each series, as many in a row as fit."""
+    rows: list[list[tuple[float, int, str]]] = [[]]
+    place = 12.0
+    for number, name in enumerate(names):
+        # A name that is too long for a whole row keeps its end, by which runs differ.
+        most = int((width - 60) / LETTER)
+        if len(name) > most:
+            name = "..." + name[3 - most:]
+        needed = 32 + LETTER * len(name)
+        if rows[-1] and place + needed > width:
+            rows.append([])
+            place = 12.0
+        rows[-1].append((place, number, name))
+        place += needed
+    return rows
+
+
+def stretches(points: Points, is_log: bool) -> Iterator[list[tuple[float, float]]]:
+    """The curve without what cannot be drawn, cut where that was."""
+    part: list[tuple[float, float]] = []
+    for x, y in points:
+        # Below 1e-300 a quotient of two values may be infinite.
+        if y is not None and math.isfinite(y) and (y > 1e-300 or not is_log):
+            part.append((x, y))
+        elif part:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def thinned(parts: list[list[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+    """At most about MOST_POINTS points of all stretches: of neighbours the least and the largest."""
+    total = sum(map(len, parts))
+    if total <= MOST_POINTS:
+        return parts
+    size = math.ceil(2 * total / MOST_POINTS)
+    found = []
+    for part in parts:
+        kept = []
+        for start in range(0, len(part), size):
+            block = part[start:start + size]
+            ends = {min(block, key=lambda point: point[1]), max(block, key=lambda point: point[1])}
+            kept += sorted(ends)
+        # The first and the last point keep the curve's length.
+        found.append(sorted({part[0], *kept, part[-1]}))
+    return found
+
+
+def range_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 or 5 times a power of ten apart, from `low` or less to `high` or more."""
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) / 10
+        low, high = (low - room, high + room) if room else (0.0, 1.0)
+    apart = axis_ticks(high - low)[1]
+    first, last = math.floor(low / apart), math.ceil(high / apart)
+    return [float(f"{n * apart:.12g}") for n in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from `low` or less to `high` or more; with their 2 and 5 folds where those are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = max(1, (last - first) // 6)
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [factor * 10.0 ** power for power in range(first, last + every, every) for factor in factors]
+    # What lies outside the first tick below and the first above is not needed.
+    start = max((n for n, tick in enumerate(ticks) if tick <= low * (1 + 1e-9)), default=0)
+    end = min((n for n, tick in enumerate(ticks) if tick >= high * (1 - 1e-9)), default=len(ticks) - 1)
+    if end == start:
+        end = start + 1
+        ticks.append(10.0 * ticks[-1])
+    return [float(f"{tick:.6g}") for tick in ticks[start:end + 1]]

@@ -7,6 +7,7 @@ evaluate the network on them.
     python predict.py segment     --checkpoint runs/seg --input scan.nii.gz --output out/ --viz
     python predict.py sample      --checkpoint runs/ldm --vae runs/ct --count 4 --output samples/
     python predict.py evaluate    --checkpoint runs/ct --data FOLDER --json out.json --report out.html
+    python predict.py report      runs/a runs/b --output both.html    # curves and pictures of runs
 
 `encode` writes the latent mean, or the indices of codes; `decode` after it equals `reconstruct`, to the bit.
 
@@ -45,7 +46,7 @@ import torch
 
 import pictures
 from tasks import TASKS
-from training import evaluation, jobs, latents, report, sample_report, sampling
+from training import evaluation, jobs, latents, report, run_page, sample_report, sampling, views
 from training.cases import Case, label_of, read_case
 from training.config import convert
 from training.console import clear_line
@@ -59,7 +60,7 @@ from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError, bare_name, short_digest, show, write_atomic
 from volumes.grids import resample_label
-from volumes.results import write_result
+from volumes.results import with_blank, write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
@@ -173,9 +174,10 @@ def segment(options: argparse.Namespace) -> bool:
         if options.viz:
             save_overlay(viz_path(job.output), case, found[0])
         if not options.no_save:
-            labels = values[np.stack(found)].astype(np.uint8 if values.max() < 256 else np.int16)
+            stored = values[with_blank(found, case.origin)]
+            labels = stored.astype(np.uint8 if values.max() < 256 else np.int16)
             formats.write_label(job.output, labels, case.origin)
-        text += f"; {shares_text(found, values)}"
+        text += f"; {shares_text(found, values, ready.facts['data'].get('class_names'))}"
         return text if options.no_save else f"{text} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
@@ -199,14 +201,20 @@ def viz_path(output: Path) -> Path:
     return output.with_name(bare_name(output.name) + "_viz.png")
 
 
-def shares_text(found: Sequence[np.ndarray], values: np.ndarray) -> str:
-    """The largest classes with their share of all voxels, in the order of their numbers. values: on disk."""
+def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence[str] | None = None) -> str:
+    """The largest classes with their share of all voxels, in the order of their numbers.
+
+    values: on disk; names: of the classes.
+    """
     shares = np.bincount(np.stack(found).reshape(-1), minlength=len(values)) / sum(f.size for f in found)
     by_size = 1 + np.argsort(-shares[1:], kind="stable")         # class 0 is the background
     largest = sorted(k for k in by_size[:MOST_CLASSES] if shares[k])
     if not largest:
         return "no foreground"
-    text = ", ".join(f"{values[k]}: {100 * shares[k]:.3g} %" for k in largest)
+    called = [str(value) for value in values]
+    if names is not None and len(names) == len(values):
+        called = [f"{value} {name}" for value, name in zip(values, names)]
+    text = ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 
@@ -245,10 +253,10 @@ def evaluate(options: argparse.Namespace) -> bool:
                     totals.add(volume, scored)
                     rows.append(evaluation.row_of(item, case, t, scored))
                     if options.report:
-                        part = report.figure(rows[-1], slices_of(case, t, scored.found))
+                        part = report.figure(rows[-1], views_of(case, t, scored.found, cfg))
                         part_file(folder, len(rows) - 1).write_text(part, encoding="utf-8")
                     clear_line()
-                    which = f" volume {t}" if len(case.arrays) > 1 else ""
+                    which = f" volume {case.numbers[t]}" if case.numbers else ""
                     name = f"[{number}/{len(items)}] {show(item.path)}{which}"
                     print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
 
@@ -270,11 +278,26 @@ def part_file(folder: str, number: int) -> Path:
     return Path(folder, f"{number}.html")
 
 
-def slices_of(case: Case, number: int, found: np.ndarray) -> dict:
+def views_of(case: Case, number: int, found: np.ndarray, cfg: DataConfig) -> views.Views:
     """Pictures of one volume, of its label where it has one, and of what the network made of it."""
-    volume, intensity = case.volumes[number]
-    label = label_of(case, number) if case.labels else None
-    return report.slices_of(volume, found, label, intensity.background, case.spacing, case.is_picture)
+    (volume, intensity), found = case.volumes[number], torch.from_numpy(found)
+    window = views.window_limits("auto", cfg.window, intensity)
+    rest = case.spacing, intensity, window, case.is_picture
+    if case.labels:
+        pair = {"Label": torch.from_numpy(label_of(case, number)), "Found": found}
+        return views.of_labels(torch.from_numpy(volume), pair, *rest)
+    return views.of_reconstruction(torch.from_numpy(volume), found, *rest)
+
+
+def report_runs(options: argparse.Namespace) -> bool:
+    """Run folders -> report.html, of several runs with one set of curves."""
+    folders = [Path(name) for name in options.runs]
+    output = Path(options.output or folders[0] / run_page.NAME)
+    if options.output is None and len(folders) > 1:
+        output = Path(run_page.NAME)                             # the page of the first run stays its own
+    run_page.write_page(folders, output)
+    print(f"report of {len(folders)} run{'s' if len(folders) > 1 else ''} -> {output}")
+    return True
 
 
 def sample(options: argparse.Namespace) -> bool:
@@ -301,6 +324,9 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, Da
     cfg = data_config(ready, with_labels, **data_changes(options))
     ready.task.prepare(ready, options, cfg)
     print(describe(ready), flush=True)
+    if ready.facts["step"] == 0:
+        print(f"{ready.path}: is of step 0, the untrained network: no later validation of its run was better",
+              flush=True)
     return ready, cfg
 
 
@@ -332,6 +358,7 @@ COMMANDS = {
     "decode": (decode, f"STEM{latents.ENDING} -> volumes; equals reconstruct to the bit"),
     "segment": (segment, "volumes -> class numbers on their own grid"),
     "sample": (sample, "volumes out of noise, by a denoiser of latents and their autoencoder"),
+    "report": (report_runs, "curves and pictures of runs, side by side, as one page"),
     "evaluate": (evaluate, "figures over a data set: a table, JSON, a page of pictures"),
 }
 
@@ -350,6 +377,10 @@ def build_parser() -> Parser:
 
 def add_flags(command: str, add: Callable) -> None:
     """The flags of one command. add: argparse's add_argument."""
+    if command == "report":
+        add("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+        add("--output", metavar="FILE", help="[RUN/report.html; of several runs report.html here]")
+        return
     of_autoencoder = command not in ("segment", "sample")
     of_unet = command in ("segment", "evaluate")
 
@@ -373,6 +404,8 @@ def add_flags(command: str, add: Callable) -> None:
             help="volumes of `sample`, compared with --data; --checkpoint: their denoiser, which knows its "
                  "training cases")
         add("--features", metavar="FILE_OR_RUN", help="of --samples: a run of --task features [random ones]")
+        add("--tolerance", type=number_between("--tolerance", -1e-9, math.inf), default=2.0, metavar="MM",
+            help="surfaces that lie no further apart count as equal for surface Dice [2]")
         add("--json", metavar="FILE", help="write the figures")
         add("--report", metavar="FILE",
             help="write a page with the worst, median and best volume, self-contained HTML")

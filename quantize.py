@@ -55,6 +55,10 @@ class Quantizer(nn.Module):
     """What both quantisers share: they work on rows, and this is their form for volumes."""
     gather = True                    # `update` sums over all processes; off where they share the same volumes
 
+    def numbered(self, index: Tensor) -> Tensor:
+        """Indices as numbers in [0, num_codes) that differ for all codes there are, to count them."""
+        return index
+
     def quantize_volume(self, z: Tensor, generator: Generators = None) -> Codes:
         """z (B, Z, d, h, w) -> Codes of that layout. generator: see VectorQuantizer.forward."""
         rows = z.movedim(1, -1)      # (B, d, h, w, Z): a view
@@ -229,6 +233,74 @@ class VectorQuantizer(Quantizer):
     def lookup(self, index: Tensor) -> Tensor:
         """index (...) -> z_q (..., Z)."""
         return F.embedding(index, self.on_sphere(self.codebook))
+
+
+class ResidualQuantizer(Quantizer):
+    """Several codebooks in turn: each codes what the ones before it have left over (residual VQ,
+    arXiv:2107.03312, Sec. III-C).
+
+    rows (N, Z) -> Codes; index has an axis more, (N, Q) for Q codebooks, and z_q is the sum of their codes.
+    vq_loss is the mean over the codebooks. quantizers: built by the caller, all of the same width.
+    """
+    def __init__(self, quantizers: Sequence[VectorQuantizer]):
+        super().__init__()
+        self.quantizers = nn.ModuleList(quantizers)
+
+    @property
+    def num_codes(self) -> int:
+        """Of all codebooks together."""
+        return sum(quantizer.num_codes for quantizer in self.quantizers)
+
+    def numbered(self, index: Tensor) -> Tensor:
+        """(..., Q): those of codebook q count from q K on."""
+        each = self.quantizers[0].num_codes
+        return index + each * torch.arange(len(self.quantizers), device=index.device)
+
+    @property
+    def collected(self) -> list:
+        return [part for quantizer in self.quantizers for part in quantizer.collected]
+
+    @collected.setter
+    def collected(self, value: list) -> None:
+        """What a step that failed had begun is dropped: only [] makes sense."""
+        for quantizer in self.quantizers:
+            quantizer.collected = list(value)
+
+    def forward(self, rows: Tensor, generator: Generators = None,
+                samples: Sequence[int] | None = None) -> Codes:
+        """rows (N, Z); the rest as VectorQuantizer takes it."""
+        rest, total, loss, index = rows, 0, 0, []
+        for quantizer in self.quantizers:
+            codes = quantizer(rest, generator, samples)
+            # z_q has the value of the code, and the code no gradient: the rest keeps that of the rows.
+            code = codes.z_q.detach()
+            rest, total = rest - code, total + code
+            loss = loss + codes.vq_loss / len(self.quantizers)
+            index.append(codes.index)
+        return Codes(StraightThrough.apply(rows.to(total.dtype), total), loss, torch.stack(index, -1))
+
+    def update(self, generator: torch.Generator | None = None) -> None:
+        """VectorQuantizer.update, of each codebook."""
+        for quantizer in self.quantizers:
+            quantizer.gather = self.gather
+            quantizer.update(generator)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor, how: str = "kmeans", generator: torch.Generator | None = None,
+            iterations: int = 10, per_step: int | None = None) -> None:
+        """VectorQuantizer.fit, of each codebook from what the ones before it leave of rows (N, Z)."""
+        for quantizer in self.quantizers:
+            quantizer.fit(rows, how, generator, iterations, per_step)
+            codes = quantizer.on_sphere(quantizer.codebook)
+            index, _, _ = nearest(quantizer.on_sphere(rows.to(codes)), codes)
+            rows = rows - codes[index]
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """index (..., Q) -> z_q (..., Z)."""
+        total = 0
+        for quantizer, one in zip(self.quantizers, index.unbind(-1)):
+            total = total + quantizer.lookup(one)
+        return total
 
 
 class FiniteScalarQuantizer(Quantizer):

@@ -1,5 +1,5 @@
 """Tiles for a whole network: every setting of tiled execution worth having, what it costs, and how to run it.
-Needs torch, tiles.py and local_layers.py, and nothing else.
+Needs torch, tiles.py, local_layers.py and lean_norm.py, and nothing else.
 
     sides = Side(encoder, 1, (1, 1, 1)), Side(decoder, 4, (4, 4, 4))
     mode = TileMode(Network(sides, parameters=10**6), budget=8)  # GiB
@@ -349,8 +349,8 @@ class TileMode:
     requires_grad, backward; a rank that does not leaves the others waiting. Each then ends with the same
     output and the same whole gradients, bit for bit where kernels are deterministic: a step must not sum or
     average them over the ranks again. Where the tiles of one rank fail, all raise (tiles.together). A copy of
-    this object has no group. rehearsal: for predicting memory on tensors without data: each kind of tile runs
-    once, since its repeats cost the same; ranks take no part, and the plan is made as for a CPU.
+    this object has no group. rehearsal: for predicting memory on tensors without data: the largest tile runs
+    twice, and no other; ranks take no part, and the plan is made as for a CPU.
     Raises ValueError for a tile that is not three positive integers, a stretch that is not such a sum, or a
     group that this process does not belong to.
     """

@@ -1,5 +1,5 @@
-"""Exact tiled execution: any run of local layers, tile by tile, forward and backward. Needs torch and
-local_layers.py, and nothing else.
+"""Exact tiled execution: any run of local layers, tile by tile, forward and backward. Needs torch,
+local_layers.py and lean_norm.py, and nothing else.
 
     layers = [nn.Conv3d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 1, 3, padding=1)]
     y = run_tiled(layers, (32, 32, 32), x)       # nn.Sequential(*layers)(x) to rounding, gradients too
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lean_norm import by_batch_norm, channel_statistics, sloped
 from local_layers import Fork, Join, Op, Span, module_of, row, sizes_along, spans, unroll
 
 Tile = tuple[Span, Span, Span]
@@ -43,11 +44,11 @@ class Stretch(NamedTuple):
     tile_units: tuple[int, int, int]
     tick: Callable[[float], None] | None = None  # told the share of the forward pass that is done
     group: Group = None
-    rehearsal: bool = False                      # each kind of tile runs once, for predicting memory
+    rehearsal: bool = False                      # the largest tile alone runs, for predicting memory
 
     def tiles(self, x: Tensor, end: int | None = None) -> Iterator[Tile]:
-        """This rank's tiles through ops[:end]; in a rehearsal one of each kind, since its repeats cost
-        the same.
+        """This rank's tiles through ops[:end]; in a rehearsal the one that reads most, twice: what is left of
+        a tile, such as gradients of weights, is there when the next one runs.
 
         The largest are dealt out first, so that no rank has more than another by more than the largest
         tile.
@@ -55,7 +56,7 @@ class Stretch(NamedTuple):
         end = len(self.ops) if end is None else end
         axes = [spans(self.ops, axis, x.shape[2 + axis], self.tile_units[axis], end) for axis in range(3)]
         if self.rehearsal:
-            axes = [list({(s.length, s.cuts): s for s in axis}.values()) for axis in axes]
+            return iter([tuple(max(axis, key=lambda span: span.length) for axis in axes)] * 2)
         if self.group is None:
             return product(*axes)
         by_size = sorted(product(*axes), key=lambda tile: -prod(s.length for s in tile))
@@ -211,8 +212,7 @@ def volume_statistics(parts: Iterator[Tensor], groups: int, group: Group = None,
     with together(group, zero):
         for part in parts:
             n = part[0, 0].numel()
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
-            var, centre = torch.var_mean(wide, (2, 3, 4), correction=0)
+            var, centre = channel_statistics(part)
             apart = centre - mean
             spread = spread + var * n + apart.square() * (count * n / (count + n))
             mean, count = mean + apart * (n / (count + n)), count + n
@@ -235,7 +235,10 @@ def statistics_gradient(x: Tensor, target: object, mean: Tensor, grad_mean: Tens
     d mean / d x = 1 / n, d var / d x = 2 (x - mean) / n, with n the numbers of a group.
     """
     width = x.shape[1] // mean.shape[1]
-    m, gm, gv = (t.repeat_interleave(width, 1)[..., None, None, None] for t in (mean, grad_mean, grad_var))
+    m, gm, gv = (t.repeat_interleave(width, 1) for t in (mean, grad_mean, grad_var))
+    if by_batch_norm(x):
+        return sloped(x, m, 2 * gv / (width * voxels), gm / (width * voxels))
+    m, gm, gv = (t[..., None, None, None] for t in (m, gm, gv))
     return ((gm + 2 * gv * (x - m)) / (width * voxels)).to(x.dtype)
 
 
@@ -374,7 +377,7 @@ def run_tiled(layers: Sequence[nn.Module], tile_units: tuple[int, int, int], x: 
     """nn.Sequential(*layers)(x) in tiles of `tile_units` (D, H, W), without keeping what is between.
 
     tick: told the share of the forward pass that is done, after each tile. group: the ranks that share
-    the tiles. rehearsal: each kind of tile runs once, for predicting memory on tensors without data; the
+    the tiles. rehearsal: the largest tile alone runs, for predicting memory on tensors without data; the
     rest of the output is 0. Raises ValueError where a layer has no row in LOCAL.
     """
     ops = []

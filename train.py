@@ -5,11 +5,10 @@
     python train.py --resume runs/ct                                # goes on bit for bit
     python train.py --task seg --data FOLDER                        # a U-Net on image/label pairs
     python train.py --task features --data FOLDER                   # for loss.perceptual_features
-    torchrun --nproc_per_node 4 train.py --data FOLDER              # on 4 GPUs
+    torchrun --nproc_per_node 4 train.py --data FOLDER              # 4 GPUs: batch x accum x 4 crops a step
 
-This is the one place that wires configuration, data, networks, step, checkpoints and logs. It reads top to
-bottom: the command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
-On several GPUs the global batch is batch x accum x GPUs.
+This is the one place that wires configuration, data, networks, step, checkpoints and logs: from the top the
+command, the run, the loop. What is trained is a task's (tasks/), one step is training/step.py's.
 
 Shapes: B batch, C channels, D H W depth height width. Intensities in [-1, 1], so PSNR and SSIM have data
 range 2. Memory is in GiB. Version 0.3 (2026-11).
@@ -28,7 +27,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
-import dataclasses
 import errno
 import math
 import shlex
@@ -39,30 +37,31 @@ from pathlib import Path
 
 import torch
 
-import data
-import peaks
 from tasks import TASKS
-from training import checkpoints, memory, ranks
+from training import checkpoints, edges, ranks
 from training.adversary import disc_rate
-from training.config import TrainConfig, changed, config_dict, to_yaml
-from training.console import line_of, shown, tell
-from training.devices import gpu_use, peak_gib, pick_device, pick_precision, set_backend
-from training.facts import facts_of, is_same_training, open_data
-from training.fit import fit, predicted_peak
+from training.capacity import dry_run_text
+from training.config import TrainConfig, changed, config_dict
+from training.console import line_of, tell
+from training.devices import gpu_use, peak_gib, pick_device, set_backend
+from training.facts import facts_of, is_same_training
+from training.fit import check_memory
 from training.flags import build_parser, load_config
 from training.folder import open_folder, run_folder, save_last
 from training.foreign import explained
 from training.log import Log, codebook_use, log_histograms, open_sinks
-from training.order import MicroBatch, crops_of_step, learning_rate, step_batches, steps_per_epoch
+from training.opening import conclude, introduce
+from training.order import MicroBatch, learning_rate, step_batches
 from training.resume import full_weights, keep_global_batch, restore, resumed_config, start_from
-from training.run import Run, recovered, save_config, stopped_early, total_steps
+from training.run import Run, recovered, save_config, stopped_early
+from training.run_page import keep_page
 from training.signals import SIGNALS, RunStopped, Stopped, caught_signals, stopped_by_signals
+from training.stages import Stage, open_stages, planned
 from training.state import State, tensors_of
 from training.step import train_step
-from training.task import Task, metric_of, of
+from training.task import Task, of
 from training.validation import check_best, save_samples, validation, weights_to_ship
 from volumes.files import DataError, StoreError
-from volumes.splits import patient_of
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
@@ -130,7 +129,7 @@ def start(argv: Sequence[str]) -> int:
         resumed = ranks.from_rank(0, lambda: checkpoints.load_resumed(Path(options["resume"]), say))
         out = resumed.path.parent
         base = resumed_config(resumed.content, resumed.path)
-    cfg = ranks.from_rank(0, lambda: load_config(argv, TASKS, base))
+    cfg = ranks.from_rank(0, lambda: load_config(argv, TASKS, base, say))
     task = of(TASKS, cfg)
     out = out or ranks.from_rank(0, lambda: run_folder(cfg))
     cfg = changed(cfg, train={"out": str(out)})
@@ -147,9 +146,10 @@ def start(argv: Sequence[str]) -> int:
         if device.type == "cuda" and ranks.world() > 1:
             torch.cuda.set_device(device)
 
-        # Then the data, and what they say of the config, which nothing changes from here on.
-        cfg, dataset = ranks.together(lambda: open_data(cfg, task, say))
-        every = ranks.of_every_rank([tuple(facts_of(dataset)["training"])])
+        # Then the data of every stage, and what they say of the config, which nothing changes from here on.
+        known = resumed and resumed.content["data"]
+        cfg, opened = ranks.together(lambda: open_stages(cfg, task, say, known))
+        every = ranks.of_every_rank([tuple(facts_of(opened[0].dataset)["training"])])
         seen = [len(names) for names in dict.fromkeys(every)]
         if len(seen) > 1:
             raise DataError(f"{cfg.data.path}: the ranks see different training volumes "
@@ -157,15 +157,18 @@ def start(argv: Sequence[str]) -> int:
         if resumed is not None:
             keep_global_batch(cfg, base, resumed.content, say)
         if "fit" in options:
-            section = ranks.from_rank(0, lambda: fit(cfg, task, device, options["fit"], say))
-            cfg = dataclasses.replace(cfg, memory=section)
+            budget = options["fit"]
+            section = ranks.from_rank(0, lambda: edges.fit_largest(opened, task, device, budget, say))
+            cfg, opened = edges.with_memory(cfg, opened, section)
 
         # Then the run, or what it would be.
         if not dry:
-            return train(cfg, task, device, dataset, out, resumed)
-        print(to_yaml(cfg), end="")
+            ranks.together(lambda: [check_memory(stage.cfg, task, device) for stage in opened])
+            return train(cfg, task, device, opened, out, resumed)
         if ranks.first():
-            say(predicted_peak(cfg, task, device))
+            def peaks_on(kind: torch.device) -> list[str]:
+                return edges.peaks_of(opened, task, kind)
+            print(dry_run_text(cfg, task, TASKS, device, "verbose" in options, peaks_on), end="")
         return EXIT_DONE
 
 
@@ -227,7 +230,7 @@ def lost_text(error: RuntimeError, out: Path | None) -> str:
 
 def resume_command(out: Path) -> str:
     """What goes on with the run, on as many processes as now."""
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
+    each = ranks.on_this_machine()
     nodes = f"--nnodes {ranks.world() // each} " if ranks.world() > each else ""
     launcher = "python" if ranks.world() == 1 else f"torchrun {nodes}--nproc_per_node {each}"
     return f"{launcher} train.py --resume {shlex.quote(str(out))}"
@@ -235,7 +238,7 @@ def resume_command(out: Path) -> str:
 
 # -------------------------------------------------------------------------------- the run
 
-def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data, out: Path,
+def train(cfg: TrainConfig, task: Task, device: torch.device, opened: Sequence[Stage], out: Path,
           resumed: checkpoints.Resumed | None = None) -> int:
     """Run from step 0 or from a checkpoint to the end, an early stop or a signal; returns the exit code.
 
@@ -243,25 +246,25 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     """
     # First the state: as at step 0, as in the checkpoint, or from weights that are there.
     checkpoint = resumed.content if resumed is not None else None
-    if cfg.train.stage and cfg.train.init is None and checkpoint is None:
-        raise ValueError(f"train.stage {cfg.train.stage} goes on from a trained autoencoder; name its run "
+    codebook_stage = opened[0].cfg.train.stage
+    if codebook_stage and cfg.train.init is None and checkpoint is None:
+        raise ValueError(f"train.stage {codebook_stage} goes on from a trained autoencoder; name its run "
                          "folder or checkpoint with --init")
-    crops = data.Crops(dataset, cfg.train.seed)
-    features = checkpoint.get("features") if checkpoint is not None else None
-    state = memory.begin(cfg, task, device, features)
+    state = edges.begin(cfg, opened, task, device, checkpoint)
     # What a rank finds of its CPU's bf16 may differ from what the first one finds.
     state.amp_dtype = ranks.from_rank(0, lambda: state.amp_dtype)
     if checkpoint is not None:
         restore(state, checkpoint, resumed.path)
-    # Only now, since a checkpoint says how many crops a step has.
-    per_epoch = steps_per_epoch(len(crops), state.global_batch)
-    total = total_steps(cfg, per_epoch)
+    # Only now, since a checkpoint says how many crops a step has, and which stages have ended.
+    stages = planned(cfg, opened, state.global_batch, state.edges)
+    stage = stages[len(state.edges)]
     # A resumed run may be over already, or have other data than it began with.
     if checkpoint is not None:
-        if state.finished and (state.step >= total or stopped_early(cfg, state)):
+        is_over = state.step >= stage.end or stopped_early(stage.cfg, state)
+        if state.finished and is_over and stage is stages[-1]:
             print(f"{out}: finished at step {state.step}; nothing to do")
             return EXIT_DONE
-        if not is_same_training(checkpoint["data"], dataset):
+        if not is_same_training(checkpoint["data"], stage.dataset):
             print(f"{out}: the training volumes are not those that the run began with, so it goes on, but "
                   "not bit for bit")
         state.finished = False
@@ -270,22 +273,23 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
     if cfg.train.init is not None and checkpoint is None:
         source, hints = Path(cfg.train.init), cfg.train.init_hints
         started_from, has_codebook = ranks.from_rank(0, lambda: start_from(state, source, hints))
-        if cfg.train.stage == 2 and not has_codebook:
+        if codebook_stage == 2 and not has_codebook:
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook "
                              f"of vae.num_codes={cfg.vae.num_codes}; run --train.stage 1 first")
-    # What the dial leaves to `auto` is chosen here, for the whole run.
-    shape = (cfg.train.batch, dataset.channels, *dataset.patch)
-    memory.turn_dial(state, ranks.chosen(0, lambda: memory.settled(cfg, state, cfg.memory, shape)))
+    # What the dials leave to `auto` is chosen here, for the whole run.
+    opened = edges.settle_dials(opened, state)
+    stages = planned(cfg, opened, state.global_batch, state.edges)
 
     # Then the run folder: its lock and the log are closed however the run ends.
-    with contextlib.ExitStack() as opened:
-        ranks.together(lambda: open_folder(cfg, out, resumed, opened) if ranks.first() else None)
-        log = Log(cfg, out, total, state.step, open_sinks(cfg, out), state.validated)
-        opened.enter_context(contextlib.closing(log))
-        held_out = data.val_crops(dataset, cfg.train.seed, cfg.train.val_crops)
-        if cfg.train.val_whole:
-            held_out = data.WholeVolumes(dataset)
-        run = Run(cfg, state, device, dataset, crops, held_out, out, log, total, per_epoch)
+    with contextlib.ExitStack() as closing:
+        ranks.together(lambda: open_folder(cfg, out, resumed, closing) if ranks.first() else None)
+        names, number = [each.name for each in opened], len(state.edges)
+        memory_of = "" if device.type == "cuda" else " of this process"
+        log = Log(cfg, out, stages[-1].end, state.step, open_sinks(cfg, out), state.validated, memory_of,
+                  behind=names[:number], ahead=names[number + 1:])
+        closing.enter_context(contextlib.closing(log))
+        run = Run(cfg, opened, stages, state, device, out, log)
+        edges.attach(run)
         save_config(run)
         introduce(run, started_from)
 
@@ -294,51 +298,20 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, dataset: data.Data
         with caught_signals() as run.received:
             stopped_by = loop(run, has_codebook, resumed is not None)
             # The files are closed in here, where a signal to this rank does not stop it any more.
-            opened.close()
+            closing.close()
             ranks.barrier()
     if state.finished:
-        tell(f"done at step {state.step}: best {metric_of(cfg, task)} {shown(state.best)}; weights in "
-             f"{out / 'best.pt'}, pictures in {out / 'samples'}")
-        return EXIT_DONE
+        return EXIT_DONE if conclude(run) else EXIT_ERROR
     tell(f"stopped by {signal.Signals(stopped_by).name} at step {state.step}, state saved; go on with: "
          f"{resume_command(out)}")
     return SIGNALS[stopped_by]
-
-
-def introduce(run: Run, started_from: Sequence[str]) -> None:
-    """The first lines: what is trained, where, on what."""
-    cfg, state, log = run.cfg, run.state, run.log
-    disc = ""
-    if state.disc is not None:
-        disc = f"discriminator {count(state.disc):,}, "
-    precision = pick_precision(cfg.train.amp, run.device, state.model)[1]
-    if state.masters is not None:
-        precision = "16-bit weights, float32 masters"
-    log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "
-            f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
-    for text in started_from:
-        log.say(text)
-    patients = len({patient_of([entry]) for entry in run.dataset.val})
-    if not cfg.train.val_whole and len(run.held_out) < patients:
-        log.say(f"validation looks at {len(run.held_out)} of {patients} held-out patients; raise "
-                "--train.val_crops to see all of them")
-    if run.device.type == "cuda":
-        for text in peaks.environment_warnings():
-            log.say(f"warning: {text}")
-    of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
-    log.say(f"{run.total} steps of {state.global_batch} crops{of_ranks}, {run.per_epoch} an epoch; run "
-            f"folder {run.out}")
-
-
-def count(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 # -------------------------------------------------------------------------------- the loop
 
 def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
     """Steps, and what is due between them. Returns the signal that stopped it, 0 for none."""
-    cfg, state = run.cfg, run.state
+    state = run.state
     # First what a run begins with. Stopped in here, it has nothing to save.
     if not has_codebook:
         state.task.start(run)
@@ -350,34 +323,50 @@ def loop(run: Run, has_codebook: bool, is_resumed: bool) -> int:
         if (settle(run) or replaced) and ranks.first():
             save_last(run)
 
-        # Then step after step. A signal to one rank ends all of them after the same step.
-        steps = range(state.step, state.step if state.finished else run.total)
-        for step, micro_batches in step_batches(cfg, run.crops, steps, run.device, state.global_batch):
-            train_and_log(run, step, micro_batches)
-            if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
-                compare_ranks(state)
-            settle(run)
-            stopped_by = int(ranks.largest(run.received[0] if run.received else 0))
-            if ranks.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
-                save_last(run)
-            if state.finished or stopped_by:
+        # Then stage after stage; without train.stages there is one.
+        while True:
+            stopped_by = steps_of_stage(run)
+            if stopped_by or not edges.next_stage(run):
                 return stopped_by
+            settle(run)
+            if ranks.first():
+                save_last(run)
     # Stopped within settle() or check_best(): the state says what is undone.
     except Stopped as stop:
         if ranks.first():
             save_last(run, keep=False)
         return stop.args[0]
+
+
+def steps_of_stage(run: Run) -> int:
+    """Step after step, to the end of the stage or a signal, which is returned.
+
+    A signal to one rank ends all of them after the same step.
+    """
+    cfg, state, stage = run.cfg, run.state, run.stage
+    steps, start = range(state.step, state.step if run.over else stage.end), (stage.first, stage.first_crop)
+    for step, micro_batches in step_batches(cfg, run.crops, steps, run.device, stage.global_batch, start):
+        train_and_log(run, step, micro_batches)
+        if cfg.log.ddp_check and state.step % cfg.log.ddp_check == 0:
+            compare_ranks(state)
+        settle(run)
+        stopped_by = int(ranks.largest(run.received[0] if run.received else 0))
+        if ranks.first() and (state.finished or stopped_by or state.step % cfg.train.save_every == 0):
+            save_last(run)
+        if run.over or stopped_by:
+            return stopped_by
     return 0
 
 
 def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     """One optimizer step and its row; stops the run after train.nan_limit non-finite ones in a row."""
-    cfg, state, log = run.cfg, run.state, run.log
+    cfg, state, stage, log = run.cfg, run.state, run.stage, run.log
     # First the step, with recovery from out of memory around it.
     started = time.monotonic()
-    rate = learning_rate(cfg.optim, step, run.total, state.plateau[1])
+    rate = learning_rate(cfg.optim, step - stage.first, stage.steps, state.plateau[1])
     set_rates(cfg, state, rate)
-    crops = len(crops_of_step(step, len(run.crops), state.global_batch))
+    window = stage.crops_of(step)
+    crops = len(window)
     shape = (min(crops, cfg.train.batch), run.dataset.channels, *run.dataset.patch)
     result = recovered(run, shape, lambda: train_step(cfg, state, micro_batches))
     terms = {name: float(term) for name, term in result.terms.items()}
@@ -386,7 +375,7 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
 
     # Then the row: terms, rate, speed and memory; and what only some steps have.
     voxels = crops * math.prod(run.dataset.patch)
-    row = {"step": state.step, "epoch": step // run.per_epoch, "split": "train", **terms, "lr": rate}
+    row = {"step": state.step, "epoch": stage.epoch_of(step), "split": "train", **terms, "lr": rate}
     row |= {"grad_norm": float(result.norm), "seconds": round(seconds, 4)}
     row |= {"voxels_per_second": round(voxels / seconds)}
     row |= {"peak_gib": round(ranks.largest(peak_gib(run.device)), 4), **gpu_use(run.device)}
@@ -395,7 +384,7 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     else:
         row |= {"skipped": True, "files": files_of(run, micro_batches)}
         note_bad_step(run, terms["loss"], row["files"])
-    if state.usage is not None and (state.step % run.per_epoch == 0 or state.step == run.total):
+    if state.usage is not None and (window.stop % stage.epoch_length == 0 or state.step == stage.end):
         row |= codebook_use(state.usage)
         state.usage.zero_()
     log.row(row)
@@ -461,14 +450,14 @@ def settle(run: Run) -> bool:
     it does that first.
     """
     cfg, state = run.cfg, run.state
-    before = state.validated, state.sampled, state.finished
-    # First a validation, which may end the run early.
-    is_due = state.step % cfg.train.val_every == 0 or state.step >= run.total
+    before, stage = (state.validated, state.sampled, state.finished), run.stage
+    # First a validation, which may end the stage early.
+    is_due = state.step % cfg.train.val_every == 0 or state.step == stage.first or state.step >= stage.end
     if is_due and state.validated < state.step:
-        validation(run, max(0, state.step - 1) // run.per_epoch)
+        validation(run, stage.epoch_of(state.step - 1))
         state.validated = state.step
-    # Then, at the end, the task's last measurements.
-    at_end = state.step >= run.total or stopped_early(cfg, state)
+    # Then, at the end of a stage, the task's last measurements.
+    at_end = state.step >= stage.end or stopped_early(cfg, state)
     if at_end and ranks.first():
         finish(run)
     # Then pictures.
@@ -476,7 +465,9 @@ def settle(run: Run) -> bool:
     if is_due and state.sampled < state.step:
         save_samples(run)
         state.sampled = state.step
-    state.finished = at_end
+    run.over, state.finished = at_end, at_end and run.is_last_stage
+    if before != (state.validated, state.sampled, state.finished):
+        keep_page(run)
     return before != (state.validated, state.sampled, state.finished)
 
 

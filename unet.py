@@ -30,11 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from lean_norm import group_norm  # on CUDA by batch norm's kernels, where it lies beside
+except ModuleNotFoundError:
+    group_norm = F.group_norm
+
 NORMS = ("none", "batch", "group", "instance")
-ACTS = ("relu", "leaky_relu", "silu")
-UPSAMPLINGS = ("transposed", "interpolate")
-DOWNSAMPLINGS = ("pool", "conv")
-MEMORY_MODES = ("none", "checkpoint")
+ACTS, MEMORY_MODES = ("relu", "leaky_relu", "silu"), ("none", "checkpoint")
+UPSAMPLINGS, DOWNSAMPLINGS = ("transposed", "interpolate"), ("pool", "conv")
 Triple = tuple[int, int, int]
 
 
@@ -139,7 +142,7 @@ class GroupNorm(nn.GroupNorm):  # same as vae3d.GroupNorm
         copied = x.device.type == "cpu" and x.dtype.itemsize == 2 and x.stride(1) == 1
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            y = F.group_norm(x.contiguous() if copied else x, self.num_groups, weight, bias, self.eps)
+            y = group_norm(x.contiguous() if copied else x, self.num_groups, weight, bias, self.eps)
             return y.contiguous(memory_format=torch.channels_last_3d) if copied else y
 
 

@@ -9,7 +9,7 @@
     vae.decode_indices(index, x.shape[2:])
 
 This file alone gives the KL autoencoder. Beside it quantize.py gives codebooks (bottleneck vq, fsq),
-tile_plans.py with tiles.py and local_layers.py memory mode tile; with lean_conv.py the other modes keep less.
+tile_plans.py, tiles.py, local_layers.py, lean_norm.py (GroupNorm on CUDA) mode tile; lean_conv.py keeps less.
 Follows: VAE (arXiv:1312.6114), residual autoencoder of latent diffusion (arXiv:2112.10752, App. E.3) in 3D.
 Deviations: presets without normalisation (docs/LOG.md), a stride per level and axis, nearest upsampling.
 Shapes: B batch, C channels, D H W depth height width, Z latent channels, d h w latent size, K codes.
@@ -18,6 +18,7 @@ Version 0.5 (2026-11).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from math import gcd, inf, prod
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MEMORY_MODES = ("none", "checkpoint", "tile")
-UPSAMPLES = ("nearest", "trilinear", "transposed", "transposed3")
+UPSAMPLES, MIDDLES = ("nearest", "trilinear", "transposed", "transposed3"), ("none", "blocks", "attention")
 LOGVAR_RANGE = (-30.0, 20.0)                     # exp() of it stays finite in float32 and float16
 Stride = tuple[int, int, int]                    # voxels along D, H, W
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -96,8 +97,7 @@ class VAEConfig:
 
     @property
     def intensity_map(self) -> tuple[float, float]:              # scale and shift from [-1, 1]
-        low, high = self.intensity_range
-        return (high - low) / 2, (high + low) / 2
+        return tuple((self.intensity_range[1] + sign * self.intensity_range[0]) / 2 for sign in (-1, 1))
 
     @property
     def total_stride(self) -> Stride:            # voxels per latent element
@@ -107,10 +107,9 @@ class VAEConfig:
 LEAST = {"in_channels": 1, "base_channels": 1, "num_res_blocks": 0, "z_channels": 1, "norm_groups": 1,
          "head_channels": 1, "num_codes": 2, "codebook_restart": 0, "lambda_vq": 0, "lambda_commitment": 0,
          "decoder_extra_blocks": 0}
-CHOICES = {"norm": ("none", "group", "layer"), "bottleneck": ("kl", "vq", "fsq"),
+CHOICES = {"norm": ("none", "group", "layer"), "bottleneck": ("kl", "vq", "fsq"), "encoder_middle": MIDDLES,
            "codebook_update": ("ema", "gradient"), "codebook_init": ("kmeans", "samples", "uniform"),
-           "encoder_middle": ("none", "blocks", "attention"), "down_padding": ("both", "end"),
-           "decoder_middle": ("none", "blocks", "attention"), "upsample": UPSAMPLES,
+           "decoder_middle": MIDDLES, "down_padding": ("both", "end"), "upsample": UPSAMPLES,
            "quant_conv": ("none", "split", "joint")}
 
 
@@ -139,18 +138,17 @@ def check_config(cfg: VAEConfig) -> None:
         require(all(len(s) == 3 and min(s) >= 1 for s in triples),
                 f"vae.{name}: each is three positive integers (D, H, W), got {values[name]}")
     down, up = ([prod(axis) for axis in zip(*strides)] for strides in (cfg.strides, cfg.up_strides))
-    require(not cfg.up_strides or len(cfg.up_strides) == levels - 1 and up == down,
-            f"vae.up_strides must undo vae.strides={cfg.strides}: as many, with the same product along each "
-            f"axis; got {cfg.up_strides}")
+    require(not cfg.up_strides or len(cfg.up_strides) == levels - 1 and up == down, f"vae.up_strides must "
+            f"undo vae.strides={cfg.strides}: as many, the same product an axis; got {cfg.up_strides}")
     for name in ("blocks_per_level", "attention_levels"):
         require(len(values[name]) in (0, levels),
                 f"vae.{name} needs one entry for each of {levels} levels, got {values[name]}")
     ends = cfg.intensity_range
     require(len(ends) == 2 and -inf < ends[0] < ends[1] < inf,
             f"vae.intensity_range needs two numbers, the lower first, such as 0,1; got {ends}")
-    few = min(cfg.blocks_per_level, default=0)
-    require(few >= 0 < cfg.norm_eps, f"vae.norm_eps must be above 0, vae.blocks_per_level 0 or more; got "
-                                     f"{cfg.norm_eps}, {cfg.blocks_per_level}")
+    require(cfg.norm_eps > 0, f"vae.norm_eps must be above 0, got {cfg.norm_eps}")
+    require(min(cfg.blocks_per_level, default=0) >= 0, f"vae.blocks_per_level needs 0 or more, got "
+                                                       f"{cfg.blocks_per_level}")
     for here, above, blocks in zip(mult, mult[1:], cfg.blocks):
         require(cfg.up_narrows or above == here or blocks + cfg.decoder_extra_blocks > 0,
                 "vae.decoder_extra_blocks=0 leaves a level of the decoder without a block to change the "
@@ -219,8 +217,8 @@ class VAE3D(nn.Module):
         or one per sample (on the CPU, so that every device draws the same); None: torch's global one.
         """
         if self.quantizer is not None:
-            z_q, vq_loss, index = self.encode(x, generator)
-            return VQOutput(self.decode(z_q, x.shape[2:]), vq_loss, index)
+            z_q, *rest = self.encode(x, generator)
+            return VQOutput(self.decode(z_q, x.shape[2:]), *rest)
         mu, logvar = self.encode(x)
         z = sample_posterior(mu, logvar, generator) if self.training else mu
         return VAEOutput(self.decode(z, x.shape[2:]), mu, logvar)
@@ -296,9 +294,7 @@ class VAE3D(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(next(layers.parameters()).dtype)            # 16-bit weights take float32 volumes too
         if self.tile_mode is None:
-            for layer in layers:
-                x = self._run_layer(layer, x)
-            return x
+            return functools.reduce(lambda x, layer: self._run_layer(layer, x), layers, x)
         side, name = (1, "decoder") if layers is self.decoder else (0, "encoder")
 
         def tell(done: float) -> None:
@@ -346,8 +342,8 @@ def make_tile_mode(vae: VAE3D, *settings) -> object:
         import local_layers
         import tile_plans
     except ModuleNotFoundError as missing:
-        raise ImportError(f"memory mode tile needs {missing.name}.py; copy tile_plans.py, tiles.py "
-                          f"and local_layers.py beside vae3d.py") from None
+        raise ImportError(f"memory mode tile needs {missing.name}.py; copy tile_plans.py, tiles.py, "
+                          f"local_layers.py and lean_norm.py beside vae3d.py") from None
     local_layers.LOCAL.setdefault(ChannelNorm, local_layers.Local())
     local_layers.LOCAL.setdefault(Shuffle3d, local_layers.Local(
         rate=lambda op, axis: (op.block[axis], 1) if op.back else (1, op.block[axis]),
@@ -454,6 +450,10 @@ def initialise(vae: VAE3D) -> None:
 
 # ----------------------------------------------------------------------------------------------------- Blocks
 try:
+    from lean_norm import group_norm
+except ModuleNotFoundError:
+    group_norm = F.group_norm
+try:
     from lean_conv import lean, plain
 except ModuleNotFoundError:
     def plain(conv: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
@@ -524,7 +524,7 @@ class Shuffle3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.back:
-            x = x.unflatten(1, (-1, *self.block)).permute(0, 1, 5, 2, 6, 3, 7, 4)    # (B, C, d, s0, h, ...)
+            x = x.unflatten(1, (-1, *self.block)).permute(0, 1, 5, 2, 6, 3, 7, 4)
             return x.flatten(6).flatten(4, 5).flatten(2, 3)
         for axis in (4, 3, 2):
             x = x.unflatten(axis, (-1, self.block[axis - 2]))    # at last (B, C, d, s0, h, s1, w, s2)
@@ -578,7 +578,7 @@ class GroupNorm(nn.GroupNorm):
         copied = x.device.type == "cpu" and x.dtype.itemsize == 2 and x.stride(1) == 1
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            y = F.group_norm(x.contiguous() if copied else x, self.num_groups, weight, bias, self.eps)
+            y = group_norm(x.contiguous() if copied else x, self.num_groups, weight, bias, self.eps)
             return y.contiguous(memory_format=torch.channels_last_3d) if copied else y
 
 

@@ -357,4 +357,4 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: tuple[Tensor, Tensor, bool])
         affine = affine @ np.linalg.inv(latent_data.coarser(cfg.cond.stride))
     columns = [pictures.slices([each[0]], F.relu(each[0] + 1), spacing, pictures.grey)
                for each in (real, made)]
-    return Picture(pictures.sheet(columns), made.numpy(), "sample", affine)
+    return Picture(pictures.sheet(columns), made.numpy(), "sample", affine=affine)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import data
 import losses
-import pictures
 import unet
 import vae3d
+from metrics import SurfaceScores, surface_scores
+from training import views
 from training.cases import Case, label_of
 from training.config import TrainConfig, changed
 from training.forward import forward
@@ -174,14 +175,23 @@ def figures(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
-    """Slices of the crop with its label, and with the classes found."""
+    """Slices of the crop with contours of its label and of the classes found, and Dice in this crop."""
     found = predicted_classes(out.logits).cpu().to(torch.int16)
     label = crop.label
     if cfg.data.ignore_label is not None:
         label = torch.where(label == cfg.data.ignore_label, 0, label)
-    is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
-    image = pictures.label_comparison(crop.image, [label, found[0]], crop.entry.spacing, is_picture)
-    return Picture(image, found.numpy(), "pred")
+    intensity = crop.entry.intensity
+    is_picture = intensity.modality == "picture" and crop.image.shape[1] == 1
+    window = views.window_limits(cfg.log.window, cfg.data.window, intensity)
+
+    # Dice of the classes that occur in the label or were found, for the legend.
+    pair = found.long(), crop.label[None]
+    scores = dice_row(torch.stack(losses.dice_scores(*pair, classes(cfg), cfg.data.ignore_label)))
+    names = {k: f"class {k}: Dice {scores[f'dice_{k}']:.3f}" for k in range(1, classes(cfg))}
+    shown = views.of_labels(crop.image, {"Label": label, "Found": found[0]}, crop.entry.spacing, intensity,
+                            window, is_picture, names)
+    figures = f"mean Dice {scores['dice']:.4f}"
+    return Picture(shown.sheet(), found.numpy(), "pred", shown.note() | {"figures": figures})
 
 
 # -------------------------------------------------------------------------------- use of a checkpoint
@@ -268,7 +278,8 @@ def classes_on(scores: Tensor, size: Sequence[int]) -> np.ndarray:
 
 
 def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace, tick: Callable) -> Scored:
-    """Of one whole volume: Dice of each class but 0 that occurs, on the network's grid."""
+    """Of one whole volume, on the network's grid: Dice of each class but 0 that occurs, and how far the
+    surfaces lie apart (metrics.py); a picture's millimetres are pixels."""
     volume, intensity = case.volumes[number]
     label = label_of(case, number)
     started = time.monotonic()
@@ -278,18 +289,40 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     found_classes, true_classes = torch.from_numpy(found)[None].long(), torch.from_numpy(label)[None]
     counts = torch.stack(losses.dice_scores(found_classes, true_classes, classes(ready.cfg),
                                             ready.cfg.data.ignore_label))
-    return Scored(dice_row(counts), found, seconds, {"dice": counts})
+    surfaces = surface_scores(found_classes[0], true_classes[0], classes(ready.cfg), case.spacing,
+                              options.tolerance, ready.cfg.data.ignore_label)
+    sums = {"dice": counts, "surfaces": torch.stack([surfaces.within, surfaces.total])}
+    return Scored(dice_row(counts) | surface_row(surfaces), found, seconds, sums)
 
 
 def pooled(sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Dice from the voxels of all volumes together."""
-    return {"pooled": dice_row(sums["dice"])} if "dice" in sums else {}
+    """Dice and surface Dice from the voxels of all volumes together."""
+    if "dice" not in sums:
+        return {}
+    within, total = sums["surfaces"]
+    return {"pooled": dice_row(sums["dice"]) | per_class("surface_dice", within.cpu().double() / total)}
 
 
 def dice_row(counts: Tensor) -> dict[str, float]:
     """counts (2, K), see losses.dice_scores -> Dice of each class but 0, and the mean of those that occur."""
-    scores = losses.dice(*counts)[1:]
-    row = {"dice": float(scores.nanmean())}
-    for k, score in enumerate(scores, 1):
-        row[f"dice_{k}"] = float(score)
+    return per_class("dice", losses.dice(*counts))
+
+
+def surface_row(scores: SurfaceScores) -> dict[str, float]:
+    """surface_dice and hd95 of each class but 0, and their means.
+
+    HD95 of a class that only one of the two has is infinite, which no mean counts: `missed` says how many
+    such classes there are, and their surface Dice is 0.
+    """
+    is_missed = scores.hd95.isinf()
+    hd95 = torch.where(is_missed, math.nan, scores.hd95)
+    row = per_class("surface_dice", scores.surface_dice) | per_class("hd95", hd95)
+    return row | {"missed": float(is_missed.sum())}
+
+
+def per_class(name: str, scores: Tensor) -> dict[str, float]:
+    """scores (K,), nan for a class that does not occur -> NAME, the mean but for class 0, and NAME_1 ..."""
+    row = {name: float(scores[1:].nanmean())}
+    for k, score in enumerate(scores[1:].tolist(), 1):
+        row[f"{name}_{k}"] = score
     return row

@@ -23,10 +23,9 @@ import adversarial
 import data
 import losses
 import perceptual
-import pictures
 import vae3d
 from losses import LossConfig
-from training import checkpoints, ranks
+from training import checkpoints, ranks, views
 from training.adversary import disc_rate
 from training.cases import Case
 from training.config import TrainConfig
@@ -52,6 +51,7 @@ PRESETS = vae3d.PRESETS
 # config.yaml, so that here the defaults do.
 FILE_PRESETS = {layout: VAEConfig() for layout in LAYOUTS}
 METRICS = {"psnr": True, "ssim": True, "l1": False, "loss": False}
+OPTIMIZER = "muon"
 
 
 # -------------------------------------------------------------------------------- the config and the networks
@@ -256,11 +256,20 @@ def figures(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def picture(cfg: TrainConfig, crop: data.Crop, out: vae3d.VAEOutput | vae3d.VQOutput) -> Picture:
-    """Slices of the crop, its reconstruction, and the error."""
-    recon = out.recon[0].float().cpu()
-    is_picture = crop.entry.intensity.modality == "picture" and crop.image.shape[1] == 1
-    image = pictures.comparison(crop.image, recon, crop.entry.spacing, cfg.loss.background, is_picture)
-    return Picture(image, recon.numpy(), "recon")
+    """The crop, its reconstruction, and the error, with the figures of this crop."""
+    recon, intensity = out.recon[0].float().cpu(), crop.entry.intensity
+    is_picture = intensity.modality == "picture" and crop.image.shape[1] == 1
+    window = views.window_limits(cfg.log.window, cfg.data.window, intensity)
+    shown = views.of_reconstruction(crop.image, recon, crop.entry.spacing, intensity, window, is_picture)
+    pair = recon[None], crop.image[None]
+    figures = f"PSNR {float(losses.psnr(*pair)):.2f} dB, SSIM {float(losses.ssim(*pair)):.4f}"
+    if intensity.modality == "ct":
+        # A distance of 2 is the whole range.
+        hu = float((recon - crop.image).abs().mean()) / 2 * (intensity.high[0] - intensity.low[0])
+        figures += f", mean error {hu:.1f} HU"
+    if intensity.modality == "voxel":
+        figures += f", IoU of occupied voxels {float(losses.occupancy_iou(*pair, cfg.loss.background)):.4f}"
+    return Picture(shown.sheet(), recon.numpy(), "recon", shown.note() | {"figures": figures})
 
 
 # -------------------------------------------------------------------------------- start and end of a run
@@ -281,7 +290,7 @@ def start(run: Run) -> None:
         rows.append(z.movedim(1, -1).flatten(0, 3))
 
     # Then the codes, the same in the averages. per_step: latents that an optimizer step will have.
-    per_step = len(rows[0]) * run.state.global_batch
+    per_step = len(rows[0]) * run.stage.global_batch
     generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "codebook"))
     vae.quantizer.fit(torch.cat(rows), cfg.vae.codebook_init, generator, per_step=per_step)
     for ema in run.state.emas:
@@ -429,7 +438,8 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     # has on disk for each of its volumes. A latent of numbers is counted with 32 bits each and with 16.
     codes = latent_kind(ready).codes
     bits = {"": 32, "_16": 16} if codes is None else {"": math.log2(codes)}
-    voxels, source_bits = math.prod(case.origin.size), case.origin.bits / len(case.volumes)
+    voxels = math.prod(case.origin.size)
+    source_bits = case.origin.bits / (len(case.volumes) + len(case.origin.blank))
     for kind, each in bits.items():
         scores[f"bits_per_voxel{kind}"] = latent.size * each / voxels
         scores[f"compression{kind}"] = source_bits / (latent.size * each)

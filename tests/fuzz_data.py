@@ -162,15 +162,15 @@ def reference(path: Path) -> np.ndarray | None:
         header_file, voxel_file = (second, path) if stem.endswith(".img") else (path, second)
         opener = gzip.open if path.name.lower().endswith(".gz") else open
         with opener(header_file, "rb") as stream:
-            return nifti_voxels(stream.read(544), lambda: opener(voxel_file, "rb"))
+            return nifti_voxels(stream.read(544), lambda: opener(voxel_file, "rb"), header_file == voxel_file)
 
 
 NIFTI_TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 
 
-def nifti_voxels(head: bytes, voxel_file: Callable) -> np.ndarray | None:
-    """NIfTI-1 and NIfTI-2 by the standard's table of offsets."""
+def nifti_voxels(head: bytes, voxel_file: Callable, in_one: bool) -> np.ndarray | None:
+    """NIfTI-1 and NIfTI-2 by the standard's table of offsets. in_one: one file, whatever its magic says."""
     for order in "<>":
         if struct.unpack(order + "i", head[:4])[0] == 540:
             dims, kind = struct.unpack(order + "8q", head[16:80]), struct.unpack(order + "h", head[12:14])[0]
@@ -186,9 +186,9 @@ def nifti_voxels(head: bytes, voxel_file: Callable) -> np.ndarray | None:
     if kind not in NIFTI_TYPES or not 1 <= dims[0] <= 7:
         return None
     # In one file voxels cannot begin inside of the header: what says so is read from its end on, with a line.
-    if head[344:347] == b"n+1":
+    if in_one and head[344:347] == b"n+1":
         offset = max(offset, 352)
-    if head[4:7] == b"n+2":
+    if in_one and head[4:7] == b"n+2":
         offset = max(offset, 544)
     count, dtype = math.prod(dims[1:1 + dims[0]]), np.dtype(order + NIFTI_TYPES[kind])
     with voxel_file() as stream:

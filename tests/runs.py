@@ -23,6 +23,9 @@ CPU = torch.device("cpu")
 TINY = ["--vae.base_channels", "4", "--data.synthetic_count", "4", "--data.synthetic_size", "8,16,16",
         "--patch", "4,8,8", "--data.crops_per_volume", "3", "--train.val_crops", "2",
         "--train.latent_crops", "2", "--device", "cpu", "--log.sample_every", "0", "--batch", "1"]
+# The same for stages, which override crops and batch: flags would beat them.
+STAGED = [word for flag, value in zip(TINY[::2], TINY[1::2]) if flag not in ("--patch", "--batch")
+          for word in (flag, value)]
 SEG = ["--task", "seg", "--unet.channels", "4,8", "--patch", "8,16,16", "--optim.lr", "1e-2"]
 CODES = ["--vae.bottleneck", "vq", "--vae.num_codes", "16"]
 

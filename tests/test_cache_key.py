@@ -24,6 +24,10 @@ CASES = {
     "spacing": ("scan.nii.gz", CT, "original", "2,2,2"),
     "resize": ("scan.nii.gz", CT, None, (9, 9, 9)),
     "scale": ("scan.nii.gz", CT, 1.0, 0.5),
+    "surface": ("scan.nii.gz", CT, "none", "-200"),
+    "band": ("scan.nii.gz", CT | {"surface": "-200"}, 2.0, 3.0),
+    "metric": ("thick.nii.gz", CT | {"surface": "-200"}, "voxels", "mm"),
+    "smooth": ("scan.nii.gz", CT | {"surface": "-200"}, 1.0, 0.0),
     "four_d": ("series.nii.gz", CT, "volumes", "channels"),
     "channel_axis": ("grid.npy", GRID, 0, 3),
     "select_channel": ("grid.npy", GRID, 0, 1),
@@ -35,6 +39,7 @@ TOLD_APART_BELOW = {"nan"}
 def files(tmp_path):
     folder, rng = tmp_path / "in", np.random.default_rng(0)
     save(folder / "scan.nii.gz", ct_like((12, 14, 16)))
+    save(folder / "thick.nii.gz", ct_like((12, 14, 16)), np.diag([1, 1, 1.5, 1]))
     save(folder / "series.nii.gz", rng.integers(-900, 900, (8, 9, 10, 2)).astype(np.int16))
     np.save(folder / "grid.npy", rng.uniform(1, 40, (3, 8, 9, 3)).astype(np.float32))
     return folder

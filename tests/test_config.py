@@ -11,6 +11,7 @@ import train
 from runs import CPU, ROOT, TINY, load_config, make_step
 from tasks import TASKS
 from test_imports import files
+from training.adversary import disc_rate
 from training.config import SECTIONS, TrainConfig, convert, to_yaml
 from training.flags import field_comments
 from training.task import named
@@ -97,8 +98,8 @@ def test_every_field_is_read_somewhere():
 
 def test_every_flag_has_a_comment_for_its_help(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    assert stop.value.code == 0 and "--optim.lr" in capsys.readouterr().out
+        train.main(["--help-all"])
+    assert stop.value.code == 0 and "--optim.clip_window" in capsys.readouterr().out
     for section in SECTIONS:
         comments = field_comments(section.default_factory)
         names = [f.name for f in dataclasses.fields(section.default_factory)]
@@ -140,3 +141,18 @@ def test_every_flag_value_round_trips_through_its_type():
         for f in dataclasses.fields(section.default_factory):
             default = getattr(section.default_factory(), f.name)
             assert convert(json.loads(json.dumps(default)), hints[f.name], f.name) == default
+
+
+def test_what_the_optimizer_is_where_nobody_says(tmp_path):
+    """Muon for new autoencoders; AdamW for weights that are there, and for other tasks; each has its rate."""
+    def of(*words: str) -> tuple[str, float]:
+        optim = load_config(words).optim
+        return optim.optimizer, optim.lr
+    assert of() == ("muon", 1e-3)
+    assert of("--optim.optimizer", "adamw") == of("--train.init", str(tmp_path)) == ("adamw", 5e-4)
+    assert of("--task", "seg") == of("--task", "features") == ("adamw", 5e-4)
+    assert of("--task", "seg", "--optim.optimizer", "muon") == ("muon", 1e-3)
+    assert of("--optim.lr", "3e-4") == ("muon", 3e-4)
+    # The discriminator's Adam has 5e-4 beside both.
+    for name in ("muon", "adamw"):
+        assert disc_rate(load_config(["--optim.optimizer", name, "--loss.adv_weight", "1"])) == 5e-4

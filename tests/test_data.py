@@ -350,7 +350,8 @@ def test_command_line_on_the_odd_files(capfd):
 
 @pytest.mark.slow
 def test_works_copied_with_its_folder(tmp_path):
-    shutil.copy(ROOT / "data.py", tmp_path / "data.py")
+    for name in ("data.py", "augment.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "volumes", tmp_path / "volumes")
     script = (
         "import data; d = data.open_data(data.DataConfig(synthetic_count=2, synthetic_size=(8, 16, 16)), 0); "

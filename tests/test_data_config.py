@@ -60,13 +60,17 @@ def test_every_field_is_in_the_caches_key_or_changes_no_voxel():
         "modality": "ct", "window": "lung", "hu_range": (-500.0, 500.0), "percentiles": (1.0, 99.0),
         "percentiles_of": "all", "voxel_scale": (2.0,), "spacing": "1,1,1", "resize": (4, 4, 4),
         "scale": 0.5, "four_d": "channels", "nan": "zero", "channel_axis": 1, "select_channel": 1,
+        "surface": "auto", "band": 3.0, "smooth": 0.0, "metric": "mm",
     }
+    # These say more of a surface, and nothing without one.
+    beside = {"band": {"surface": "auto"}, "smooth": {"surface": "auto"},
+              "metric": {"surface": "auto"}}
     fields = {field.name for field in dataclasses.fields(DataConfig)}
     assert not changes.keys() & set(NOT_OF_VOXELS) and fields == changes.keys() | set(NOT_OF_VOXELS)
     stamps = [("scan.nii", 1, 2)]
     keys = {key_of(stamps, DataConfig().voxel_settings()), key_of(stamps, DataConfig().voxel_settings("mr"))}
     for name, value in changes.items():
-        keys.add(key_of(stamps, DataConfig(**{name: value}).voxel_settings()))
+        keys.add(key_of(stamps, DataConfig(**beside.get(name, {}) | {name: value}).voxel_settings()))
     keys.add(key_of([("scan.nii", 1, 3)], DataConfig().voxel_settings()))
     keys.add(key_of([*stamps, ("label.nii", 1, 2)], DataConfig().voxel_settings()))
     assert len(keys) == len(changes) + 4

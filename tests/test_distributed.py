@@ -43,7 +43,7 @@ def session(flags, out, double=False, spoil=None):
     """
     rank, stdout, stderr = int(os.environ.get("RANK", 0)), io.StringIO(), io.StringIO()
     words = list(flags)
-    if "--resume" not in flags:
+    if "--resume" not in flags and "--config" not in flags:
         words = [*TINY, *flags]
     if out:
         words += ["--out", str(out)]
@@ -162,6 +162,28 @@ def test_out_of_memory_on_one_of_the_ranks_that_share_tiles_turns_the_dial_of_al
     changes = [row["change"].split(":")[0] for row in rows(tmp_path / "short", "memory")]
     assert changes == ["step 2"]
     assert_same_run(tmp_path / "whole", tmp_path / "short")
+
+
+def test_stages_on_two_ranks_equal_one_process_and_go_on_with_three(pool, tmp_path):
+    """The second stage has crops, batch and a discriminator of its own; within it the ranks become three."""
+    plain = [w for flag, value in zip(TINY[::2], TINY[1::2]) if flag not in ("--patch", "--batch")
+             for w in (flag, value)]
+    flags = [*plain, *GAN[2:8], "--train.ema", "0.9", "--train.val_every", "4"]
+    for name, accum in (("one", 2), ("two", 1)):
+        (tmp_path / f"{name}.yaml").write_text(
+            "data: {patch: [4, 8, 8]}\n"
+            f"train: {{batch: 1, accum: {accum}, stages: [{{name: low, steps: 5}}, {{name: fine, steps: 5, "
+            "train: {batch: 2}, data: {patch: [8, 8, 8]}, loss: {adv_weight: 0.3, disc_start: 1}}]}\n")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert session([*flags, "--config", f"{one}.yaml", "--steps", "7"], one, double=True)[0] == 0
+    assert session(["--resume", str(one), "--steps", "10"], None, double=True)[0] == 0
+    ended = pool(2, session, [*flags, "--config", f"{two}.yaml", "--steps", "7"], two, True)
+    assert codes_of(ended) == {0}, ended
+    ended = pool(3, session, ["--resume", str(two), "--steps", "10"], None, True)
+    assert codes_of(ended) == {0}, ended
+    assert [row["stage"] for row in rows(two, "train")] == ["low"] * 5 + ["fine"] * 5
+    assert "adv" in rows(two, "train")[-1]
+    assert_same_run(one, two)
 
 
 def test_adamw_in_float32_stays_within_rounding(pool, tmp_path):
@@ -305,7 +327,8 @@ def test_usage_errors_are_told_once_and_a_dry_run_prints_once(pool, tmp_path):
         told_once(ended, says)
     ended = pool(2, session, ["--dry-run"], tmp_path / "a")
     assert codes_of(ended) == {0}
-    assert ended[0][1].count("predicted peak") == 1 and ended[1][1:] == ("", "")
+    assert ended[0][1].count("# predicted peak") == 2, ended[0][1]
+    assert ended[1][1:] == ("", "")
     assert not list(tmp_path.iterdir())
 
 

@@ -31,8 +31,10 @@ def test_evaluate_json_table_and_report(tmp_path, runs, capsys):
     result = json.loads((tmp_path / "o.json").read_text())
     assert list(result)[:4] == ["volumes", "mean", "peak_gib", "voxels_per_second"]
     assert len(result["volumes"]) == 4
-    assert {"file", "psnr", "ssim", "l1", "sharpness", "bits_per_voxel",
-            "compression"} <= set(result["volumes"][0])
+    assert {"file", "psnr", "ssim", "l1", "sharpness", "bits_per_voxel", "compression", "ms_ssim", "mae_hu",
+            "mae_hu_lung", "psnr_soft_tissue", "ssim_bone"} <= set(result["volumes"][0])
+    # HU in [-1000, 1000]
+    assert all(math.isclose(row["mae_hu"], 1000 * row["l1"], rel_tol=1e-4) for row in result["volumes"])
     for name in ("psnr", "ssim", "l1"):
         assert math.isclose(result["mean"][name], np.mean([row[name] for row in result["volumes"]]))
     assert "broken" in result["failed"][0]["file"]
@@ -143,7 +145,19 @@ def test_evaluate_segmentation(tmp_path, runs, capsys):
     assert math.isclose(row["dice_2"], 2 * share / (1 + share), rel_tol=1e-5) and row["dice_1"] == 0
     assert "psnr" not in row
     assert math.isclose(row["dice"], row["dice_2"] / 3, rel_tol=1e-5)
-    assert set(result["pooled"]) == {"dice", "dice_1", "dice_2", "dice_3"}
+    assert set(result["pooled"]) == {f"{name}{k}" for name in ("dice", "surface_dice")
+                                     for k in ("", "_1", "_2", "_3")}
+    # Classes 1 and 3 are never found: no distance, a surface Dice of 0, and two that are missed. The network
+    # finds class 2 everywhere, so its surface is the volume's: of a label voxel, the way to the border.
+    assert row["hd95_1"] is None and row["surface_dice_1"] == 0 and row["missed"] == 2
+    assert row["hd95"] == row["hd95_2"] and row["surface_dice"] == pytest.approx(row["surface_dice_2"] / 3)
+    affine = nib.as_closest_canonical(nib.load(tmp_path / "d" / "c1_label.nii.gz"))
+    mm = nib.affines.voxel_sizes(affine.affine)
+    there = np.argwhere(np.asarray(affine.dataobj) == 2)
+    to_border = (np.minimum(there, np.array(affine.shape) - 1 - there) * mm).min(1)
+    assert row["hd95_2"] >= np.percentile(to_border, 95) - 1e-3
+    page = (tmp_path / "o.html").read_text()
+    assert "HD95 2" in page and "surface Dice 3" in page
     assert (tmp_path / "o.html").read_text().count("<img") == 18
     assert "c2_label.nii.gz" in capsys.readouterr().err
 
@@ -167,7 +181,7 @@ def test_one_perfect_or_flat_volume_makes_no_mean():
     pairs = [(noise, noise), (noise, 2 * noise), (flat + 1e-4 * noise, flat)]
     rows, totals = [], evaluation.Totals()
     for recon, volume in pairs:
-        intensity = types.SimpleNamespace(modality="ct")
+        intensity = types.SimpleNamespace(modality="ct", low=(-1000.0,), high=(1000.0,))
         scores, sums = evaluation.compared(recon, volume, intensity, torch.device("cpu"))
         rows.append({"file": "x"} | scores)
         totals.add(volume, Scored(scores, recon, 1.0, sums))
@@ -186,6 +200,29 @@ def test_one_perfect_or_flat_volume_makes_no_mean():
         assert math.isclose(float(found["psnr"]), rows[len(counts)]["psnr"], rel_tol=1e-5)
         counts.append(vae.counts(None, out, micro, None)["energy"])
     assert math.isclose(vae.figures({"energy": sum(counts)})["sharpness"], 2 / 5, rel_tol=1e-4)
+
+
+def test_figures_inside_of_hu_windows_by_hand():
+    """Half the voxels at 0 HU, half at -800, given back 20 HU too high and 40 HU too low: the first are seen
+    by the soft tissue's window (-150 to 250) and the bone's (-450 to 1050, cut at 1000), where the others are
+    below the lower end; the lung's window (-1350 to 150) is cut at -1000, and sees both.
+    """
+    hu = torch.zeros(1, 1, 12, 12, 12)
+    hu[..., 6:] = -800
+    wrong = torch.where(hu == 0, hu + 20, hu - 40)
+    found = evaluation.hu_figures(wrong / 1000, hu / 1000, (-1000.0, 1000.0))
+    assert math.isclose(found["mae_hu"], 30, rel_tol=1e-4)
+    assert math.isclose(found["mae_hu_lung"], 30, rel_tol=1e-4)
+    for name, width in (("soft_tissue", 400), ("bone", 1450)):
+        assert math.isclose(found[f"mae_hu_{name}"], 20, rel_tol=1e-4)
+        # 20 HU in half of the voxels: 10 log10(width^2 / (20^2 / 2))
+        assert math.isclose(found[f"psnr_{name}"], 10 * math.log10(width**2 / 200), rel_tol=1e-4)
+    assert math.isclose(found["psnr_lung"], 10 * math.log10(1150**2 / 1000), rel_tol=1e-4)
+    # A network that sees soft tissue alone has no other window, and knows the HU of its own numbers.
+    narrow = evaluation.hu_figures(torch.full_like(hu, 0.1), torch.zeros_like(hu), (-150.0, 250.0))
+    assert not {"psnr_lung", "psnr_bone"} & narrow.keys() and math.isclose(narrow["mae_hu"], 20, rel_tol=1e-4)
+    assert evaluation.column("mae_hu_soft_tissue") == ("error soft tissue", "{:.1f} HU")
+    assert evaluation.column("surface_dice_3")[0] == "surface Dice 3"
 
 
 def test_means_are_of_finite_figures():

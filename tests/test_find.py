@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -182,3 +183,23 @@ def test_labels_of_pairs_do_not_train_a_vae(tmp_path):
     assert plain.train[0].store in {entry.store for entry in opened.train + opened.val}, (
         "the same cache with and without pairs around"
     )
+
+
+def test_ignored_files_are_counted_by_kind(tmp_path):
+    save(tmp_path / "in" / "a.nii.gz", np.ones((3, 3, 3), np.float32))
+    nib.save(nib.Nifti1Pair(np.ones((3, 3, 3), np.float32), np.eye(4)), tmp_path / "in" / "b.hdr")
+    names = ["x1.TXT", "x2.txt", "deep/x3.txt", "c.json", "d.csv.gz", "README", ".hidden", ".git/config"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    said: list[str] = []
+    assert [item.name for item in list_items(tmp_path / "in", say=said.append)["training"]] == ["a", "b"]
+    assert said == ["data: ignored: 3 .txt, 1 without an ending, 1 .csv.gz, 1 .json"]
+    for number in range(20):
+        (tmp_path / "in" / f"y.k{number:02d}").write_bytes(b"")
+    said.clear()
+    list_items(tmp_path / "in", say=said.append)
+    assert said[0].count(",") == 12 and said[0].endswith("12 of other kinds")   # 4 + 20 kinds, 12 are named
+    said.clear()
+    list_items(tmp_path / "in" / "a.nii.gz", say=said.append)
+    assert not said

@@ -39,7 +39,8 @@ def test_an_existing_run_is_never_overwritten(tmp_path, capsys):
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("ultra_lightweight", "ultra_lightweight-2"):
+    monkeypatch.setattr("training.folder.time.strftime", lambda how: "2026-01-02")
+    for name in ("synthetic_2026-01-02", "synthetic_2026-01-02-2"):
         assert train.main([*TINY, "--steps", "1"]) == 0 and (tmp_path / "runs" / name / "best.pt").is_file()
 
 

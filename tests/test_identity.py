@@ -1,14 +1,16 @@
 """A file is its path below the data's root, wherever it is named, and what it holds."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import data
 import predict
 import train
-from predictions import TINY, ct_file
+from predictions import TINY, ct_file, use
 from training.facts import Trained, is_same_training
 from volume_files import config, ct_like, quiet, save
 from volumes.find import Item, list_items
@@ -112,3 +114,64 @@ def test_an_older_checkpoint_names_volumes_by_whose_file_they_are_known():
     names = ("scan", "other", "third", "scan_t")
     found = [name for name in names if Item(Path("in", f"{name}.nii.gz")) in trained]
     assert found == ["scan", "other"]
+
+
+@pytest.mark.parametrize("letter", ["c", "\u00e9", "\u6f22"])                  # 1, 2 and 3 bytes each
+def test_long_names_are_cut_and_stay_apart(letter, tmp_path):
+    long = letter * (240 // len(letter.encode()))
+    for folder, stem in ((long, f"{long}1"), (long, f"{long}2"), (long + "2", f"{long}1"), ("x", "y" * 180)):
+        assert len(os.fsencode(f"{stem}.npy")) > 180
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "in" / folder / f"{stem}.npy", ct_like((9, 8, 8)))
+    items = list_items(tmp_path / "in")["training"]
+    names = [item.name for item in items]
+    assert len(set(names)) == 4 and f"x/{'y' * 180}" in names, "up to 180 bytes nothing is cut"
+    assert all(len(part.encode()) <= 180 for name in names for part in name.split("/"))
+    assert names == [item.name for item in list_items(tmp_path / "in")["training"]]
+    opened = data.open_data(config(tmp_path / "in", tmp_path, modality="ct"), 0, quiet)
+    assert len(opened.train + opened.val) == 4
+    alone = [Item(item.path).known_as for item in items]
+    assert all(len(name.encode()) <= 180 for name in alone) and len(set(alone)) == 3
+
+
+def pictured(tmp_path, *words: str) -> Path:
+    """The run folder of one step on tmp_path/in, with pictures at its end."""
+    out = tmp_path / "run"
+    argv = [*SMALL, "--log.sample_every", "1", "--patch", "8,8,8", "--out", str(out)]
+    argv += ["--data", str(tmp_path / "in"), "--data.cache_dir", str(tmp_path / "cache")]
+    assert train.main([*argv, *words]) == 0
+    return out
+
+
+def test_names_of_250_bytes_train_and_come_back(tmp_path, runs, capsys):
+    for letter in "ab":
+        save(tmp_path / "in" / ("d" * 200) / (letter * 247 + ".nii.gz"), ct_like((12, 12, 8)))
+    out = pictured(tmp_path)
+    assert len(list((out / "samples").glob("step_000001_*"))) == 2
+    assert "no picture" not in capsys.readouterr().out
+    for command in ("reconstruct", "encode"):
+        assert use(command, runs("kl"), "--input", tmp_path / "in", "--output", tmp_path / command) == 0
+        assert len([path for path in (tmp_path / command).rglob("*") if path.name[0] in "ab"]) == 2
+
+
+def test_a_picture_that_fails_is_a_line(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fails(path, array, affine):
+        calls.append(path)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("training.validation.write_nifti", fails)
+    save(tmp_path / "in" / "a.nii.gz", ct_like((12, 12, 8)))
+    pictured(tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no picture of a" in line]
+    assert len(calls) == len(lines) == 1 and all("No space left" in line for line in lines)
+
+
+def test_samples_of_two_folders_do_not_replace_each_other(tmp_path):
+    for name in ("a/b", "a_b", "c"):
+        save(tmp_path / "in" / f"{name}.nii.gz", ct_like((12, 12, 8)))
+    pairs = {"training": ["in/c.nii.gz"], "validation": ["in/a/b.nii.gz", "in/a_b.nii.gz"]}
+    (tmp_path / "list.json").write_text(json.dumps(pairs))
+    out = pictured(tmp_path, "--data", str(tmp_path / "list.json"), "--train.val_whole", "true")
+    assert {path.name for path in (out / "samples").glob("*1_*.png")} == {
+        "step_000001_in_a_b.png", "step_000001_in_a_b-2.png"}

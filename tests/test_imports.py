@@ -24,17 +24,22 @@ FOLDERS = ("volumes", "training", "tasks")
 
 # What people copy: each imports torch, and of ours what stands here, as it is loaded or through a door.
 TORCH_ONLY: dict[str, set[str]] = {
-    "vae3d": {"lean_conv"},          # taken where it lies beside it
-    "quantize": set(), "lean_conv": set(), "local_layers": set(), "tiles": {"local_layers"},
-    "tile_plans": {"local_layers", "tiles"}, "unet": set(), "sparse": set(), "diffusion": set(),
+    "vae3d": {"lean_conv", "lean_norm"},         # taken where they lie beside it
+    "quantize": set(), "lean_conv": set(), "lean_norm": set(), "local_layers": {"lean_norm"},
+    "tiles": {"local_layers", "lean_norm"}, "tile_plans": {"local_layers", "tiles"},
+    "unet": {"lean_norm"}, "diffusion": set(),
     "losses": set(), "adversarial": set(), "perceptual": set(), "peaks": set(), "pictures": set(),
-    "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(),
+    "sparse_conv": set(), "sparse_attention": {"sparse_conv"},
+    "sparse_tables": {"sparse_conv", "sparse_attention"},
+    "sparse": {"sparse_conv", "sparse_attention", "sparse_tables"},
+    "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(), "muon": set(),
+    "metrics": set(), "augment": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},
-    "sparse": {"quantize", "tiles"},
+    "sparse": {"quantize"},
 }
-LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "wandb"}
+LIBRARIES = {"torch", "numpy", "nibabel", "yaml", "PIL", "SimpleITK", "wandb"}
 COMMANDS = {"train", "predict", "memtest"}
 MAIN_PATH = {"losses.py", "data.py", "training/step.py", "tasks/vae.py", "train.py"}
 
@@ -53,17 +58,20 @@ TESTED_IN = {
     "volumes.format_nibabel": "test_formats",
     "volumes.loading": "test_label_maps",
     "volumes.seeds": "test_data",               # crops that are functions of (seed, index)
+    "volumes.told": "test_intensities",         # notes and scales, as data.open_data tells them
     "volumes.volume": "test_formats",
     "tasks.vae": "test_tasks",
     "tasks.diffusion": "test_diffusion_task",   # test_diffusion.py is that of diffusion.py
     "training.conditions": "test_latent_data",
     "tasks.features": "test_tasks",
     "training.bf16_probe": "test_devices",
+    "training.capacity": "test_memtest",
     "training.cases": "test_results",
     "training.console": "test_log",
     "training.facts": "test_foreign",
-    "training.flags": "test_config",
+    "training.spellings": "test_flags",
     "training.forward": "test_step",
+    "training.opening": "test_run_page",
     "training.run": "test_folder",
     "training.state": "test_step",
     "training.task": "test_tasks",

@@ -1,11 +1,13 @@
 """Labels from disk to crop: volumes/loading.py and volumes/classes.py."""
 import json
 import struct
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data import Crops, Data, WholeVolumes, open_data, val_crops
 from volume_files import REAL, config, matches, needs_real, one_line, pair_like, said_and_data, save
@@ -15,7 +17,6 @@ from volumes.files import DataError
 @pytest.mark.parametrize(("make", "words"), [
     (lambda label: label + np.float32(0.5) * (label == 2), ("no whole numbers, first",)),
     (lambda label: label.astype(np.int16) - 1, ("labels from -1 to 2", "data.ignore_label")),
-    (lambda label: label.astype(np.int16) * 1000, ("labels from 0 to 3000", "data.label_values")),
     (lambda label: np.where(label == 1, np.nan, label).astype(np.float32), ("NaN",)),
     (lambda label: label.astype(np.int32) * 40000, ("labels from 0 to 120000",)),
     (lambda label: label[:-1], ("its grid is 11,10,8", "9")),
@@ -90,8 +91,12 @@ def test_classes_ignored_label_and_label_values(tmp_path):
         return said_and_data(tmp_path / "in", tmp_path, **fields)[1]
 
     plain = opened()
-    assert plain.classes == 256 and plain.label_values is None and plain.train[0].read_label().max() == 255
-    assert opened(ignore_label=255).classes == 41
+    assert plain.classes == 4 and plain.label_values == (0, 7, 40, 255)
+    assert np.array_equal(plain.train[0].read_label(), expected)
+    assert opened(ignore_label=255).label_values == (0, 7, 40)
+    as_stored = opened(classes=256)
+    assert as_stored.classes == 256 and as_stored.label_values is None
+    assert as_stored.train[0].read_label().max() == 255
     for fields, labels, classes in (
         ({"label_values": (0, 7, 40, 255)}, (0, 1, 2, 3), 4),
         ({"label_values": (0, 40)}, (0, 0, 1, 0), 2),
@@ -107,7 +112,7 @@ def test_classes_ignored_label_and_label_values(tmp_path):
         assert np.array_equal(got.train[0].read_label(region), np.array(labels)[expected][region])
         assert Crops(got, 0)[0][1].max() <= max(labels)
     for fields, word in (
-        ({"classes": 41}, "no usable"),
+        ({"classes": 41}, "no training volume has labels below data.classes=41"),
         ({"label_values": (0, 7), "ignore_label": 1}, "data.ignore_label=1"),
     ):
         with pytest.raises(DataError) as error:
@@ -125,6 +130,66 @@ def test_classes_ignored_label_and_label_values(tmp_path):
         assert set(entry.read_label()[d, h, w]) == classes
     save(tmp_path / "in" / "a_label.nii.gz", label * 0)
     assert opened().classes == 2, "two at least"
+
+
+@pytest.mark.parametrize("kind", [".nii.gz", ".npy", ".npz", ".mgz", "both.npz", ".hdr"])
+@pytest.mark.parametrize("values", [(0, 255), (0, 5, 20), (0, 1000, 3000), (7, 9)])
+def test_gaps_are_closed_in_every_format(kind, values, tmp_path):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "in"
+    stored = [rng.choice(values, (9, 10, 11)).astype(np.int16) for _ in range(3)]
+    for number, label in enumerate(stored):
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / "labels").mkdir(exist_ok=True)
+        image = label.astype(np.float32)
+        if kind == "both.npz":
+            np.savez(root / f"{number}.npz", vol=image, seg=label)
+        for folder, array in (("images", image), ("labels", label)):
+            path = root / folder / f"{number}{kind}"
+            if kind == ".npy":
+                np.save(path, array)
+            elif kind == ".npz":
+                np.savez(path, vol=array)
+            elif kind == ".mgz":
+                nib.save(nib.MGHImage(array, np.eye(4)), path)
+            elif kind == ".hdr":
+                nib.save(nib.Nifti1Pair(array, np.eye(4)), path)
+            elif kind == ".nii.gz":
+                save(path, array)
+    wanted = sorted({0, *values})
+    for fields in ({}, {"classes": len(wanted)}):
+        said, opened = said_and_data(root, tmp_path, **fields)
+        assert opened.classes == len(wanted) and opened.label_values == tuple(wanted)
+        (line,) = [line for line in said if "the labels hold the values" in line]
+        one_line(ValueError(line), ",".join(map(str, wanted)), f"classes 0 to {len(wanted) - 1}")
+        assert not [line for line in said if "refused" in line]
+        assert ("takes them as they are" in line) == (max(values) < 1024), "a number that may be given"
+        for entry in opened.train + opened.val:
+            whole = stored[int(entry.name[-1])].transpose(2, 1, 0)
+            assert np.array_equal(entry.read_label(), np.searchsorted(wanted, whole))
+
+
+def test_numbers_without_gaps_are_classes_in_silence(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    save(tmp_path / "in" / "a_image.nii.gz", image)
+    save(tmp_path / "in" / "a_label.nii.gz", label)
+    said, opened = said_and_data(tmp_path / "in", tmp_path)
+    assert opened.label_values is None and not [line for line in said if "hold the values" in line]
+    save(tmp_path / "in" / "a_label.nii.gz", label + 1)                          # no background at all
+    _, opened = said_and_data(tmp_path / "in", tmp_path)
+    assert opened.label_values is None and opened.classes == 5
+
+
+def test_what_a_held_out_file_has_between_the_training_sets_values(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    for name, values in (("a", (0, 0, 4, 9)), ("b", (0, 2, 4, 9)), ("c", (0, 2, 4, 11))):
+        save(tmp_path / f"{name}_image.nii.gz", image)
+        save(tmp_path / f"{name}_label.nii.gz", np.array(values, np.uint8)[label])
+    pairs = [{"image": f"{name}_image.nii.gz", "label": f"{name}_label.nii.gz"} for name in "abc"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": pairs[:1], "validation": pairs[1:]}))
+    said, opened = said_and_data(tmp_path / "list.json", tmp_path)
+    assert opened.label_values == (0, 2, 4, 9) and [entry.name for entry in opened.val] == ["b_image"]
+    assert any("refused" in line and "c_label" in line and "11" in line for line in said)
 
 
 def test_held_out_labels_beyond_the_training_set_are_refused(tmp_path):
@@ -228,17 +293,18 @@ def test_labels_of_a_series(tmp_path):
 @needs_real
 def test_real_pairs(tmp_path):
     said, opened = said_and_data(REAL / "seg", tmp_path, modality="auto", foreground=0.7, patch=(16, 24, 24))
-    assert len(opened.train) + len(opened.val) == 7 and opened.classes == 256
+    assert len(opened.train) + len(opened.val) == 7 and opened.classes == 78
     orphans = [line for line in said if line.startswith("data: refused")]
     assert len(orphans) == 3 and all("label without its image" in line for line in orphans)
     crops = Crops(opened, 0)
     labelled = [bool(crops[i][1].any()) for i in range(24)]
+    values = np.array(opened.label_values)
     assert sum(labelled) > 12 and all(crop.label.any() for crop in val_crops(opened, 0, 6))
     for entry in opened.train + opened.val:                    # foreground of the body is not air
         source = nib.load(entry.label_path) if entry.label_path.endswith("gz") else None
         if source is not None:
             assert (
-                np.bincount(entry.read_label().ravel()).tolist()
+                np.bincount(values[entry.read_label()].ravel()).tolist()
                 == np.bincount(np.asarray(source.dataobj).ravel()).tolist()
             ), entry.name
     pairs = [
@@ -250,6 +316,27 @@ def test_real_pairs(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps({"training": pairs}))
     _, opened = said_and_data(tmp_path / "list.json", tmp_path, modality="auto")
     image, label = opened.train[0].read()[0], opened.train[0].read_label()
-    assert opened.classes == 118 and image[label > 0].mean() > image[label == 0].mean() + 0.2
+    source = np.asarray(nib.load(REAL / "seg" / "torso_3mm_label.nii.gz").dataobj)
+    assert opened.label_values == tuple(np.unique(source))
+    assert image[label > 0].mean() > image[label == 0].mean() + 0.2
     said, opened = said_and_data(REAL / "seg", tmp_path, modality="auto", labels=False)
     assert len(opened.train) + len(opened.val) == 7 and any("left out 9 label files" in line for line in said)
+
+
+def test_a_flip_of_left_and_right_is_told_where_labels_may_have_sides(tmp_path):
+    for number, classes in enumerate((4, 2)):
+        image, label = pair_like((9, 10, 11), classes=classes)
+        save(tmp_path / str(number) / "a_image.nii.gz", image)
+        save(tmp_path / str(number) / "a_label.nii.gz", label)
+    for folder, flip, is_told in (("0", "W", True), ("0", "dhw", True), ("0", "DH", False),
+                                  ("0", "none", False), ("1", "W", False)):
+        said, _ = said_and_data(tmp_path / folder, tmp_path, flip=flip)
+        lines = [line for line in said if "exchanges left and right in 4 classes" in line]
+        assert len(lines) == is_told, (folder, flip)
+    said, _ = said_and_data(tmp_path / "0", tmp_path, flip="W", labels=False)
+    assert not [line for line in said if "exchanges" in line]
+
+
+def test_the_experiment_on_ct_keeps_left_and_right():
+    content = yaml.safe_load((Path(__file__).resolve().parents[1] / "config" / "seg_ct.yaml").read_text())
+    assert "W" not in str(content["data"].get("flip", "none")).upper()

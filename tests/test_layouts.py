@@ -9,10 +9,16 @@ import predict
 import train
 from data import Crops, open_data
 from predictions import TINY
+from tasks import TASKS
+from training.config import TrainConfig, changed
+from training.facts import facts_of
+from training.facts import open_data as run_data
+from training.task import named
 from volume_files import config, ct_like, one_line, save
 from volumes.config import DataConfig
 from volumes.files import DataError
 from volumes.find import list_items
+from volumes.layouts import declared_labels
 from volumes.loading import load
 
 SHAPE = (10, 12, 8)
@@ -116,3 +122,37 @@ def test_a_list_of_files_is_one_image_and_goes_through_predict(nnunet, tmp_path)
     argv = ["reconstruct", "--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--output"]
     assert predict.main([*argv, str(tmp_path / "o"), "--input", str(nnunet / "imagesTs")]) == 0
     assert nib.load(tmp_path / "o" / "Y.nii.gz").shape == (*SHAPE, 2)
+
+
+@pytest.mark.parametrize("labels", [
+    {"background": 0, "liver": 1, "tumour": 2, "ignore": 3},                     # version 2
+    {"0": "background", "1": "liver", "2": "tumour", "3": "ignore"},             # version 1
+])
+@pytest.mark.parametrize("place", ["", "imagesTr"])
+def test_labels_of_dataset_json_have_names_and_an_ignored_one(labels, place, nnunet, tmp_path):
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels}
+    (nnunet / "dataset.json").write_text(json.dumps(content))
+    label = np.zeros(SHAPE, np.uint8)
+    label[2:4], label[6:] = 1, 3                                 # no tumour
+    for path in (nnunet / "labelsTr").iterdir():
+        save(path, label)
+    said: list[str] = []
+    fields = {"path": str(nnunet / place), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
+    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    cfg, dataset = run_data(cfg, named(TASKS, "seg"), said.append)
+    assert dataset.classes == 3 and dataset.class_names == ("background", "liver", "tumour")
+    assert cfg.data.ignore_label == dataset.cfg.ignore_label == 3, "where the loss looks"
+    assert set(np.unique(dataset.train[0].read_label())) == {0, 1, 3}
+    assert facts_of(dataset)["class_names"] == ["background", "liver", "tumour"]
+    assert sum("0 background, 1 liver, 2 tumour" in line for line in said) == 1
+    assert sum("`ignore` label: 3" in line for line in said) == 1
+    shares = predict.shares_text([label % 3], np.arange(3), dataset.class_names)
+    assert shares == "1 liver: 20 %", shares
+
+
+def test_what_is_no_class_of_dataset_json(tmp_path):
+    odd = {"whole": [1, 2], "a": True, "b": -1, "c": 10**9, "5": 6}
+    for content in ({"labels": odd}, {"labels": [1]}, {}):
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        found = declared_labels(tmp_path)
+        assert found.names == ({6: "5"} if "5" in content.get("labels", ()) else {}) and found.ignored is None

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
 import types
@@ -83,7 +84,9 @@ def test_json_rows_have_their_keys_and_the_picture_is_an_svg(quick, tmp_path, ca
     words = [element.text for element in picture.iter(f"{SVG}text")]
     assert any(word.startswith("high_res 16,32,64") for word in words)
     for row in rows:                                             # a label and a figure each
-        assert any(word.endswith(f"x{row['batch']}") and f" {row['mode']}" in word for word in words), words
+        mode = {"none": "all kept", "checkpoint": "checkpointed", "tile": "tiled"}[row["mode"]]
+        precision = "bf16 AMP" if row["amp"] else "float32"
+        assert f"{precision}, {mode} x{row['batch']}" in words, words
         assert f"{pictures.figure(row['predicted_gib'])} GiB" in words, words
     bars = [
         element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"
@@ -109,6 +112,30 @@ def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):
     assert set(yaml.safe_load(path.read_text())) == {"preset", "vae", "data", "train", "memory"}
     said = capsys.readouterr().out
     assert "largest cube" in said and "proportions of 64,128,128" in said and path.read_text() in said
+    # The first line is the answer, the second one what to paste, which makes the same config.
+    first, second = said.splitlines()[:2]
+    assert first == ("64,128,128 fits 1 GiB with memory mode checkpoint: 0.79 GiB with 10 % to spare")
+    words = shlex.split(second)
+    assert words[:2] == ["python", "train.py"] and words[2:4] == ["--data", "FOLDER"]
+    assert runs.load_config(words[4:]) == cfg
+    # Every volume has its command, and what fits as it is says so.
+    for line in said.splitlines():
+        if line.startswith("  python train.py"):
+            runs.load_config(shlex.split(line)[4:])
+    assert said.count("  python train.py") == 3
+    assert memtest.main(["--resolution", "64,128,128", "--budget", "8"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("64,128,128 fits 8 GiB as it is: 0.99 GiB with 10 % to spare\n")
+    rows = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert rows["float32, all kept"].endswith("8 12 24") and "cards of GiB" in said
+
+
+def test_the_table_marks_the_cards_that_a_setting_fits():
+    row = memtest.Row("p", (1, 1, 1), 1, True, "tile", (8, 16, 16), 1)
+    for gib, cards in ((7.2, "8 12 24"), (7.3, "12 24"), (10.9, "24"), (21.7, "none"), (None, "-")):
+        row.predicted_gib = gib
+        assert memtest.cells_of(row, None)["cards of GiB"] == cards
+    assert row.label == "bf16 AMP, tiled by 8,16,16"
 
 
 def test_more_budget_never_plans_less(quick, capsys):
@@ -126,7 +153,7 @@ def test_where_nothing_fits_it_says_by_how_much_and_what_would(quick, capsys):
     assert all(
         part in said
         for part in (
-            "512,512,512 does not fit: the least is",
+            "512,512,512 does not fit 1 GiB: the least is",
             "GiB too much",
             "It would with --budget",
             "or as",

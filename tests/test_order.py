@@ -20,7 +20,7 @@ def test_learning_rate_follows_its_formula(schedule, total):
     """For runs of one and two epochs too, in which it once did not fall; it is never 0 before the end and
     never above lr.
     """
-    o = OptimConfig(schedule=schedule, lr=2.0, warmup=0.1)
+    o = OptimConfig(schedule=schedule, lr=2.0, warmup=0.1, warmup_least=0)
     warm = int(0.1 * total)
     for step in range(total):
         t = (step - warm) / max(1, total - warm)
@@ -34,12 +34,24 @@ def test_learning_rate_follows_its_formula(schedule, total):
         assert 0 < wanted <= 2.0
 
 
+@pytest.mark.parametrize("total,warm", [(1, 20), (12, 20), (25, 20), (400, 20), (1000, 50)])
+def test_the_warm_up_has_a_least_length(total, warm):
+    """Of a share of .05: its steps, but not fewer than 20, also in a run that is shorter; none without."""
+    o = OptimConfig(lr=2.0, warmup=0.05, warmup_least=20)
+    rates = [learning_rate(o, step, total) for step in range(total)]
+    for step, rate in enumerate(rates[:warm]):
+        assert abs(rate - 2.0 * (step + 1) / warm) < 1e-12
+    assert max(rates) == rates[min(total, warm) - 1] and all(rate > 0 for rate in rates)
+    assert learning_rate(OptimConfig(lr=2.0, warmup=0, warmup_least=20), 0, total) == 2.0
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_logged_rates_are_the_formula(tmp_path, epochs):
     assert run("--epochs", str(epochs), "--accum", "2", out=tmp_path / "r") == 0
     logged, total = rows(tmp_path / "r", "train"), epochs * 5
     assert len(logged) == total                                  # 3 volumes x 3 crops: 4 steps of 2, one of 1
-    assert [r["lr"] for r in logged] == [learning_rate(OptimConfig(), i, total) for i in range(total)]
+    o = load_config(TINY).optim
+    assert [r["lr"] for r in logged] == [learning_rate(o, i, total) for i in range(total)]
     assert [r["epoch"] for r in logged] == [i // 5 for i in range(total)]
 
 

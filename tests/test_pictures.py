@@ -26,7 +26,10 @@ def test_png_is_what_was_drawn():
 def test_comparison_shows_input_reconstruction_and_error_in_square_millimetres():
     image = torch.full((1, 4, 8, 8), -1.0)
     image[0, 2, 1, 6] = 1.0
-    picture = pictures.comparison(image, image.clone(), (4.0, 1.0, 1.0), -1.0)
+    weight, spacing = image[0] + 1, (4.0, 1.0, 1.0)
+    columns = [pictures.slices([image[0]], weight, spacing, pictures.grey)] * 2
+    columns.append(pictures.slices([image[0], image[0]], weight, spacing, pictures.error))
+    picture = pictures.sheet(columns)
     height, width, _ = picture.shape
     # axial 8 x 8 mm at 32 pixels a mm, the others 16 x 8 mm at 16
     assert (height, width) == (3 * 260, 3 * 260)
@@ -96,6 +99,39 @@ def test_labels_are_coloured_apart_and_the_background_stays_grey():
     )
 
 
+def test_a_sheet_is_taken_apart_again_and_a_png_keeps_its_note():
+    columns = [[torch.rand(h, w, 3).mul(255).round() for h, w in ((5, 7), (3, 9))] for _ in range(2)]
+    image, note = pictures.read_png(pictures.png(pictures.sheet(columns), "a note"))
+    assert note == "a note"
+    for column, found in zip(columns, pictures.panels(image, 2, [(5, 7), (3, 9)])):
+        assert all(torch.equal(a.to(torch.uint8), b) for a, b in zip(column, found))
+    for content in (b"", b"\x89PNG\r\n\x1a\n", pictures.png(image)[:60]):
+        with pytest.raises(ValueError, match="not a PNG of pictures.png"):
+            pictures.read_png(content)
+
+
+def test_a_class_has_a_contour_and_its_inside_stays_to_be_seen():
+    label = torch.zeros(5, 5)
+    label[1:4, 1:4] = 1
+    image = pictures.coloured(torch.zeros(5, 5), label)
+    colour = pictures.class_colour(torch.tensor(1.0))
+    assert torch.equal(image[1, 1], colour) and torch.equal(image[3, 2], colour)
+    assert image[2, 2].tolist() == pytest.approx((0.8 * 127.5 + 0.2 * colour).tolist())
+    assert image[0, 0].tolist() == [127.5] * 3
+
+
+def test_projections_show_the_one_occupied_voxel_from_above_and_from_the_front():
+    volume = torch.zeros(4, 6, 8)
+    volume[3, 1, 2] = 1.0
+    above, front = pictures.projections([volume], (1.0, 1.0, 1.0), lambda v: pictures.grey(2 * v - 1))
+    assert above.shape == (6 * 32, 8 * 32, 3) and front.shape == (4 * 32, 8 * 32, 3)
+    for image, row in ((above, 4), (front, 0)):                  # H 1 of 6 from below, D 3 of 4 on top
+        assert image[..., 0].nonzero().min(0).values.tolist() == [row * 32, 2 * 32]
+    found, true = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    both = pictures.occupancy(found, true)
+    assert both.tolist() == [list(pictures.BOTH), list(pictures.ADDED), list(pictures.MISSED), [0, 0, 0]]
+
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -162,11 +198,62 @@ def test_bars_need_a_value_for_each_label():
         pictures.bars(["a", "b"], {"predicted": [1.0]}, "t")
 
 
+def lines_of(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of each polyline."""
+    found = [e.get("points").split() for e in ElementTree.fromstring(svg).iter(f"{SVG}polyline")]
+    return [[tuple(map(float, point.split(","))) for point in points] for points in found]
+
+
+def test_curves_lie_where_their_ticks_say():
+    """y by the places of the ticks, linear and logarithmic; a gap at None, NaN and what has no logarithm."""
+    points = [(0, 1.0), (50, 10.0), (60, None), (70, float("nan")), (80, 100.0), (100, 1000.0)]
+    for is_log in (False, True):
+        svg = pictures.curves({"a": points, "b": [(0, 2.0), (100, 4.0)]}, "loss", is_log)
+        texts = [(e.text, float(e.get("x")), float(e.get("y")) - 4, e.get("text-anchor"))
+                 for e in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+        y = {float(word): y for word, _, y, anchor in texts if anchor == "end"}
+        x = {float(word): x for word, x, y, anchor in texts if anchor == "middle" and word != "step"}
+        first, second, other = lines_of(svg)
+        assert len(first) == len(second) == 2 and {"a", "b", "loss", "step"} <= {word for word, *_ in texts}
+        assert second[1] == pytest.approx((x[100.0], y[1000.0]), abs=0.1)
+        if is_log:
+            assert first[0] == pytest.approx((x[0.0], y[1.0]), abs=0.1)
+            assert first[1][1] == pytest.approx(y[10.0], abs=0.1)
+            assert second[0][1] == pytest.approx(y[100.0], abs=0.1)
+        else:
+            assert first[0][1] == pytest.approx(y[0.0] + (y[1000.0] - y[0.0]) / 1000, abs=0.1)
+    assert len(lines_of(pictures.curves({"a": [(0, 1.0), (1, 2.0), (2, 0.0), (3, 1.0), (4, 2.0)]}, "l",
+                                        is_log=True))) == 2
+
+
+def test_of_a_long_curve_the_peaks_are_kept():
+    points = [(x, 1.0) for x in range(100_000)]
+    points[40_321], points[77] = (40_321, 9.0), (77, -3.0)
+    [line] = lines_of(pictures.curves({"a": points}, "loss"))
+    assert len(line) <= pictures.MOST_POINTS + 4
+    tall = sorted(line, key=lambda point: point[1])
+    assert tall[0][1] < tall[1][1] and tall[-1][1] > tall[-2][1]
+    assert line == sorted(line, key=lambda point: point[0])
+
+
+@pytest.mark.parametrize("values", [[], [None], [0.0], [5.0], [1e-12, 2e-12], [1e30], [-1.0, -1.0],
+                                    [3e-5, 5e-5], [1.1761e-4, 1.1765e-4], [0.999, 1.001], [1e-320, 1.0]])
+@pytest.mark.parametrize("is_log", [False, True])
+def test_curves_of_few_and_of_odd_values_draw(values, is_log):
+    svg = pictures.curves({"a<b&\x00": list(enumerate(values)), "long " * 60: []}, "t", is_log)
+    root = ElementTree.fromstring(svg)
+    for e in root.iter(f"{SVG}text"):
+        assert 0 <= float(e.get("x")) <= pictures.PLOT[0] and 0 <= float(e.get("y")) <= pictures.PLOT[1]
+    assert "nan" not in svg and "inf" not in svg
+    labels = [e for e in root.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+    assert all(len(e.text) * 6 <= float(e.get("x")) for e in labels)
+
+
 @pytest.mark.slow
 def test_works_copied_alone(tmp_path):
     run_alone(tmp_path, ["pictures.py"], """
 import torch, pictures
-x = torch.zeros(1, 4, 4, 4)
-open("a.png", "wb").write(pictures.png(pictures.comparison(x, x, (1, 1, 1), -1.0)))
+x = torch.zeros(4, 4, 4)
+open("a.png", "wb").write(pictures.png(pictures.sheet([pictures.slices([x], x, (1, 1, 1), pictures.grey)])))
 open("a.svg", "w").write(pictures.bars(["a"], {"b": [1.0]}, "t"))""")
     assert (tmp_path / "a.png").stat().st_size > 100 and (tmp_path / "a.svg").read_text().startswith("<svg")

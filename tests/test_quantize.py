@@ -332,3 +332,49 @@ def test_codebook_is_the_same_on_two_processes_as_on_one(pool, tmp_path):
     for name, value in vq.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], value)
+
+
+# ------------------------------------------------------------------------------------------- residual ones
+
+def test_residual_codebooks_code_what_is_left():
+    torch.manual_seed(0)
+    rvq = quantize.ResidualQuantizer([quantize.VectorQuantizer(8, 3).double() for _ in range(3)])
+    z = torch.randn(200, 3, dtype=torch.float64)
+    rvq.fit(z, generator=torch.Generator().manual_seed(0))
+    rows = z.clone().requires_grad_()
+    codes = rvq(rows)
+    (codes.z_q * 2).sum().backward(retain_graph=True)
+
+    # By hand: the nearest code of what is left, three times; 0.25 |rest - code|^2, mean of three.
+    rest, total, loss = z, 0, 0
+    for number, vq in enumerate(rvq.quantizers):
+        index = slow_index(rest, vq.codebook)
+        assert torch.equal(index, codes.index[:, number])
+        loss = loss + 0.25 * (rest - vq.codebook[index]).square().mean() / 3
+        rest, total = rest - vq.codebook[index], total + vq.codebook[index]
+    assert torch.equal(codes.z_q, total) and torch.equal(rvq.lookup(codes.index), total)
+    torch.testing.assert_close(codes.vq_loss, loss)
+    # Straight through: the gradient of z_q is that of the rows; that of the loss 2 x .25 / 3 x rest / size.
+    torch.testing.assert_close(rows.grad, torch.full_like(rows, 2))
+    grad, = torch.autograd.grad(codes.vq_loss, rows)
+    left, want = z, 0
+    for vq, index in zip(rvq.quantizers, codes.index.unbind(-1)):
+        left = left - vq.codebook[index]
+        want = want + 2 * 0.25 / 3 * left / z.numel()
+    torch.testing.assert_close(grad, want)
+
+
+def test_each_residual_codebook_lowers_the_error_and_keeps_its_codes_alive():
+    torch.manual_seed(0)
+    errors = []
+    z = torch.randn(4000, 4)
+    for count in (1, 2, 4):
+        rvq = quantize.ResidualQuantizer([quantize.VectorQuantizer(32, 4) for _ in range(count)])
+        rvq.fit(z, generator=torch.Generator().manual_seed(0))
+        for step in range(20):
+            rvq(z)
+            rvq.update(torch.Generator().manual_seed(step))
+        codes = rvq(z)
+        errors.append((codes.z_q - z).square().mean().item())
+        assert all(len(one.unique()) > 28 for one in codes.index.unbind(-1))
+    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.3 * errors[1]

@@ -193,7 +193,7 @@ def test_init_needs_more_than_biases_and_stage_1_needs_all(tmp_path, capsys):
 @pytest.mark.slow
 def test_stages_of_a_codebook(tmp_path, capsys):
     """KL -> stage 1 trains the codebook alone -> stage 2 trains all; what does not fit is said, by key."""
-    vq = [*CODES, "--steps", "3"]
+    vq = [*CODES, "--steps", "3", "--optim.warmup", "0"]
     assert run("--steps", "2", out=tmp_path / "kl") == 0
     assert run(*vq, "--init", str(tmp_path / "kl"), "--train.stage", "1", out=tmp_path / "one") == 0
     said = capsys.readouterr().out
@@ -247,3 +247,14 @@ def test_a_run_from_before_patients_goes_on_with_its_own_split():
     assert resumed_config({"config": config}, Path("last.pt")).data.patient == "auto"
     del config["data"]["patient"]
     assert resumed_config({"config": config}, Path("last.pt")).data.patient == "file"
+
+
+def test_a_run_from_before_muon_goes_on_with_what_it_had():
+    config = config_dict(load_config(["--optim.optimizer", "adam", "--optim.warmup_least", "7"]))
+    assert resumed_config({"config": config}, Path("last.pt")).optim.optimizer == "adam"
+    assert resumed_config({"config": config}, Path("last.pt")).optim.warmup_least == 7
+    del config["optim"]["warmup_least"], config["optim"]["optimizer"]
+    resumed = resumed_config({"config": config}, Path("last.pt")).optim
+    assert (resumed.optimizer, resumed.warmup_least) == ("adamw", 0)
+    del config["optim"]
+    assert resumed_config({"config": config}, Path("last.pt")).optim.optimizer == "adamw"

@@ -11,9 +11,12 @@ import predict
 import unet
 from predictions import ct_file, failed_line, use
 from tasks import TASKS, seg
+from training.config import TrainConfig, changed
 from training.devices import to_device
+from training.facts import open_data
 from training.ready import Ready, load
 from training.task import named
+from volume_files import pair_like, quiet, save
 from volumes import loading
 from volumes.config import DataConfig
 from volumes.find import Item
@@ -26,6 +29,20 @@ def segmenter(logits_of, out_channels=3, patch=(4, 8, 8)):
     cfg = types.SimpleNamespace(data=types.SimpleNamespace(patch=patch),
                                 unet=unet.UNetConfig(out_channels=out_channels))
     return Ready(Path(), cfg, named(TASKS, "seg"), model, {}, None, "float32", "")
+
+
+def test_a_run_from_before_gaps_were_closed_goes_on_with_its_classes(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    save(tmp_path / "in" / "a_image.nii.gz", image)
+    save(tmp_path / "in" / "a_label.nii.gz", np.array([0, 3, 5, 9], np.uint8)[label])
+    fields = {"path": str(tmp_path / "in"), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
+    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    for known, classes in ((None, 4), ({"classes": 10, "label_values": None}, 10),
+                           ({"classes": 4, "label_values": [0, 3, 5, 9]}, 4)):
+        settled, dataset = open_data(cfg, named(TASKS, "seg"), quiet, known)
+        assert dataset.classes == settled.unet.out_channels == classes
+        assert settled.data.classes is None and dataset.cfg.classes is None
+        assert dataset.train[0].read_label().max() == (9 if classes == 10 else 3)
 
 
 @pytest.mark.parametrize("size, window, overlap", [

@@ -41,7 +41,7 @@ def test_micro_batches_equal_one_batch_for_a_tail_of_any_length(sizes):
 
 def test_step_equals_the_slow_version():
     """One AdamW step written out with plain torch: loss, clipping and update."""
-    cfg, state = tiny_state(optim__grad_clip=0.01, loss__kl_weight=0.1)
+    cfg, state = tiny_state(optim__optimizer="adamw", optim__grad_clip=0.01, loss__kl_weight=0.1)
     reference = vae3d.VAE3D(cfg.vae)
     reference.load_state_dict(state.model.state_dict())
     optimizer = torch.optim.AdamW(reference.parameters(), cfg.optim.lr, weight_decay=cfg.optim.weight_decay)

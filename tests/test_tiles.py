@@ -539,8 +539,8 @@ def test_estimate_is_near_the_counted_peak():
         assert 0.75 < ratio < 1.33, (setting, ratio)
 
 
-def test_fake_tensors_run_each_kind_of_tile_once():
-    """Memory prediction: a volume of any size takes as many operations as there are kinds of tiles."""
+def test_fake_tensors_run_the_largest_tile_alone():
+    """Memory prediction: a volume of any size takes as many operations as two of its tiles."""
     ran = []
     with FakeTensorMode():
         vae = VAE3D.from_preset("high_res", num_res_blocks=0).memory(
@@ -555,8 +555,8 @@ def test_fake_tensors_run_each_kind_of_tile_once():
         finally:
             tiles.run_tile = original
     assert out.recon.shape == x.shape and all(p.grad is not None for p in vae.parameters())
-    # Sides, forward and backward, kinds along D and W; 2 x 2 x 128 tiles.
-    assert len(ran) <= 2 * 2 * 4 * 4, len(ran)
+    # Sides, forward and backward, twice; of 2 x 2 x 128 tiles.
+    assert len(ran) <= 2 * 2 * 2, len(ran)
 
 
 @pytest.mark.parametrize("broken", ["halo", "overlap", "statistics"])

@@ -23,8 +23,10 @@ def is_judging(cfg: TrainConfig, state: State) -> bool:
 
 
 def disc_rate(cfg: TrainConfig) -> float:
-    """The discriminator's highest learning rate."""
-    return cfg.optim.lr if cfg.loss.disc_lr is None else cfg.loss.disc_lr
+    """The discriminator's highest learning rate. It has Adam, for which muon's rates are twice too high."""
+    if cfg.loss.disc_lr is not None:
+        return cfg.loss.disc_lr
+    return cfg.optim.lr / 2 if cfg.optim.optimizer == "muon" else cfg.optim.lr
 
 
 def judge(state: State, crop: Tensor) -> tuple[Tensor, list[Tensor]]:

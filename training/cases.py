@@ -29,6 +29,7 @@ class Case(NamedTuple):
     spacing: tuple[float, float, float]                          # mm, D H W
     labels: list[np.ndarray]                                     # (D, H, W) class numbers, on that grid
     origin: Origin
+    numbers: tuple[int, ...] = ()                                # of the volumes, where the file has several
 
     @property
     def arrays(self) -> list[np.ndarray]:
@@ -45,7 +46,7 @@ def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
     first, intensity = loaded.volumes[0]
     if loaded.guessed and cfg.modality == "auto":
         clear_line()
-        print(f"{show(item.path)}: taken for {intensity.modality} by its values; --data.modality says "
+        print(f"{show(item.path)}: taken for {intensity.rule} by its values; --data.modality says "
               f"otherwise")
     found, wanted = len(first), ready.task.channels(ready.cfg)
     if found != wanted:
@@ -54,10 +55,11 @@ def read_case(item: Item, ready: Ready, cfg: DataConfig) -> Case:
                         f"--data.select_channel or --data.four_d, or a checkpoint for such files")
     labels = [class_numbers(label, item, ready, cfg) for label in loaded.labels]
     origin = formats.origin_of(item.path, loaded.source, cfg.channel_axis)
+    origin = dataclasses.replace(origin, blank=loaded.blank)
     if item.more:                                                # their types and scales may differ
         shape = (*origin.shape, 1 + len(item.more))
         origin = dataclasses.replace(origin, shape=shape, dtype="float32", slope=1.0, inter=0.0)
-    return Case(loaded.volumes, loaded.affine, loaded.spacing, labels, origin)
+    return Case(loaded.volumes, loaded.affine, loaded.spacing, labels, origin, loaded.numbers)
 
 
 def class_numbers(label: np.ndarray, item: Item, ready: Ready, cfg: DataConfig) -> np.ndarray:

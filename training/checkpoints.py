@@ -43,6 +43,7 @@ class TrainingFile(TypedDict):
 class LaterFacts(TypedDict, total=False):
     """What a file from before it came in lacks."""
     files: list[TrainingFile]
+    class_names: list[str]                    # of dataset.json
 
 
 class Facts(LaterFacts):
@@ -77,8 +78,8 @@ class Optimizer(TypedDict):
 class Train(TypedDict):
     """last.pt: all that a run needs to go on to the bit.
 
-    Where a feature network is used, it holds `features` (Features) too. `reference` (float or None) came
-    later and may be missing.
+    Where a feature network is used, it holds `features` (Features) too. `reference` (float or None) and
+    `edges` (list of int) came later and may be missing.
     """
     config: dict[str, Any]                    # section -> field -> value
     data: Facts
@@ -137,9 +138,12 @@ TAKES = {
     "vae3d.weights": "it takes a run folder, its best.pt or last.pt",
     "vae3d.features": "train.py --task features writes one as best.pt",
 }
+# What came into last.pt later.
+LATER = {"reference": float | None, "edges": list[int]}
 # Names of unfinished files that a killed run may leave in its folder.
 TEMPORARY = re.compile(
-    r"((last|last\.prev|last\.next|best|ema_[\d.e-]+|(nan_)?step_\d+)\.pt|log\.jsonl|config\.yaml)\.tmp"
+    r"((last|last\.prev|last\.next|best(_[A-Za-z0-9-]+)?|ema_[\d.e-]+|(nan_)?step_\d+)\.pt"
+    r"|log\.jsonl|config\.yaml)\.tmp"
     r"|last\.next\.pt"
     # And those of pictures and volumes in samples/.
     r"|\.?step_\d{6,}_.*\.tmp"
@@ -241,8 +245,9 @@ def load(path: str | Path, *kinds: str) -> dict:
     wanted = typing.get_type_hints(CONTENT[found])
     if "features" in content:
         wanted["features"] = Features
-    if found == "vae3d.train" and "reference" in content:
-        wanted["reference"] = float | None
+    for name, kind in (LATER.items() if found == "vae3d.train" else ()):
+        if name in content:
+            wanted[name] = kind
     lacking = [name for name in wanted if name not in content]
     if lacking:
         raise ValueError(f"{path}: holds no {', no '.join(lacking[:5])}; use the file as train.py wrote it")

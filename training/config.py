@@ -24,13 +24,15 @@ import yaml
 import vae3d
 from diffusion import DiffusionConfig
 from losses import LossConfig
+from sparse import SparseConfig
 from training.console import line_of
 from unet import UNetConfig
 from vae3d import VAEConfig
-from volumes.config import DataConfig
+from volumes.config import WINDOWS, DataConfig
 from volumes.files import brief, one_line
 
 MAX_CONFIG = 2**17                            # bytes; PyYAML reads some 10^5 a second
+HIGHEST_RATE = {"muon": 1e-3, "adamw": 5e-4, "adam": 5e-4, "sgd": 5e-4}
 SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "plateau")
 
 
@@ -39,12 +41,17 @@ SCHEDULES = ("cosine", "cosine_restarts", "constant", "exponential", "step", "pl
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule. Defaults: what learned fastest on CT crops (docs/LOG.md)."""
-    optimizer: str = "adamw"                  # adamw | adam | sgd (momentum 0.9)
-    lr: float = 5e-4                          # the highest rate, after warm-up (docs/LOG.md)
+    optimizer: str | None = None              # muon (muon.py) | adamw | adam | sgd (momentum 0.9); auto: muon
+                                              # for new networks of --task vae, else adamw (docs/LOG.md)
+    lr: float | None = None                   # the highest rate, after warm-up; auto: 1e-3 of muon, 5e-4 of
+                                              # all others (docs/LOG.md)
     weight_decay: float = 0.01                # decoupled for adamw, L2 for the others
     schedule: str = "cosine"                  # cosine | cosine_restarts | constant |
                                               # exponential | step | plateau
-    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0
+    warmup: float = 0.05                      # share of the run in which the rate rises linearly from 0;
+                                              # 0: none
+    warmup_least: int = 10                    # it rises over at least so many steps, also where the run is
+                                              # shorter
     lr_min: float = 0.0                       # the cosine schedules end here
     restarts: int = 4                         # cosine_restarts: number of equal periods
     gamma: float = 0.1                        # exponential: factor over the whole run;
@@ -57,9 +64,12 @@ class OptimConfig:
     clip_window: int = 1000                   # finite norms that it is taken of; with fewer, grad_clip holds
 
     def __post_init__(self):
-        one_of("optim.optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+        one_of("optim.optimizer", self.optimizer, (None, "muon", "adamw", "adam", "sgd"))
+        if self.lr is not None:
+            at_least("optim", self, lr=0)
         one_of("optim.schedule", self.schedule, SCHEDULES)
-        at_least("optim", self, lr=0, weight_decay=0, warmup=0, lr_min=0, restarts=1, drops=1)
+        at_least("optim", self, weight_decay=0, warmup=0, warmup_least=0, lr_min=0)
+        at_least("optim", self, restarts=1, drops=1)
         at_least("optim", self, plateau_patience=1, grad_clip=0, clip_percentile=0, clip_window=1)
         if self.clip_percentile > 100:
             raise ValueError(f"optim.clip_percentile is a percentile up to 100, got {self.clip_percentile}")
@@ -72,7 +82,8 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """Section `train`: length, precision, validation, checkpoints."""
-    out: str | None = None                    # run folder; none: runs/PRESET, or the next free runs/PRESET-N
+    out: str | None = None                    # run folder; none: runs/NAME_DATE, the data's name and
+                                              # today, or the next free runs/NAME_DATE-N
     init: str | None = None                   # what to start from: a run folder, a checkpoint, or an
                                               # autoencoder made elsewhere (weights.py)
     init_hints: str | None = None             # what a file made elsewhere cannot say (weights.py's hints):
@@ -90,6 +101,8 @@ class RunConfig:
     accum: int = 1                            # micro-batches an optimizer step of a rank
     steps: int | None = None                  # optimizer steps; with epochs too, whichever ends first
     epochs: int | None = None                 # passes of data.crops_per_volume crops of every volume
+    stages: tuple[dict, ...] = ()             # parts of the run with fields of their own, in a YAML file
+                                              # (docs/STAGES.md); train.steps is then the most of them all
     val_every: int = 50                       # steps between validations; others at step 0 and at the end
     val_crops: int = 8                        # fixed seeded crops over all held-out volumes
     val_whole: bool = False                   # validate on whole held-out volumes instead
@@ -163,6 +176,8 @@ class MemoryConfig:
                                               # instead of the batch
     stretch: str = "auto"                     # tile: how many levels each tiled stretch has, from the
                                               # finest down, such as 2+1; auto: chosen
+    tiles: int | None = None                  # tile, task sparse: so many random tiles of the decoder a step,
+                                              # weighted so that the loss is the same on average
     budget: float | None = None               # tile: GiB that a step may take; none: what the card has free
     recover: bool = True                      # after out of memory, turn the dial and repeat the step
     expandable_segments: bool = True          # CUDA allocator: less fragmentation
@@ -170,6 +185,8 @@ class MemoryConfig:
 
     def __post_init__(self):
         one_of("memory.mode", self.mode, vae3d.MEMORY_MODES)
+        if self.tiles is not None and self.tiles < 1:
+            raise ValueError(f"memory.tiles must be at least 1, got {self.tiles}")
         # Recovery needs no such check: it leads to tile and never away from it.
         if self.tile_parallel and self.mode != "tile":
             raise ValueError("memory.tile_parallel shares tiles among ranks, but memory.mode is "
@@ -188,6 +205,9 @@ class LogConfig:
     sample_every: int = 100                   # steps between pictures; 0: never; some are made at the end
                                               # in any case
     samples: int = 2                          # held-out volumes of which pictures are made
+    window: str = "auto"                      # in which pictures show a CT: lung | bone | soft_tissue |
+                                              # brain; none: as the network sees it; auto: soft_tissue,
+                                              # but none where data.window is given
     histogram_every: int = 100                # steps between histograms for tensorboard and wandb;
                                               # 0: never
     tensorboard: bool = False                 # write OUT/tensorboard (pip install tensorboard)
@@ -197,6 +217,7 @@ class LogConfig:
                                               # 0: never
 
     def __post_init__(self):
+        one_of("log.window", self.window, ("auto", "none", *WINDOWS))
         at_least("log", self, every=1, sample_every=0, samples=1, histogram_every=0, ddp_check=0)
 
 
@@ -205,11 +226,13 @@ class TrainConfig:
     """Everything that a run depends on; saved as config.yaml and inside every checkpoint."""
     task: str = "vae"                         # vae | seg (U-Net, image/label pairs) |
                                               # features (a network for the perceptual loss) |
+                                              # sparse (points near a surface) |
                                               # diffusion (a denoiser of latents)
     preset: str = "ultra_lightweight"         # where section `vae` (vae3d.PRESETS) or `unet`
                                               # (unet.PRESETS) starts from
     vae: VAEConfig = field(default_factory=VAEConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     cond: CondConfig = field(default_factory=CondConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -224,7 +247,7 @@ SECTIONS = [f for f in dataclasses.fields(TrainConfig) if f.default_factory is n
 def one_of(name: str, value, choices: Sequence) -> None:
     """Raises ValueError where the value is none of the choices."""
     if value not in choices:
-        known = ", ".join(map(str, choices))
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
         raise ValueError(f"{name} must be one of {known}, got {brief(value, 200)}")
 
 
@@ -237,12 +260,24 @@ def at_least(section: str, config, **bounds: float) -> None:
             raise ValueError(f"{section}.{name} must be at least {bound}, got {value}")
 
 
+def with_optimizer(cfg: TrainConfig, of_task: str) -> TrainConfig:
+    """The config with what optim.optimizer and optim.lr leave to `auto` resolved.
+
+    of_task: the optimizer for new networks of the task. Weights that are there are fine-tuned by AdamW.
+    """
+    name = cfg.optim.optimizer
+    if name is None:
+        name = of_task if cfg.train.init is None else "adamw"
+    rate = HIGHEST_RATE[name] if cfg.optim.lr is None else cfg.optim.lr
+    return changed(cfg, optim={"optimizer": name, "lr": rate})
+
+
 # -------------------------------------------------------------------------------- from text
 
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML or a flag -> the field's type, which `hint` is.
 
-    "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), "1,2,2;2,2,2" -> two triples.
+    "1e-4" -> 1e-4, "16,64,64" -> (16, 64, 64), 96 -> (96, 96, 96), "1,2,2;2,2,2" -> two triples.
     Raises ValueError that names the field and what it must be.
     """
     origin = typing.get_origin(hint)
@@ -280,6 +315,9 @@ def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
         value = [part for part in value.strip("()[] ").split(separator) if part.strip()]
     if not isinstance(value, (list, tuple)):
         value = [value]
+    # One number for a cube.
+    if list(parts) == [int] * 3 and len(value) == 1:
+        value = value * 3
     if parts[-1] is not Ellipsis and len(value) != len(parts):
         order = " (D,H,W)" if len(parts) == 3 else ""
         raise ValueError(f"{name} needs {len(parts)} values{order}, got {brief(value, 200)}")
@@ -287,7 +325,12 @@ def convert_to_tuple(value: Any, parts: Sequence, name: str) -> tuple:
 
 
 def convert_to_single(value: Any, kind: type, name: str) -> Any:
-    """kind: bool, int, float or str."""
+    """kind: bool, int, float, str, or dict, which training/stages.py looks into."""
+    if kind is dict:
+        if isinstance(value, dict):
+            return value
+        raise ValueError(f"{name} holds stages such as {{name: low, epochs: 100, data: {{scale: 0.5}}}} in a "
+                         f"YAML file, got {brief(value, 200)}")
     if kind is bool:
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() in known:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -154,6 +155,21 @@ def gpu_use(device: torch.device) -> dict[str, float]:
     with contextlib.suppress(Exception):
         use["gpu_percent"] = torch.cuda.utilization(device)
     return use
+
+
+def machine_memory() -> float:
+    """Bytes that the processes of this machine may take: what is built in, or a container's limit below it.
+
+    inf where the system does not say.
+    """
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        # Without a limit the first says "max", which is no number, the second one beyond any machine.
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(name).read_text()))
+    return min(limits)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 import losses
+import metrics
 from training.cases import Case
 from training.console import short_number
 from training.devices import peak_gib
 from training.facts import Trained
 from training.ready import Ready
 from training.task import Scored
+from volumes.config import WINDOWS
 from volumes.files import sizes
 from volumes.find import Item
 from volumes.intensities import Intensity
@@ -35,9 +37,20 @@ COLUMNS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
     "l1": ("L1", "{:.4f}"),
+    "ms_ssim": ("MS-SSIM", "{:.4f}"),
+    "mae_hu": ("error", "{:.1f} HU"),
     "sharpness": ("sharpness", "{:.3f}"),
     "iou": ("IoU", "{:.4f}"),
     "dice": ("Dice", "{:.4f}"),
+    "sign": ("signs", "{:.1%}"),
+    "l1_decoded": ("L1 decoded", "{:.4f}"),
+    "l1_constant": ("L1 of median", "{:.4f}"),
+    "l1_pca": ("L1 of PCA", "{:.4f}"),
+    "surface_dice": ("surface Dice", "{:.4f}"),
+    "points": ("points", "{:,.0f}"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "hd95": ("HD95", "{:.2f} mm"),
+    "missed": ("classes missed", "{:.2f}"),
     "bits_per_voxel": ("bits/voxel", "{:.3f}"),
     "compression": ("ratio", "{:.1f}"),
     "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"),
@@ -47,7 +60,9 @@ COLUMNS = {
 }
 FIDELITY = ("psnr", "ssim", "l1")
 # What the line of one volume shows.
-FIRST = (*FIDELITY, "iou", "dice")
+FIRST = (*FIDELITY, "mae_hu", "iou", "dice", "surface_dice", "hd95")
+# HU windows inside which a CT's reconstruction is measured too; names of data.window.
+HU_WINDOWS = ("lung", "soft_tissue", "bone")
 # PSNR, in dB, that a perfect reconstruction counts with, and none more: infinity would be every mean.
 MOST_PSNR = 100.0
 # Figures that the task has of all volumes together, so that they are not averaged over the volumes.
@@ -92,12 +107,14 @@ def compared(recon: np.ndarray, volume: np.ndarray, intensity: Intensity,
     """Figures of a reconstruction, compared with its volume, both (C, D, H, W) of normalised intensities;
     and sums over voxels, whose ratio over all volumes is their sharpness.
 
-    The figures are psnr, ssim, l1 and sharpness, and for voxel grids iou of the occupied voxels. Of several
-    channels `channels` holds the first three for each.
+    The figures are psnr, ssim, l1, ms_ssim and sharpness, for a CT those of `hu_figures`, and for voxel grids
+    iou of the occupied voxels. Of several channels `channels` holds the first three for each.
     """
     found = torch.from_numpy(recon)[None].to(device)             # (1, C, D, H, W)
     target = torch.from_numpy(volume)[None].to(device)
-    scores = fidelity(found, target)
+    scores = fidelity(found, target) | {"ms_ssim": float(metrics.ms_ssim(found, target))}
+    if intensity.modality == "ct":
+        scores |= hu_figures(found, target, (intensity.low[0], intensity.high[0]))
     energy = losses.gradient_energy(found, target).cpu().double()
     scores["sharpness"] = float(energy[0] / energy[1])
     if intensity.modality == "voxel":
@@ -119,12 +136,39 @@ def fidelity(recon: Tensor, target: Tensor) -> dict[str, float]:
     }
 
 
+def hu_figures(recon: Tensor, target: Tensor, limits: tuple[float, float]) -> dict[str, float]:
+    """mae_hu, the mean error in HU, and mae_hu, psnr and ssim inside of HU_WINDOWS.
+
+    recon, target (1, C, D, H, W) normalised; limits: HU of -1 and 1. Inside a window is what a reader sees
+    there: both are clipped to it, and its width is the data range of PSNR and SSIM. mae_hu_NAME is over the
+    voxels whose target lies in the window. A window is cut where the network sees no HU, and left out where
+    less than half of it is left.
+    """
+    low, high = limits
+    per_unit = (high - low) / 2
+    error = (recon - target).abs()
+    scores = {"mae_hu": float(error.mean()) * per_unit}
+    for name in HU_WINDOWS:
+        least, most = WINDOWS[name]
+        width = min(most, high) - max(least, low)
+        if width < (most - least) / 2:
+            continue
+        # HU to [-1, 1] of the limits, and from there to [-1, 1] of the window.
+        bottom, top = ((hu - low) / per_unit - 1 for hu in (max(least, low), min(most, high)))
+        inside = (target >= bottom) & (target <= top)
+        scores[f"mae_hu_{name}"] = float(error[inside].mean()) * per_unit
+        seen = [(x.clamp(bottom, top) - bottom) * (2 / (top - bottom)) - 1 for x in (recon, target)]
+        scores[f"psnr_{name}"] = min(MOST_PSNR, float(losses.psnr(*seen)))
+        scores[f"ssim_{name}"] = float(losses.ssim(*seen))
+    return scores
+
+
 def row_of(item: Item, case: Case, number: int, scored: Scored) -> dict[str, Any]:
     """All that is known of volume `number` of a file; the number is named where the file has several."""
     volume = case.arrays[number]
     row = {"file": str(item.path), "name": item.known_as}
-    if len(case.volumes) > 1:
-        row["volume"] = number
+    if case.numbers:
+        row["volume"] = case.numbers[number]
     speed = {"seconds": scored.seconds, "voxels_per_second": volume[0].size / scored.seconds}
     return row | {"shape": list(volume.shape[1:])} | scored.figures | speed
 
@@ -216,10 +260,15 @@ def worst_median_best(rows: Sequence[dict], name: str, higher_is_better: bool = 
 # -------------------------------------------------------------------------------- as text
 
 def column(name: str) -> tuple[str, str]:
-    """Heading and format of a figure; that of dice_3 is `Dice 3`."""
+    """Heading and format of a figure; those of dice_3 are `Dice 3` and Dice's."""
     if name in COLUMNS:
         return COLUMNS[name]
-    return name.replace("dice_", "Dice "), "{:.4f}"
+    # The figure of a class or of an HU window is named by the longest figure that its name begins with.
+    for known in sorted(COLUMNS, key=len, reverse=True):
+        if name.startswith(f"{known}_"):
+            first, form = COLUMNS[known]
+            return f"{first} {name.removeprefix(known)[1:].replace('_', ' ')}", form
+    return name, "{:.4f}"
 
 
 def heading(name: str) -> str:

@@ -5,6 +5,7 @@ Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,15 +19,29 @@ from volumes.files import digest_of, show, unique_name
 from volumes.find import Item
 
 
-def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple[TrainConfig, data.Data]:
+def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None],
+              known: dict | None = None) -> tuple[TrainConfig, data.Data]:
     """The data of the run, and the config with all that follows from them. Raises DataError, or ValueError
     where weights do not fit.
+
+    known: the facts of the checkpoint that is resumed, whose labels may be from before gaps were closed.
     """
-    cfg = changed(cfg, data={"labels": task.LABELS})
+    cfg = changed(cfg, data={"labels": task.LABELS, "points": task.POINTS})
     if task.dataset is not None:
         dataset = task.dataset(cfg, say)
-    else:
-        dataset = data.open_data(cfg.data, cfg.train.seed, say, ranks.world())
+        return told_by(dataset, cfg, task), dataset
+    wanted = cfg.data
+    if known and known.get("classes") and known.get("label_values") is None and wanted.classes is None:
+        wanted = dataclasses.replace(wanted, classes=known["classes"])
+    dataset = data.open_data(wanted, cfg.train.seed, say, ranks.world())
+    # What dataset.json says is ignored goes into the config, where the loss looks.
+    cfg = changed(cfg, data={"ignore_label": dataset.cfg.ignore_label})
+    dataset.cfg = cfg.data
+    return told_by(dataset, cfg, task), dataset
+
+
+def told_by(dataset: data.Data, cfg: TrainConfig, task: Task) -> TrainConfig:
+    """The config with what the data say. Raises ValueError where weights do not fit."""
     cfg = task.resolve(cfg, dataset)
     cfg = changed(
         cfg,
@@ -37,14 +52,14 @@ def open_data(cfg: TrainConfig, task: Task, say: Callable[[str], None]) -> tuple
     if cfg.loss.channel_weights is not None and len(cfg.loss.channel_weights) != dataset.channels:
         raise ValueError(f"loss.channel_weights has {len(cfg.loss.channel_weights)} factors, the data has "
                          f"{dataset.channels} channels; give one for each")
-    return cfg, dataset
+    return cfg
 
 
 def facts_of(dataset: data.Data) -> dict:
     """What predict.py must know about the data to prepare others alike, and the names of the training
     volumes and files.
     """
-    entry, modalities = dataset.train[0], {entry.intensity.modality for entry in dataset.train}
+    entry, modalities = dataset.train[0], {entry.intensity.rule for entry in dataset.train}
     values = dataset.label_values
     # A row for each file, whatever the number of its volumes.
     files = {}
@@ -52,7 +67,8 @@ def facts_of(dataset: data.Data) -> dict:
         if each.path is not None:
             files[each.path] = {"name": each.file, "path": os.path.realpath(each.path),
                                 "digest": each.digest}
-    return {
+    named = {"class_names": list(dataset.class_names)} if dataset.class_names else {}
+    return named | {
         "modality": modalities.pop() if len(modalities) == 1 else "auto",
         "channels": dataset.channels,
         "classes": dataset.classes,

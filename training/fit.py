@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from unittest import mock
 
 import torch
 
+import losses
 import peaks
+from training import devices, ranks
 from training.config import MemoryConfig, TrainConfig, changed, convert
 from training.console import line_of
 from training.devices import pick_precision, to_device
@@ -21,6 +25,8 @@ from training.order import MicroBatch
 from training.step import StepResult, train_step
 from training.task import Task
 
+# Bytes that no step takes for a voxel of its crops; attention without a fused kernel is what comes near.
+MOST_PER_VOXEL = 100_000
 # Tile plans that take longer, over a checkpointed step, are not considered.
 MOST_WORK = 2.0
 
@@ -37,10 +43,25 @@ def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
     state.step = -(-task.last_start(cfg) // cfg.loss.r1_every) * cfg.loss.r1_every
     batch, size, micro_batches = cfg.train.batch, cfg.data.patch, []
     for _ in range(cfg.train.accum):
-        image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
+        if task.stand_in is not None:
+            image = task.stand_in(cfg, state.model, device, rehearsal)
+        else:
+            image = to_device(torch.randn(batch, task.channels(cfg), *size), device)
         label = torch.zeros(batch, *size, dtype=torch.int64, device=device) if task.LABELS else None
         micro_batches.append(MicroBatch(image, list(range(batch)), [0] * batch, label))
-    return lambda: train_step(cfg, state, micro_batches)
+    if not rehearsal:
+        return lambda: train_step(cfg, state, micro_batches)
+
+    def step() -> StepResult:
+        with mock.patch.object(losses, "slabs", few_slabs):
+            return train_step(cfg, state, micro_batches)
+    return step
+
+
+def few_slabs(x: torch.Tensor, every: Callable = losses.slabs) -> Iterator[tuple[slice, ...]]:
+    """The first three slabs that a loss works in: the others take as much memory as the second one, and of a
+    volume of 768^3 there are hundreds."""
+    return islice(every(x), 3)
 
 
 def predicted(cfg: TrainConfig, task: Task, device: torch.device | str) -> peaks.Peak:
@@ -54,8 +75,29 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         peak = predicted(cfg, task, device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    left_out = " ".join(peaks.LEFT_OUT.split())
-    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB; {left_out}"
+    left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
+
+
+def check_memory(cfg: TrainConfig, task: Task, device: torch.device) -> None:
+    """Raises ValueError where a step on a CPU is predicted to take more than the machine has.
+
+    There the system would end the process in the middle of a step, without a word. Steps that are small for
+    this memory are not predicted, which would take a second or two.
+    """
+    limit = devices.machine_memory() / ranks.on_this_machine()
+    if device.type != "cpu" or MOST_PER_VOXEL * cfg.train.batch * math.prod(cfg.data.patch) < limit:
+        return
+    try:
+        peak = predicted(cfg, task, device).bytes
+    except RuntimeError:                      # a step that cannot be simulated is tried
+        return
+    if peak > limit:
+        each = f" for each of {ranks.on_this_machine()} processes" if ranks.on_this_machine() > 1 else ""
+        raise ValueError(f"a step at {size_text(cfg.data.patch)}, batch {cfg.train.batch}, memory mode "
+                         f"{cfg.memory.mode} is predicted to take {peak / peaks.GIB:.2f} GiB, and this "
+                         f"machine has {limit / peaks.GIB:.2f}{each}; use --fit {limit / peaks.GIB:.2f}, a "
+                         "smaller --patch or a smaller --batch")
 
 
 def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:

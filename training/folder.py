@@ -4,12 +4,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from pathlib import Path
 
 from training import checkpoints
 from training.config import TrainConfig
 from training.resume import checkpoint_of
 from training.run import Run
+from volumes.files import bare_name
 
 
 def run_folder(cfg: TrainConfig) -> Path:
@@ -20,7 +22,9 @@ def run_folder(cfg: TrainConfig) -> Path:
             raise ValueError(f"--out {out} already holds a run; go on with --resume {out}, or name another "
                              "folder")
         return out
-    names = (f"{cfg.preset}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
+    what = "synthetic" if cfg.data.path is None else bare_name(Path(cfg.data.path).resolve().name) or "data"
+    name = f"{what}_{time.strftime('%Y-%m-%d')}"
+    names = (f"{name}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 10_000))])
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 

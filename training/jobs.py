@@ -52,8 +52,8 @@ def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
                 output: str | None = None) -> list[Item]:
     """Files, folders and datalists -> items, each once. Raises DataError when there are none.
 
-    labels: items with their labels. split: a list of a datalist, or all. Of a folder, latents are left out,
-    and so is the output folder where it lies inside: what a first run wrote is no input of the next.
+    labels: items with their labels. split: a list of a datalist, or all. Of a folder, the output
+    folder is left out where it lies inside: what a first run wrote is no input of the next.
     """
     found: dict[str, Item] = {}
     results = None if output is None else Path(os.path.realpath(output))
@@ -65,9 +65,8 @@ def list_inputs(paths: Sequence[str], labels: bool = False, split: str = "all",
                 continue
             for item in items:
                 real = os.path.realpath(item.path)
-                is_latent = is_folder and real.endswith(latents.ENDING)
                 is_result = has_results and results in Path(real).parents
-                if not is_latent and not is_result:
+                if not is_result:
                     found.setdefault(real, item)
     if not found:
         where = "" if split == "all" else f" in the list {split}"

@@ -37,10 +37,11 @@ from volumes.entries import Entry
 from volumes.files import DataError, sizes, write_atomic
 from volumes.find import Item
 from volumes.intensities import Intensity
+from volumes.own import LATENT
 from volumes.seeds import seeded
 from volumes.volume import Origin, spacing_of
 
-ENDING = "_latent.npz"                                           # of what `encode` writes
+ENDING = LATENT                                                  # of what `encode` writes
 NUMBERS = {"size": "iu", "affine": "f", "low": "f", "high": "f"}  # in every file, and of which kinds
 
 
@@ -105,11 +106,13 @@ def augmented(case: Case, subject: Subject, cfg: DataConfig, seed: int) -> Case:
     if not subject.variant:
         return case
     draw = seeded(seed, f"variant of {subject.source}", subject.variant).random(8)
-    cfg = dataclasses.replace(cfg, spacing="original")           # whole volumes are not zoomed
+    # Whole volumes are neither zoomed nor turned: their grid stays.
+    cfg = dataclasses.replace(cfg, spacing="original", turn="none")
     volumes = []
     for array, intensity in case.volumes:
         entry = Entry("", None, array.shape, case.spacing, case.affine, intensity, array)
-        changed, _ = data.augmented_crop(entry, array.shape[1:], draw, cfg)
+        more = seeded(seed, f"more of {subject.source}", subject.variant)
+        changed, _ = data.augmented_crop(entry, array.shape[1:], draw, more, cfg, None)
         volumes.append((changed, intensity))
     return case._replace(volumes=volumes)
 
@@ -191,6 +194,7 @@ def origin_in(about: dict) -> Origin:
     for name in ("shape", "size"):
         values[name] = tuple(values[name])
     values["affine"] = tuple(tuple(row) for row in values["affine"])
+    values["blank"] = tuple(tuple(row) for row in values.get("blank", ()))  # none in older latents
     np.dtype(values["dtype"])                                    # TypeError where it names none
     return Origin(**values)
 

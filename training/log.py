@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -47,18 +49,25 @@ class Log:
     """log.jsonl, the console and the sinks; on other ranks than the first, nothing.
 
     total: steps of the run. start: the step that this process begins at. validated: the last step whose
-    validation counts. On a terminal the line of a step is written over the one before it.
+    validation counts. memory_of: whose memory a step's figure is, where that is not the card's. behind,
+    ahead: names of the stages before and after the one at hand.
+
+    On a terminal the line of a step is written over the one before it, but those of every log.every stay.
     """
-    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1):
+    def __init__(self, cfg: TrainConfig, out: Path, total: int, start: int, sinks: list, validated: int = -1,
+                 memory_of: str = "", behind: Collection[str] = (), ahead: Collection[str] = ()):
+        self.memory_of, self.last_validation = memory_of, ""
         self.cfg, self.path, self.sinks = cfg, out / "log.jsonl", sinks
         self.total, self.start = total, start
+        # Every row of a run with stages has the name of its own.
+        self.stage = ""
         self.started = time.monotonic()
         self.live = sys.stdout.isatty()
 
         # Rows after the checkpoint belong to steps that are taken again, so they go.
         if self.path.exists() and ranks.first():
             lines = self.path.read_text().splitlines()
-            rows = [line for line in lines if is_before(line, start, validated)]
+            rows = [line for line in lines if is_before(line, start, validated, behind, ahead)]
             content = "".join(row + "\n" for row in rows).encode()
             write_atomic(self.path, lambda file: file.write(content))
         path = self.path if ranks.first() else os.devnull
@@ -66,6 +75,8 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append to log.jsonl alone."""
+        if self.stage:
+            row = row | {"stage": self.stage}
         with naming(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -88,11 +99,13 @@ class Log:
         if split == "val":
             self.say(self.val_text(row))
         elif self.live or step % self.cfg.log.every == 0 or step == self.total or "skipped" in row:
-            line = self.step_text(row)
-            if self.live:
-                tell(f"{START}{line}{CLEAR}", end="")
-            else:
-                tell(line)
+            if not self.live:
+                tell(self.step_text(row))
+                return
+            # A line that is wider than the terminal would go on below and could not be written over.
+            line = fitted(self.step_parts(row), shutil.get_terminal_size().columns - 1)
+            stays = step % self.cfg.log.every == 0 or step == self.total or "skipped" in row
+            tell(f"{START}{line}{CLEAR}", end="\n" if stays else "")
 
     def val_text(self, row: dict) -> str:
         figures = []
@@ -100,16 +113,31 @@ class Log:
             if name in row:
                 unit = " dB" if name == "psnr" else ""
                 figures.append(f"{name} {shown(row[name])}{unit}")
+        self.last_validation = f"validation {figures[0]}" if figures else ""
         return f"step {row['step']}/{self.total}  validation  {'  '.join(figures)}"
 
-    def step_text(self, row: dict) -> str:
-        """The time that is left is that of the steps so far, times the steps to come."""
+    def step_parts(self, row: dict) -> list[tuple[int, str]]:
+        """The parts of a step's line from left to right, each with its rank: those of rank 0 are dropped last
+        where there is no room. They keep their width from step to step.
+
+        The time that is left is that of the steps so far, times the steps to come.
+        """
         step = row["step"]
         per_step = (time.monotonic() - self.started) / max(1, step - self.start)
         left = per_step * (self.total - step)
-        terms = "  ".join(f"{name} {shown(row[name])}" for name in TERMS_SHOWN if name in row)
-        return (f"step {step}/{self.total}  {terms}  lr {row['lr']:.1e}  {row['voxels_per_second']:.2g} "
-                f"voxels/s  {row['peak_gib']:.2f} GiB  {int(left // 60)}:{int(left % 60):02d} left")
+        terms = [f"{name} {shown(row[name]):<9}" for name in TERMS_SHOWN if name in row]
+        width = len(str(self.total)) if self.live else 0
+        parts = [(0, f"step {step:>{width}}/{self.total}"), (2, f"epoch {row['epoch']}")]
+        parts += [(0 if term.startswith("loss") else 4, term) for term in terms]
+        parts += [(3, f"lr {row['lr']:.1e}"), (3, f"{row['voxels_per_second']:.2g} voxels/s")]
+        parts += [(2, f"{row['peak_gib']:.2f} GiB{self.memory_of}")]
+        parts += [(0, f"{int(left // 60)}:{int(left % 60):02d} left")]
+        if self.live and self.last_validation:
+            parts.append((1, self.last_validation))
+        return parts
+
+    def step_text(self, row: dict) -> str:
+        return "  ".join(text.rstrip() for _, text in self.step_parts(row))
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -125,14 +153,35 @@ class Log:
                 sink.close()
 
 
+def fitted(parts: list[tuple[int, str]], width: int) -> str:
+    """The parts as a line of at most `width` characters: those of the highest rank go first, from the right.
+    What is left is cut where even that is too long.
+    """
+    parts = list(parts)
+    while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
+        worst = max(rank for rank, _ in parts)
+        if worst == 0:
+            break
+        last = max(place for place, (rank, _) in enumerate(parts) if rank == worst)
+        del parts[last]
+    return "  ".join(text for _, text in parts)[:max(0, width)]
+
+
 def is_nan_or_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def is_before(line: str, step: int, validated: int) -> bool:
-    """Whether a line of log.jsonl is of a step up to `step`, or of a validation up to `validated`."""
+def is_before(line: str, step: int, validated: int, behind: Collection[str], ahead: Collection[str]) -> bool:
+    """Whether a line of log.jsonl is of a step up to `step`, or of a validation up to `validated`.
+
+    A stage that is behind ended with the validation at its last step, which is the first step of the next.
+    """
     try:
         row = json.loads(line)
+        if row.get("stage") in ahead:
+            return False
+        if row.get("stage") in behind:
+            return row["step"] <= step
         last = validated if row.get("split") == "val" else step
         return row["step"] <= last
     # The last line of a killed run may be cut short.

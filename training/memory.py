@@ -47,7 +47,7 @@ def modes_of(network: torch.nn.Module) -> tuple[str, ...]:
 
     Exact tiles where it can plan them, checkpoints where it has a dial at all.
     """
-    if hasattr(network, "tiling"):
+    if hasattr(network, "tiling") or hasattr(network, "softer"):
         return MODES
     if hasattr(network, "memory"):
         return MODES[:2]
@@ -69,6 +69,8 @@ def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = Fal
         return network
     if "tile" not in modes:
         return network.memory(dial.mode)
+    if not hasattr(network, "tiling"):
+        return network.memory(dial.mode, dial.tile, dial.tiles)
     dist, group = torch.distributed, None
     if dial.tile_parallel and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
@@ -99,6 +101,8 @@ def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[
     """
     if dial.mode != "tile" or (dial.tile is not None and dial.stretch != "auto"):
         return dial
+    if not hasattr(state.model, "tiling"):
+        return dial
     planner = set_dial(state.task.build(cfg), dial)
     plan = planner.tiling().plan(shape[2:], shape[0], state.activations, state.device)
     return dataclasses.replace(dial, tile=plan.tile, stretch=plan.stretch)
@@ -115,8 +119,12 @@ def next_dial(cfg: TrainConfig, state: State, shape: Sequence[int]) -> MemoryCon
     if dial.mode == "checkpoint":
         return settled(cfg, state, free, shape)
 
-    # In tiles already: the plan of least work among those that are predicted to take clearly less.
+    # In tiles already: half their edge, or the plan of least work among those that are predicted to take
+    # clearly less.
     batch, size = shape[0], shape[2:]
+    if not hasattr(state.model, "tiling"):
+        tile = state.model.softer()
+        return None if tile is None else dataclasses.replace(dial, tile=tile)
     now = state.model.tiling().plan(size, batch, state.activations, state.device).peak_bytes
     plans = set_dial(state.task.build(cfg), free).tiling().plans(size, batch, state.activations)
     smaller = [plan for plan in plans if plan.peak_bytes <= SMALLER * now]

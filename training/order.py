@@ -20,6 +20,7 @@ from training import ranks
 from training.config import OptimConfig, TrainConfig
 from training.devices import to_device
 from training.signals import SIGNALS
+from volumes.boxes import together
 
 
 class MicroBatch(NamedTuple):
@@ -38,7 +39,7 @@ def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float =
     cosine: lr_min + (lr - lr_min)(1 + cos pi t)/2 (arXiv:1608.03983, Eq. 5; restarts: of each period);
     exponential: lr gamma^t; step: lr gamma^floor(drops t); plateau: lr times the factor that the validations
     gave."""
-    warm = int(o.warmup * total)
+    warm = warmup_steps(o, total)
     if step < warm:
         return o.lr * (step + 1) / warm
     t = (step - warm) / max(1, total - warm)
@@ -56,18 +57,33 @@ def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float =
     )
 
 
+def warmup_steps(o: OptimConfig, total: int) -> int:
+    """optim.warmup of the run and at least optim.warmup_least steps, also where the run ends before."""
+    return max(int(o.warmup * total), o.warmup_least) if o.warmup else 0
+
+
 def seed_of(*parts) -> int:
     """A 63-bit seed that is a function of its arguments alone, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def crops_of_step(step: int, epoch_length: int, global_batch: int) -> range:
+def crops_of_step(step: int, epoch_length: int, global_batch: int, start: tuple[int, int] = (0, 0)) -> range:
     """The crops of optimizer step `step`, numbered through the run: windows of global_batch, the last of an
     epoch as short as it is.
+
+    start: a step and the first of its crops, from which on windows have this size (training/stages.py).
     """
-    per_epoch = steps_per_epoch(epoch_length, global_batch)
-    epoch, place = divmod(step, per_epoch)
-    first = epoch * epoch_length + place * global_batch
+    # Where windows of this size begin within an epoch, first what is left of it ...
+    step, first = step - start[0], start[1]
+    epoch, taken = divmod(first, epoch_length)
+    left = steps_per_epoch(epoch_length - taken, global_batch)
+    place = step
+    # ... and then whole epochs.
+    if step >= left:
+        more, place = divmod(step - left, steps_per_epoch(epoch_length, global_batch))
+        epoch += 1 + more
+        first = epoch * epoch_length
+    first += place * global_batch
     return range(first, min(first + global_batch, (epoch + 1) * epoch_length))
 
 
@@ -81,16 +97,18 @@ def micro_windows(window: range, batch: int) -> list[range]:
 
 
 def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torch.device,
-                 global_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+                 global_batch: int, start: tuple[int, int] = (0, 0)
+                 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, this rank's micro-batches on the device) for each step. Crops and noise are functions of (seed,
-    step, place in the window).
+    step, place in the window). start: see crops_of_step.
     """
     def shares() -> Iterator[tuple[range, list[range]]]:
-        windows = (crops_of_step(step, len(crops), global_batch) for step in steps)
+        windows = (crops_of_step(step, len(crops), global_batch, start) for step in steps)
         return ((window, micro_windows(window, cfg.train.batch)) for window in windows)
     loader = torch.utils.data.DataLoader(
         crops,
         batch_sampler=[list(part) for _, parts in shares() for part in parts],
+        collate_fn=together if cfg.data.points else None,
         num_workers=cfg.data.workers,
         pin_memory=cfg.data.pin_memory and device.type == "cuda",
         # Torchrun's signals reach a rank's whole group.
@@ -110,7 +128,7 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
             seeds = [seed_of(cfg.train.seed, "noise", step, number - window.start) for number in part]
             micro_batches.append(
                 MicroBatch(
-                    to_device(image, device),
+                    placed(cfg, image, device),
                     seeds,
                     volumes.tolist(),
                     *(x.to(device) for x in label),
@@ -118,6 +136,13 @@ def step_batches(cfg: TrainConfig, crops: data.Crops, steps: range, device: torc
                 )
             )
         yield step, micro_batches
+
+
+def placed(cfg: TrainConfig, image: Tensor, device: torch.device) -> Tensor:
+    """Crops (B, C, D, H, W) on the device. Those of points stay on the CPU: the task takes their points to
+    the device, which are some per cent of the voxels.
+    """
+    return image if cfg.data.points else to_device(image, device)
 
 
 def leave_the_group(_: int) -> None:

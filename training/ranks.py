@@ -143,6 +143,11 @@ def local_rank() -> int:
     return _here.get("local", 0)
 
 
+def on_this_machine() -> int:
+    """Number of processes here, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if world() > 1 else 1
+
+
 def first() -> bool:
     """True in the process that writes and prints."""
     return rank() == 0

@@ -22,6 +22,7 @@ from training.config import TrainConfig, config_from
 from training.devices import on_device, pick_device, pick_precision, to_device
 from training.foreign import load_foreign
 from training.resume import check_keys
+from training.stages import stage_configs
 from training.task import Task, serving, task_of
 from volumes.config import DataConfig
 
@@ -80,6 +81,9 @@ def load(path: str | Path, tasks: Mapping[str, ModuleType], needs: Sequence[str]
     else:
         content = checkpoints.load(path, "vae3d.weights", "vae3d.train")
         cfg = config_from(content["config"], TrainConfig(), str(path))
+        # Of a run with stages: the one that it is in.
+        stages = list(stage_configs(cfg).values())
+        cfg = stages[min(len(content.get("edges", ())), len(stages) - 1)]
         weights = content["ema"][0] if content.get("ema") else content["model"]
         facts = {"latent": content["latent"] or {}, "data": content["data"], "step": content["step"]}
         if hints is not None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from volumes.files import digest_of
 from volumes.find import Item
+from volumes.own import PREDICTIONS
 
-NAME = ".predict.jsonl"
+NAME = PREDICTIONS
 
 
 class Record:

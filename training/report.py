@@ -1,16 +1,16 @@
 """A page to look at in a browser: figures, pictures and tables in one HTML file that needs nothing beside it.
 
-The first half makes any page (`page`, `table`, `slices_table`), wherever its figures come from. The second
-half is the page of an evaluation. Version 0.1 (2026-11).
+The first half makes any page (`page`, `table`, `views_html`), wherever its figures come from; the page of a
+run (training/run_page.py) is made of it too. The second half is the page of an evaluation.
+Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +18,7 @@ import pictures
 from training.console import short_number
 from training.evaluation import FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
 from training.ready import Ready, describe
+from training.views import Views
 from volumes.files import show
 
 MOST_CARDS = 8                                                   # figures on top of the page
@@ -60,6 +61,15 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 .slices img { display: block; margin: auto; width: 100%; max-height: 340px; object-fit: contain }
 .bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px;
        background: linear-gradient(90deg, #000, #f00 50%, #ff0) }
+.box { display: inline-block; width: 12px; height: 12px; margin-right: 5px; vertical-align: -1px }
+.key { white-space: nowrap }
+h4 { margin: 12px 0 0; font-size: 14px; font-weight: 600; color: var(--soft) }
+.words { font-size: 13px; margin-top: 6px }
+.words td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.words td:first-child { min-width: 110px; width: 110px }
+.curves { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)) }
+.curves svg { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px }
+pre { font-size: 13px; overflow-x: auto }
 """
 
 
@@ -100,16 +110,26 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], means: int = 0) -
             f'<tbody>{"".join(lines)}</tbody></table></section>')
 
 
-def slices_table(columns: dict[str, list[Tensor]]) -> str:
-    """A row for each slice of one volume. columns: heading -> pictures (height, width, 3) of the slices."""
-    count = len(next(iter(columns.values())))
-    names = ("axial", "coronal", "sagittal") if count > 1 else ("",)
-    rows = []
-    for number, name in enumerate(names):
+def slices_table(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str]) -> str:
+    """A row for each of `rows`. columns: heading -> pictures (height, width, 3), one a row."""
+    lines = []
+    for number, name in enumerate(rows):
         cells = "".join(picture(images[number], f"{kind}, {name}") for kind, images in columns.items())
-        rows.append(f"<tr><th>{name}</th>{cells}</tr>")
-    heads = "".join(f"<th>{kind}</th>" for kind in columns)
-    return f'<table class="slices"><tr><th></th>{heads}</tr>{"".join(rows)}</table>'
+        lines.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
+    heads = "".join(f"<th>{text(kind)}</th>" for kind in columns)
+    return f'<table class="slices"><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
+
+
+def views_html(shown: Views) -> str:
+    """Pictures with their headings, then what their colours mean."""
+    words = [text(line) for line in shown.words]
+    if shown.error is not None:
+        low, high = shown.error
+        words.append(f'Error: {text(low)} <span class="bar"></span> {text(high)}.')
+    for name, (red, green, blue) in shown.legend:
+        box = f'<span class="box" style="background:rgb({red},{green},{blue})"></span>'
+        words.append(f'<span class="key">{box}{text(name)}</span>')
+    return slices_table(shown.columns, shown.rows) + f'<p class="words">{" &ensp; ".join(words)}</p>'
 
 
 def picture(image: Tensor, what: str) -> str:
@@ -119,41 +139,6 @@ def picture(image: Tensor, what: str) -> str:
 
 
 # -------------------------------------------------------------------------------- of an evaluation
-
-def slices_of(volume: np.ndarray, found: np.ndarray, label: np.ndarray | None, background: float,
-              spacing: Sequence[float], is_picture: bool) -> dict[str, list[Tensor]]:
-    """Heading -> three orthogonal slices, where there is most to see of the volume or of its classes.
-
-    volume: (C, D, H, W), of which the first channel is shown.
-    Without a label, found is a reconstruction (C, D, H, W), and the columns are input, reconstruction and
-    error. With a label (D, H, W), found are classes (D, H, W), and the columns are input, label and found.
-    """
-    # First what each column shows: the volumes that its colours are made of. weight: how much there is to
-    # see in each voxel.
-    x = torch.from_numpy(volume[0])
-    if label is None:
-        recon = torch.from_numpy(found[0])
-        weight = (x - background).abs()
-        columns = {
-            "Input": ([x], pictures.grey),
-            "Reconstruction": ([recon], pictures.grey),
-            "Error": ([recon, x], pictures.error),
-        }
-    else:
-        truth, classes = torch.from_numpy(label), torch.from_numpy(found)
-        weight = ((truth > 0) | (classes > 0)).float()
-        columns = {
-            "Input": ([x], pictures.grey),
-            "Label": ([x, truth], pictures.coloured),
-            "Found": ([x, classes], pictures.coloured),
-        }
-
-    # Then the same slices of each.
-    images = {}
-    for name, (volumes, colour) in columns.items():
-        images[name] = pictures.slices(volumes, weight, spacing, colour, is_picture)
-    return images
-
 
 def name_of(row: dict, name: str) -> str:
     """What a volume is called: its file's name or path, with its number where the file has several."""
@@ -168,12 +153,12 @@ def shown_name(row: dict) -> str:
     return "/".join([*folders, Path(row["file"]).name])
 
 
-def figure(row: dict, columns: dict[str, list[Tensor]]) -> str:
+def figure(row: dict, shown: Views) -> str:
     """One volume: its name, its figures, its slices."""
     figures = [f"{heading(name)} {cell(row, name)}" for name in FIRST if name in row]
     size = " &times; ".join(map(str, row["shape"]))
     line = " &middot; ".join([*figures, f"{size} voxels"])
-    return f'<p class="file">{name_of(row, shown_name(row))}</p><p>{line}</p>{slices_table(columns)}'
+    return f'<p class="file">{name_of(row, shown_name(row))}</p><p>{line}</p>{views_html(shown)}'
 
 
 def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: str) -> str:
@@ -194,16 +179,12 @@ def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: s
     cards.append((short_number(result["voxels_per_second"]), "voxels/s"))
     cards.append((f"{result['peak_gib']:.2f} GiB", "peak memory"))
 
-    # Then the chosen volumes, with what the colours mean.
-    what = "Reconstruction"
-    legend = ('Grey from -1 to 1; error 0 <span class="bar"></span> 0.5 and more, of the intensity range '
-              '[-1, 1]. First channel.')
-    if ready.task.LABELS:
-        what, legend = "Segmentation", "A colour for each class; 0 is left as it is."
+    # Then the chosen volumes.
+    what = "Segmentation" if ready.task.LABELS else "Reconstruction"
     # "Worst, median and best"
     chosen = " and ".join(", ".join(parts).rsplit(", ", 1)).capitalize()
     rank, _ = ranked_by(ready, volumes)
-    body = [f"<h2>{chosen} volume by {heading(rank)}</h2><p>{legend}</p>"]
+    body = [f"<h2>{chosen} volume by {heading(rank)}</h2>"]
     body += [f"<section><h3>{name}</h3>{part}</section>" for name, part in parts.items()]
 
     # Then the tables: channels, where there are several, and all volumes below their means.

@@ -35,6 +35,7 @@ COUNTERS = (
     "global_batch",
     "validated",
     "sampled",
+    "edges",
 )
 
 
@@ -68,10 +69,19 @@ def checkpoint_of(cfg: TrainConfig, state: State, dataset: data.Data) -> dict:
 
 
 def resumed_config(checkpoint: dict, path: Path) -> TrainConfig:
-    """The config of a run that goes on. One from before data.patient held out files, whosever they were."""
+    """The config of a run that goes on; what its version had no field for is as it was then.
+
+    One from before data.patient held out files, whosever they were; one from before optim.warmup_least warmed
+    up over its share of the run alone, and the first ones had AdamW.
+    """
+    before = {
+        "data": {"patient": "file"},
+        "optim": {"optimizer": "adamw", "lr": 5e-4, "warmup_least": 0},
+    }
     base = TrainConfig()
-    if "patient" not in checkpoint["config"].get("data", {}):
-        base = changed(base, data={"patient": "file"})
+    for section, fields in before.items():
+        named = checkpoint["config"].get(section, {})
+        base = changed(base, **{section: {k: v for k, v in fields.items() if k not in named}})
     return config_from(checkpoint["config"], base, str(path))
 
 
@@ -151,13 +161,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, theirs: dict | None, sou
 
 def check_counters(state: State, checkpoint: dict, path: Path) -> None:
     """Raises ValueError that names the first of those that cannot be of this run."""
-    plateau = checkpoint["plateau"]
+    # A checkpoint of an older version knows no stages.
+    plateau, edges = checkpoint["plateau"], checkpoint.setdefault("edges", [])
     possible = {
         "usage": checkpoints.is_like(checkpoint["usage"], state.usage),
         "step": checkpoint["step"] >= 0,
         "plateau": checkpoints.is_like(plateau, state.plateau) and 0 < plateau[1] <= 1,
         "global_batch": checkpoint["global_batch"] > 0,
         "log_scale": abs(checkpoint["log_scale"]) <= 127,
+        "edges": edges == sorted(edges) and all(0 < edge <= checkpoint["step"] for edge in edges),
     }
     for name, fits in possible.items():
         if not fits:
@@ -274,7 +286,7 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     for what, names in left_out.items():
         if names:
             lines.append(f"init: {len(names)} {what}: {'; '.join(names)}")
-    return lines, "quantizer.codebook" in fits
+    return lines, any(name.startswith("quantizer.") and name.endswith("codebook") for name in fits)
 
 
 def is_gaussian(network: torch.nn.Module) -> bool:

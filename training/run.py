@@ -16,30 +16,63 @@ from training.config import MemoryConfig, TrainConfig, to_yaml
 from training.log import Log
 from training.memory import dial_text, turn_dial, with_recovery
 from training.signals import Stopped
+from training.stages import Stage, with_dial
 from training.state import State
 from volumes.files import write_atomic
 
 
 @dataclass
 class Run:
-    """What the parts of the loop share."""
-    cfg: TrainConfig
+    """What the parts of the loop share. What it does at this moment is its stage's."""
+    whole: TrainConfig                        # of all stages: what the user asked for, and what the data say
+    opened: list[Stage]                       # all that it names
+    stages: list[Stage]                       # with their places in the run (stages.planned)
     state: State
     device: torch.device
-    dataset: data.Data
-    crops: data.Crops
-    held_out: Sequence[data.Crop]
     out: Path
     log: Log
-    total: int                                # optimizer steps
-    per_epoch: int                            # of them
+    crops: data.Crops | None = None           # of the stage, as held_out (edges.attach)
+    held_out: Sequence[data.Crop] = ()
+    over: bool = False                        # the stage is done, as settle() found
     received: list[int] = field(default_factory=list)  # signals
     # The dial of training, and the one that validations came to beside it.
     beside: tuple[MemoryConfig, MemoryConfig] | None = None
 
     @property
+    def number(self) -> int:
+        """Of the stage, from 0."""
+        return len(self.state.edges)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.number]
+
+    @property
+    def cfg(self) -> TrainConfig:
+        """Of the stage."""
+        return self.stage.cfg
+
+    @property
+    def dataset(self) -> data.Data:
+        return self.stage.dataset
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.number == len(self.stages) - 1
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of all stages."""
+        return self.stages[-1].end
+
+    @property
     def settings(self) -> TrainConfig:
-        """The config with the dial as it is turned now: what is saved."""
+        """The config of all stages with the dial as it is turned now: what is saved."""
+        return with_dial(self.whole, self.opened, self.number, self.state.dial)
+
+    @property
+    def shipped_settings(self) -> TrainConfig:
+        """The config of this stage alone, as weights are shipped with it."""
         return dataclasses.replace(self.cfg, memory=self.state.dial)
 
 
@@ -56,12 +89,6 @@ def stop_if_signalled(run: Run) -> None:
     number = int(ranks.largest(run.received[0] if run.received else 0))
     if number:
         raise Stopped(number)
-
-
-def total_steps(cfg: TrainConfig, per_epoch: int) -> int:
-    """train.steps or train.epochs, whichever ends first; none given: 50 on synthetic volumes, else 2000."""
-    limits = [cfg.train.steps, cfg.train.epochs and cfg.train.epochs * per_epoch]
-    return min((n for n in limits if n), default=50 if cfg.data.path is None else 2000)
 
 
 def stopped_early(cfg: TrainConfig, state: State) -> bool:

@@ -46,10 +46,10 @@ def traits(name: str, volume: np.ndarray, network: nn.Module, middle: Sequence[i
     x = torch.from_numpy(volume)[None].float()
     pooled = []
     for level in network(x):                                     # (C, c, d, h, w)
-        rows = level.flatten(2).double()
+        rows = level.flatten(2).cpu().double()
         pooled += [rows.mean(2).flatten(), rows.std(2, unbiased=False).flatten()]
     # A grid that does not divide the size takes voxels twice at its borders, all volumes alike.
-    coarse = F.adaptive_avg_pool3d(x, COARSE).flatten().double().numpy()
+    coarse = F.adaptive_avg_pool3d(x, COARSE).flatten().cpu().double().numpy()
     reduced = F.adaptive_avg_pool3d(x, tuple(middle))
     counts, _ = np.histogram(np.clip(volume, -1, 1), BINS, (-1, 1))
     energy = sum(float(x.diff(dim=axis).square().mean()) for axis in (2, 3, 4) if x.shape[axis] > 1)

@@ -17,7 +17,7 @@ import torch
 
 import pictures
 from perceptual import FeatureNet3d
-from training import checkpoints, jobs, report, sample_figures
+from training import checkpoints, jobs, report, sample_figures, views
 from training.evaluation import finite
 from training.ready import Ready
 from training.sample_figures import MIDDLE, Traits
@@ -188,11 +188,11 @@ def page_of(options: argparse.Namespace, result: dict, found: dict[str, list[Tra
         further = 1 / max(near.ratio[number], 1e-9)
         body.append(f'<section><p class="file">{report.text(names)}</p><p>distance '
                     f"{near.distance[number]:.4g}, the second nearest {further:.2f} times as far</p>"
-                    f"{report.slices_table(columns)}</section>")
+                    f"{slices_table(columns)}</section>")
     for name, title in (("samples", "Samples"), ("real", "Real volumes")):
         chosen = items[name][:SAMPLES_SHOWN]
         columns = {report.text(item.known_as): slices(read(item)) for item in chosen}
-        body.append(f"<h2>{title}</h2><section>{report.slices_table(columns)}</section>")
+        body.append(f"<h2>{title}</h2><section>{slices_table(columns)}</section>")
     rows = [[report.text(line)] for line in lines_of(result)]
     body.append("<h2>Figures</h2>" + report.table(["figure"], rows))
     if "tissues" in result["tissue"]:
@@ -202,6 +202,12 @@ def page_of(options: argparse.Namespace, result: dict, found: dict[str, list[Tra
     notes = [f"<p>Samples: {report.text(options.samples)}; real: {report.text(options.data)}</p>"]
     notes += [f'<p class="bad">{report.text(row["error"])}</p>' for row in result["failed"]]
     return report.page("Samples: evaluation", f"{result['samples']} samples", notes, cards, "\n".join(body))
+
+
+def slices_table(columns: dict[str, list[torch.Tensor]]) -> str:
+    """Slices beside one another, whose rows are the axes."""
+    count = max(len(images) for images in columns.values())
+    return report.slices_table(columns, views.row_names(count, 0, 1))
 
 
 def slices(loaded: Loaded) -> list[torch.Tensor]:

@@ -163,8 +163,8 @@ def latent_sample(denoiser: Ready, want: Wanted, shape: tuple[int, ...], seed: i
     with torch.autocast(device.type, denoiser.amp_dtype, enabled=denoiser.amp_dtype is not None):
         found = diffusion.sample(want.diffusion, ask, x, cond, none, tick)
     known = denoiser.facts["latent"]
-    mean, std = (known[name].view(-1, 1, 1, 1).double() for name in ("mean", "std"))
-    found = found[0].double().cpu() * std + mean
+    mean, std = (known[name].view(-1, 1, 1, 1).cpu().double() for name in ("mean", "std"))
+    found = found[0].cpu().double() * std + mean
     if not torch.isfinite(found).all():
         raise ValueError("the sample is not finite; leave --amp out, or train on")
     return found.float().contiguous().numpy()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import adversarial
+import muon
 import perceptual
 from training import ranks
 from training.config import MemoryConfig, TrainConfig
@@ -47,7 +48,9 @@ class State:
     latent: dict | None = None                # mean, std (Z,), scale_factor
     usage: Tensor | None = None               # (K,) int64: choices of each code in this epoch
     norms: list[float] = field(default_factory=list)  # the last finite gradient norms before clipping
-    global_batch: int = 0                     # crops an optimizer step, over all ranks
+    global_batch: int = 0                     # crops an optimizer step of train.batch x train.accum, over all
+                                              # ranks; a stage of another batch has as many more
+    edges: list[int] = field(default_factory=list)  # steps at which the stages before this one ended
     updating: bool = False                    # between the first and the last write of an update
 
     @property
@@ -97,7 +100,7 @@ def new_state(cfg: TrainConfig, task: Task, device: torch.device, features: dict
 
     # Then what moves it, and the networks that judge it.
     masters = Master16(model) if cfg.train.precision == "master16" else None
-    optimizer = make_optimizer(cfg, masters.weights if masters is not None else list(model.parameters()))
+    optimizer = make_optimizer(cfg, model, masters.weights if masters is not None else None)
     allocate_moments(optimizer)
     amp_dtype, _ = pick_precision(cfg.train.amp, device, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -113,8 +116,14 @@ def new_state(cfg: TrainConfig, task: Task, device: torch.device, features: dict
     return state
 
 
-def make_optimizer(cfg: TrainConfig, weights: list[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(
+    cfg: TrainConfig, model: torch.nn.Module, masters: list[Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """masters: what is moved in place of model.parameters(), in their order."""
     o = cfg.optim
+    if o.optimizer == "muon":
+        return muon.Muon(muon.groups_of(model, masters), o.lr, o.weight_decay)
+    weights = list(model.parameters()) if masters is None else masters
     if o.optimizer == "adamw":
         return torch.optim.AdamW(weights, o.lr, weight_decay=o.weight_decay, fused=True)
     if o.optimizer == "adam":
@@ -125,8 +134,11 @@ def make_optimizer(cfg: TrainConfig, weights: list[Tensor]) -> torch.optim.Optim
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """What the first step would allocate: out of memory there, half of the weights would have moved already.
     """
+    # Muon has them from its start.
+    if isinstance(optimizer, muon.Muon):
+        return
     for group in optimizer.param_groups:
-        for p in (p for p in group["params"] if p.requires_grad):
+        for p in (p for p in group["params"] if p.requires_grad and p not in optimizer.state):
             if isinstance(optimizer, torch.optim.SGD):
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
             else:

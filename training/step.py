@@ -116,7 +116,7 @@ def accumulate(
 
         # Then the sums for the log. They stay on the device: reading them would wait for it each time.
         if usage is not None:
-            index = out.index.flatten()
+            index = state.model.quantizer.numbered(out.index).flatten()
             chosen = torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
             usage = usage + chosen
         for name, term in terms.items():

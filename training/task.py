@@ -30,6 +30,7 @@ class Picture(NamedTuple):
     image: Tensor                             # (height, width, 3) uint8
     volume: Any                               # (C, D, H, W) array, written as NIfTI beside it
     kind: str                                 # the end of that file's name: recon | pred | sample
+    note: dict = {}                           # what the pixels mean: views.Views.note, and `figures`, text
     affine: Any = None                        # (4, 4) of that volume's grid; None: the crop's
 
 
@@ -72,7 +73,12 @@ class Task:
     sections: Callable[[Any], dict[str, Any]] = no_helpers  # (preset) -> sections of the config that start
                                                             # otherwise
     check: Callable[[TrainConfig], None] = nothing  # ValueError for fields that do not go together
+    OPTIMIZER: str = "adamw"                  # what optim.optimizer's auto is for a new network
     LABELS: bool = False                      # the data are image/label pairs
+    POINTS: bool = False                      # crops are boxes of tokens, 0 where there is no point, and
+                                              # stay on the CPU
+    stand_in: Callable | None = None          # (cfg, network, device, rehearsal) -> what takes the place of
+                                              # crops in a prediction; None: random ones
     dataset: Callable[..., Any] | None = None  # (cfg, say) -> data.Data; None: volumes, by data.open_data
     resolve: Callable[..., TrainConfig] = as_it_is  # (cfg, dataset) -> cfg with what the data say
     channels: Callable[[TrainConfig], int] = lambda cfg: cfg.vae.in_channels

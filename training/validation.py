@@ -6,24 +6,29 @@ the same noise, so that validations compare. Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 
+import data
+import losses
 import pictures
 from training import checkpoints, ranks
 from training.config import TrainConfig
-from training.devices import peak_gib, to_device
+from training.console import line_of
+from training.devices import peak_gib
 from training.facts import facts_of
 from training.forward import forward
 from training.log import shown
-from training.order import MicroBatch, seed_of
+from training.order import MicroBatch, placed, seed_of
 from training.resume import full_weights, shared_config
 from training.run import Run, dial_of_training_kept, recovered, stop_if_signalled
 from training.state import State
 from training.task import metric_of
-from volumes.files import naming, write_atomic
+from volumes.files import cut, naming, unique_name, write_atomic
 from volumes.format_nibabel import write_nifti
 
 
@@ -71,7 +76,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         number = mine[turn]
         crop = run.held_out[number]
         label = None if crop.label is None else crop.label[None].to(run.device)
-        micro = MicroBatch(to_device(crop.image[None], run.device), [], [], label)
+        micro = MicroBatch(placed(cfg, crop.image[None], run.device), [], [], label)
 
         # The noise of a crop is the same at each validation, and at each try of it after out of memory.
         def work(micro=micro, number=number):
@@ -82,7 +87,7 @@ def validate(run: Run) -> tuple[dict[str, float], int]:
         rows.append({name: float(term) for name, term in terms.items()})
         for name, count in task.counts(cfg, found.out, micro, run.dataset).items():
             counts[name] = counts.get(name, 0) + count
-        voxels += micro.image[0, 0].numel()
+        voxels += crop.image[0].numel()
     state.shipped.train()
 
     # Then means over the crops of all ranks, and what was counted over all of them.
@@ -152,15 +157,17 @@ def gain_over(before: float | None, value: float, higher_is_better: bool) -> flo
 
 def weights_to_ship(run: Run, model: torch.nn.Module) -> dict:
     """The content of best.pt: what predict.py and --init need, and nothing else."""
+    stage = {"stage": run.stage.name} if run.stage.name else {}
     if run.state.task.ship is not None:
-        return run.state.task.ship(model) | {"step": run.state.step}
+        return run.state.task.ship(model) | {"step": run.state.step} | stage
     # An average is in float32 as it is.
     weights = full_weights(run.state) if model is run.state.model else model.state_dict()
     return {
         "kind": "vae3d.weights",
         "version": 1,
-        "config": shared_config(run.settings),
+        "config": shared_config(run.shipped_settings),
         "step": run.state.step,
+        **stage,
         "latent": run.state.latent,
         "data": facts_of(run.dataset),
         "model": weights,
@@ -180,16 +187,23 @@ def load_best(run: Run) -> dict:
 def check_best(run: Run) -> bool:
     """For a resumed run: whether best.pt had to be replaced, by the weights at hand.
 
-    It is replaced where it cannot be read, or is of a step that the run no longer reaches.
+    It is replaced where it cannot be read, or is of a step that the run no longer reaches. Of a run that was
+    killed beyond an edge which it is before now, this stage's lies beside it.
     """
     path = run.out / "best.pt"
 
     def what_is_wrong() -> str | None:
+        name, end = run.stage.name, run.stage.end
         try:
-            step = load_best(run)["step"]
+            best, own = load_best(run), run.out / f"best_{name}.pt"
+            if best.get("stage", "") != name and own.is_file():
+                checkpoints.copy(own, path)
+                best = load_best(run)
         except ValueError as error:
             return str(error)
-        return None if step <= run.total else f"{path}: is of a later step than {run.total}"
+        if best.get("stage", "") != name:
+            return f"{path}: is of another stage than {name}"
+        return None if best["step"] <= end else f"{path}: is of a later step than {end}"
     wrong = ranks.from_rank(0, what_is_wrong)
     if wrong is None:
         return False
@@ -211,25 +225,22 @@ def check_best(run: Run) -> bool:
 def save_samples(run: Run) -> None:
     """OUT/samples/step_XXXXXX_NAME.png, and the volume as NIfTI beside it.
 
-    Of the first crop of each held-out volume, up to log.samples volumes. All ranks compute them, since they
-    recover from out of memory together; the first writes.
+    Of the crop with most foreground of each held-out volume, up to log.samples volumes; what they show
+    stands in the PNG as a note (training/views.py). All ranks compute them, since they recover from out of
+    memory together; the first writes.
     """
     cfg, state, task = run.cfg, run.state, run.state.task
     if task.picture is None:
         return
-    model, folder = state.shipped.eval(), run.out / "samples"
-    if ranks.first():
-        folder.mkdir(exist_ok=True)
-    done: set[str] = set()                                       # names of volumes
-    for crop in run.held_out:
+    model = state.shipped.eval()
+    done: dict[str, str] = {}                                    # stem of the files -> name of the volume
+    for crop in crops_to_show(run):
         name = crop.entry.name
-        if name in done or len(done) == cfg.log.samples:
-            continue
-        done.add(name)
+        stem = unique_name(cut(name.replace("/", "_")), name, done)
         stop_if_signalled(run)
 
         # First the network's output.
-        x = to_device(crop.image[None], run.device)
+        x = placed(cfg, crop.image[None], run.device)
 
         def work(x=x, crop=crop):
             if task.sample is not None:
@@ -242,14 +253,50 @@ def save_samples(run: Run) -> None:
         if not ranks.first():
             continue
 
-        # Then the files, and the picture for TensorBoard and W&B.
-        picture = task.picture(cfg, crop, out)
-        stem = f"step_{state.step:06d}_{name.replace('/', '_')}"
-        content = pictures.png(picture.image)
-        write_atomic(folder / f"{stem}.png", lambda file, content=content: file.write(content))
-        path = folder / f"{stem}_{picture.kind}.nii.gz"
-        with naming(path):
-            write_nifti(path, picture.volume, crop.affine if picture.affine is None else picture.affine)
-        for sink in run.log.sinks:
-            sink.picture(f"samples/{name}", picture.image, state.step)
+        # Then the files, and the picture for TensorBoard and W&B. They are for looking at: a full disk or a
+        # sink that fails is a line, and the run goes on.
+        try:
+            save_sample(run, crop, out, f"step_{state.step:06d}_{stem}")
+        except Exception as error:
+            run.log.say(f"step {state.step}: no picture of {name}: {type(error).__name__}: {line_of(error)}")
     model.train()
+
+
+def save_sample(run: Run, crop: data.Crop, out: tuple, stem: str) -> None:
+    """out: what the network made of a crop. Raises whatever a disk or a sink may."""
+    picture, folder = run.state.task.picture(run.cfg, crop, out), run.out / "samples"
+    folder.mkdir(exist_ok=True)
+    note = picture.note | {"name": crop.entry.name, "step": run.state.step} if picture.note else {}
+    content = pictures.png(picture.image, json.dumps(note) if note else "")
+    write_atomic(folder / f"{stem}.png", lambda file: file.write(content))
+    path = folder / f"{stem}_{picture.kind}.nii.gz"
+    with naming(path):
+        write_nifti(path, picture.volume, crop.affine if picture.affine is None else picture.affine)
+    for sink in run.log.sinks:
+        sink.picture(f"samples/{crop.entry.name}", picture.image, run.state.step)
+
+
+def crops_to_show(run: Run) -> Iterator[data.Crop]:
+    """Of each of the first log.samples held-out volumes the crop with most foreground."""
+    held_out, count = run.held_out, run.cfg.log.samples
+    if isinstance(held_out, data.WholeVolumes):
+        for number in range(min(count, len(held_out))):          # each is read when its turn comes
+            yield held_out[number]
+        return
+    best: dict[str, tuple[int, data.Crop]] = {}
+    for crop in held_out:
+        name, amount = crop.entry.name, foreground(crop)
+        if name not in best and len(best) == count:
+            continue
+        if name not in best or amount > best[name][0]:
+            best[name] = amount, crop
+    for _, crop in best.values():
+        yield crop
+
+
+def foreground(crop: data.Crop) -> int:
+    """Voxels that a label names, or without one those that are not background."""
+    if crop.label is not None:
+        return int((crop.label > 0).sum())
+    far = (crop.image - crop.entry.intensity.background).abs() > losses.OCCUPIED
+    return int(far.any(0).sum())

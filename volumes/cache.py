@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from volumes.formats import stamp
 from volumes.intensities import Intensity
 from volumes.loading import check_pair, load
 from volumes.points import foreground_points
+from volumes.surfaces import as_bytes, summed, token_counts
 from volumes.volume import Note
 
 # Raise it whenever the cached voxels of the same file and settings would come out different.
@@ -147,11 +148,12 @@ def build(item: Item, cfg: DataConfig, record: Path, files: Sequence[Sequence[Pa
     volumes = []
     try:
         for number, (array, intensity) in enumerate(loaded.volumes):
-            size = write_array(array_file(record, number), array)
+            stored = as_bytes(array) if intensity.modality == "surface" else array
+            size = write_array(array_file(record, number), stored)
             volumes.append({"shape": array.shape, "intensity": intensity, "bytes": size})
         content = {"source": str(item.path), "spacing": loaded.spacing, "affine": loaded.affine.tolist(),
                    "guessed": loaded.guessed, "notes": loaded.notes, "volumes": volumes,
-                   "digest": digest_of(item.files)}
+                   "numbers": loaded.numbers, "digest": digest_of(item.files)}
         if cfg.labels:
             content["labels"] = [write_array(label_file(record, number), array)
                                  for number, array in enumerate(loaded.labels)]
@@ -187,22 +189,36 @@ def cache_error(folder: Path, error: OSError) -> CacheError:
 
 def with_points(entry: Entry) -> Entry:
     """The entry with its foreground places, which lie beside its voxels in the cache, made once."""
-    if not isinstance(entry.store, str):
-        return dataclasses.replace(entry, points=foreground_points(entry))
     meaning = ""  # what the stored labels mean
     if entry.label is not None:
         text = repr((entry.label_values, entry.ignore_label))
         meaning = "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    file = Path(f"{entry.store.removesuffix('.npy')}-points{meaning}.npy")
+    return dataclasses.replace(entry, points=beside(entry, f"points{meaning}", foreground_points))
+
+
+def with_tokens(entry: Entry) -> Entry:
+    """The entry with the sums of points over its tokens, likewise."""
+    return dataclasses.replace(entry, tokens=beside(entry, "tokens", sums_over_tokens))
+
+
+def sums_over_tokens(entry: Entry) -> np.ndarray:
+    return summed(token_counts(entry.read()))
+
+
+def beside(entry: Entry, name: str, make: Callable[[Entry], np.ndarray]) -> str | np.ndarray:
+    """An array that follows from an entry's voxels: a file beside them, made once, or the array itself."""
+    if not isinstance(entry.store, str):
+        return make(entry)
+    file = Path(f"{entry.store.removesuffix('.npy')}-{name}.npy")
     try:
         np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # absent, or damaged
-        points = foreground_points(entry)
+        array = make(entry)
         try:
-            write_array(file, points)
+            write_array(file, array)
         except OSError as error:
             raise cache_error(file.parent, error) from None
-    return dataclasses.replace(entry, points=str(file))
+    return str(file)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -215,15 +231,18 @@ def read_record(record: Path, item: Item) -> list[Entry] | None:
         if [os.path.getsize(file) for file in labels] != label_bytes:
             return None
         entries, notes = [], tuple(Note(*note) for note in content["notes"])
+        # A record from before blank volumes were left out has all volumes of its file.
+        count = len(content["volumes"])
+        numbers = content.get("numbers", list(range(count)) if count > 1 else [])
         for number, volume in enumerate(content["volumes"]):
             file = str(array_file(record, number))
             if os.path.getsize(file) != volume["bytes"]:
                 return None
             name = item.known_as
             volume_number = None
-            if len(content["volumes"]) > 1:
-                volume_number = number
-                name += f"_t{number:03d}"
+            if numbers:
+                volume_number = numbers[number]
+                name += f"_t{volume_number:03d}"
             modality, low, high = volume["intensity"]
             entry = Entry(name, str(item.path), tuple(volume["shape"]), tuple(content["spacing"]),
                           np.array(content["affine"]), Intensity(modality, tuple(low), tuple(high)), file,

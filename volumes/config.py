@@ -1,10 +1,12 @@
 """Section `data` of the config, and the part of it that the cached voxels of a file depend on.
 
-Sizes and spacing are D, H, W (depth, height, width), spacing in mm. Imports no other room. Version 1.1.
+Sizes and spacing are D, H, W (depth, height, width), spacing in mm. Version 1.2.
 """
 import math
 import re
 from dataclasses import dataclass
+
+from volumes.surfaces import LEVELS, Surface
 
 MAX_CLASSES = 1024   # of a label map: class ids lie below
 
@@ -24,9 +26,11 @@ CHOICES = {
     "four_d": ("volumes", "channels"),
     "nan": ("error", "zero"),
     "percentiles_of": ("foreground", "all"),
+    "metric": ("voxels", "mm"),
 }
 # The least value of fields that are whole numbers.
-LEAST = {"synthetic_count": 1, "crops_per_volume": 1, "workers": 0, "select_channel": 0, "classes": 2}
+LEAST = {"synthetic_count": 1, "crops_per_volume": 1, "workers": 0, "select_channel": 0, "classes": 2,
+         "min_points": 1, "max_points": 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,18 @@ class DataConfig:
     percentiles: tuple[float, float] = (0.5, 99.5)  # MR: mapped to -1 and 1; MAISI: 0,99.5 of all.
                                                     # Signed: the second, of magnitudes, is mapped to 1
     percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
+    surface: str = "none"                    # CT as points near a surface with their distance: none | auto
+                                             # (by window: lung -500, bone 300, soft_tissue -150, brain 0) |
+                                             # window (inside: the window's HU) | a level in HU
+    band: float = 2.0                        # of distances, voxels to either side
+    metric: str = "voxels"                   # of distances: voxels (a step along each axis is 1) | mm (in
+                                             # units of the finest axis; thick slices tear a surface)
+    smooth: float = 1.0                      # sigma in voxels of a Gaussian before the level: noise makes
+                                             # points that cost and say nothing
+    points: bool = False                     # crops are boxes of tokens; train.py sets it for its task
+    min_points: int = 100                    # a volume with fewer is refused, a box drawn anew
+    max_points: int | None = None            # of a crop: the largest box of tokens that holds no more;
+                                             # None: data.patch alone says
     voxel_scale: tuple[float, ...] | None = None  # voxel: magnitude mapped to 1, one per channel;
                                                   # None: each volume's largest
     spacing: str = "original"                # original | random (zoom of every crop) |
@@ -81,18 +97,29 @@ class DataConfig:
     select_channel: int | None = None        # use this channel alone, from 0
     labels: bool = False                     # image/label pairs, for segmentation; train.py sets it for
                                              # its task
-    classes: int | None = None               # labels lie below; None: the training set's largest + 1,
-                                             # at least 2
+    classes: int | None = None               # labels lie below, as stored; None: what the training set
+                                             # holds, at least 2
     ignore_label: int | None = None          # a label that may lie beyond the classes: voxels that the loss
                                              # leaves out
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ..., all others are 0;
-                                                 # None: as stored (pictures: in order)
-    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW
+                                                 # None: as stored, in their order where it has gaps
+    flip: str = "none"                       # none, or axes flipped at random, such as W or DHW; W
+                                             # exchanges left and right, of labels too
     foreground: float = 0.0                  # share of crops that are placed to hold a voxel that is not
                                              # background (with labels: of a class drawn evenly among the
                                              # volume's); above 0 every validation crop holds one
     jitter: float = 0.0                      # contrast times a factor in [1 - jitter, 1 + jitter]; the
                                              # background stays where it is
+    turn: str = "none"                       # none, or quarter turns at random: HW in plane, DHW in all three
+                                             # planes
+    gamma: tuple[float, float] = (1.0, 1.0)  # exponents between which intensities are bent, over the
+                                             # background; 1,1: none. MAISI has 0.5,2 for MR
+    bias_field: float = 0.0                  # MR: a smooth field is multiplied; the largest coefficient of
+                                             # its logarithm. MAISI has 0.3
+    blur: float = 0.0                        # standard deviation of a Gaussian blur, up to so many voxels
+    low_resolution: float = 1.0              # as from voxels up to so many times as large
+    noise: float = 0.0                       # standard deviation of Gaussian noise, up to this, of [-1, 1]
+    augment_share: float = 0.3               # of the crops that each of the last five is done to
     strict: bool = False                     # a refused file is an error instead of a line
     cache_dir: str | None = None             # None: $XDG_CACHE_HOME/vae3d, else ~/.cache/vae3d; may be
                                              # deleted when nothing trains
@@ -103,7 +130,9 @@ class DataConfig:
     pin_memory: bool = True                  # page-locked batches for faster copies; of use with CUDA only
 
     def __post_init__(self):
-        if not isinstance(self.spacing, str):  # a YAML list or a tuple
+        if isinstance(self.spacing, (int, float)):  # a number of a YAML file
+            object.__setattr__(self, "spacing", f"{self.spacing:g}")
+        elif not isinstance(self.spacing, str):  # a YAML list or a tuple
             text = ",".join(f"{value:g}" for value in self.spacing)
             object.__setattr__(self, "spacing", text)  # the instance is frozen
 
@@ -141,6 +170,10 @@ class DataConfig:
                              f"lower first")
         if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] < math.inf:
             raise ValueError(f"data.zoom is {self.zoom}; give two factors above 0, the smaller first")
+        if not 0.5 < self.band <= 10 or not 0 <= self.smooth <= 10:
+            raise ValueError(f"data.band is {self.band} and data.smooth {self.smooth} voxels; use above 0.5, "
+                             f"and from 0, up to 10")
+        self.surface_of()
         scales = self.voxel_scale
         if scales is not None and not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"data.voxel_scale is {scales}; give a magnitude above 0 for each channel")
@@ -148,7 +181,23 @@ class DataConfig:
             raise ValueError(f"data.max_gib is {self.max_gib}; use a number of GiB above 0")
         if self.flip != "none" and not (self.flip and set(self.flip.upper()) <= set("DHW")):
             raise ValueError(f"data.flip is {self.flip!r}; use none, or letters of DHW")
+        self.check_augmentation()
         self.spacing_mm()
+
+    def check_augmentation(self) -> None:
+        """Raises ValueError for changes of crops that cannot be meant."""
+        if self.turn != "none" and not (len(self.turn) >= 2 and set(self.turn.upper()) <= set("DHW")):
+            raise ValueError(f"data.turn is {self.turn!r}; use none, HW for turns in plane, or DHW")
+        if len(self.gamma) != 2 or not 0 < self.gamma[0] <= self.gamma[1] < math.inf:
+            raise ValueError(f"data.gamma is {self.gamma}; give two exponents above 0, the smaller first, "
+                             f"such as 0.7,1.5")
+        for name, least in (("bias_field", 0), ("blur", 0), ("low_resolution", 1), ("noise", 0)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"data.{name} is {value}; use a number of {least} (none) or more")
+        if not 0 <= self.augment_share <= 1:
+            raise ValueError(f"data.augment_share is {self.augment_share}; use a share of the crops in "
+                             f"[0, 1], such as 0.3")
 
     def check_split(self) -> None:
         """Raises ValueError for patients and folds that cannot be meant."""
@@ -200,6 +249,8 @@ class DataConfig:
             mm = tuple(float(value) for value in self.spacing.strip("[]() ").split(","))
         except ValueError:
             mm = ()
+        if len(mm) == 1:  # one number for a cube
+            mm = mm * 3
         if len(mm) != 3 or not all(0 < value < math.inf for value in mm):
             raise ValueError(f"data.spacing is {self.spacing!r}; use original, random, or three sizes in mm "
                              f"D,H,W such as 3,1,1")
@@ -211,11 +262,28 @@ class DataConfig:
             return self.hu_range
         return WINDOWS[self.window]
 
+    def surface_of(self) -> Surface | None:
+        """What `surface`, `band` and `smooth` say."""
+        if self.surface == "none":
+            return None
+        high = math.inf
+        if self.surface == "auto":
+            low = LEVELS[self.window]
+        elif self.surface == "window":
+            low, high = self.hu_limits()
+        else:
+            try:
+                low = float(self.surface)
+            except ValueError:
+                raise ValueError(f"data.surface is {self.surface!r}; use none, auto, window or a level in HU "
+                                 f"such as -500") from None
+        return Surface(low, high, self.band, self.smooth, self.metric)
+
     def voxel_settings(self, kind: str | None = None) -> "VoxelSettings":
         """What the voxels of one file depend on. kind: its `class` in a datalist."""
         return VoxelSettings(self.modality, kind, self.hu_limits(), self.voxel_scale, self.spacing_mm(),
                              self.resize, self.four_d, self.nan, self.channel_axis, self.select_channel,
-                             self.scale, (self.percentiles, self.percentiles_of))
+                             self.scale, (self.percentiles, self.percentiles_of), self.surface_of())
 
 
 @dataclass(frozen=True)
@@ -241,6 +309,7 @@ class VoxelSettings:
     scale: float = 1.0                        # of H and W
     # mr: the two that are mapped to -1 and 1, and of which voxels they are
     percentiles: tuple[tuple[float, float], str] = (DataConfig.percentiles, DataConfig.percentiles_of)
+    surface: Surface | None = None            # ct: distances from it instead of intensities
 
 
 # Fields of DataConfig that leave the cached voxels as they are: which files, which crops, how fast, and
@@ -249,4 +318,6 @@ class VoxelSettings:
 NOT_OF_VOXELS = ("path", "synthetic", "synthetic_count", "synthetic_size", "patch", "val_fraction",
                  "patient", "split_seed", "fold",
                  "crops_per_volume", "zoom", "labels", "classes", "ignore_label", "label_values", "flip",
-                 "foreground", "jitter", "strict", "cache_dir", "max_gib", "workers", "pin_memory")
+                 "foreground", "jitter", "turn", "gamma", "bias_field", "blur", "low_resolution", "noise",
+                 "augment_share", "strict", "cache_dir", "max_gib", "workers", "pin_memory", "points",
+                 "min_points", "max_points")

@@ -10,6 +10,7 @@ import numpy as np
 
 from volumes.files import StoreError, one_line, show
 from volumes.intensities import Intensity
+from volumes.surfaces import STEPS
 from volumes.volume import Note
 
 Region = tuple[slice, slice, slice]  # of D, H, W
@@ -32,6 +33,8 @@ class Entry:
     guessed: bool = False                # the modality was guessed
     points: str | np.ndarray | None = None  # (K, P, 3), D H W of P foreground voxels of each of K
                                             # classes, or a file of them
+    tokens: str | np.ndarray | None = None  # (d+1, h+1, w+1), points of the tokens before each corner
+                                            # (surfaces.summed), or a file of it; with data.points
     label: str | np.ndarray | None = None  # file of its labels (D, H, W), or the array itself, as
                                            # stored; None: data.labels is off
     label_path: str | None = None        # source file of the labels
@@ -50,9 +53,9 @@ class Entry:
         array = self.store
         if isinstance(array, str):
             array = mapped(array, self.shape)
-        if region is None:
-            return np.array(array)
-        return np.array(array[(slice(None), *region)])
+        found = np.array(array if region is None else array[(slice(None), *region)])
+        # Distances lie in bytes, as 127ths.
+        return found / np.float32(STEPS) if found.dtype == np.int8 else found
 
     def read_label(self, region: Region | None = None) -> np.ndarray:
         """Class numbers (D, H, W) int64, whole or of a region; `ignore_label` where the file says so."""

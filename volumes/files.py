@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 Say = Callable[[str], object]                       # takes what a user should know, a line each
 COMPRESSED = (".gz", ".bz2", ".zst")                # endings that may follow the ending of a format
+LONGEST = 180                                       # bytes of a name that is derived from another
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # what `write_atomic` writes as a shared file
 
 
@@ -30,8 +31,8 @@ class DataError(ValueError):
     """
 
 
-class PillowError(DataError):
-    """A picture, and no Pillow to read it: no fault of the file, and the end of the run."""
+class PackageError(DataError):
+    """A package that reads files of a kind is not installed: no fault of the file, and the end of the run."""
 
 
 class CacheError(DataError):
@@ -107,9 +108,23 @@ def bare_name(name: str) -> str:
     return name[:len(name) - len("".join(split_ending(name)))]
 
 
+def cut(name: str, of: str | None = None) -> str:
+    """A name of LONGEST bytes at most, so that endings and numbers may follow where names have 255.
+
+    What is cut ends in 8 digits of the whole name, so two that begin alike stay two. of: what is told apart,
+    where `name` is made of it.
+    """
+    content = name.encode(errors="surrogateescape")
+    if len(content) <= LONGEST:
+        return name
+    kept = content[:LONGEST - 9].decode(errors="ignore")
+    return f"{kept}-{short_digest(os.fsencode(name if of is None else of).hex())[:8]}"
+
+
 def stem_of(path: Path) -> str:
     """The name of a file without its ending, printable and fit for the name of another file."""
-    return re.sub(r"[^\w.-]", "_", bare_name(path.name) or path.name)
+    stem = bare_name(path.name) or path.name
+    return cut(re.sub(r"[^\w.-]", "_", stem), stem)
 
 
 def name_below(root: Path, path: Path) -> str:
@@ -121,7 +136,7 @@ def name_below(root: Path, path: Path) -> str:
     folders = ()
     if path.parent.is_relative_to(root):
         folders = path.parent.relative_to(root).parts
-    return "/".join([*(re.sub(r"[^\w. -]", "_", folder) for folder in folders), stem_of(path)])
+    return "/".join([*(cut(re.sub(r"[^\w. -]", "_", folder), folder) for folder in folders), stem_of(path)])
 
 
 def unique_name(name: str, thing: object, taken: dict[str, object]) -> str:

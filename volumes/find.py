@@ -7,17 +7,17 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from volumes import formats
+from volumes import format_sitk, formats
 from volumes.files import (
     COMPRESSED,
     DataError,
     bare_name,
     brief,
-    halves,
     name_below,
     one_line,
     show,
@@ -25,6 +25,7 @@ from volumes.files import (
     stem_of,
 )
 from volumes.layouts import MAX_DATALIST, ChannelCase, channels_of, names_no_files, nnunet_cases
+from volumes.own import Own
 
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
@@ -33,6 +34,7 @@ HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that 
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
 PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
+MOST_KINDS = 12       # of ignored files that are named in a line
 
 NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label beside it, no `seg` in an "
             ".npz, none in a datalist")
@@ -62,7 +64,7 @@ class Item(NamedTuple):
         """All files that its voxels come from: two where they lie apart from their header."""
         found = []
         for path in (self.path, *self.more):
-            found += halves(path, formats.format_of(path).header_of) or [str(path)]
+            found += formats.parts_of(path) or [str(path)]
         return found
 
 
@@ -78,7 +80,8 @@ def list_items(path: str | os.PathLike, labels: bool = False,
 
     labels: each image comes with its label; what has no partner has a `fault`. Otherwise the labels of
     pairs are left out. So are, with or without, pictures in a folder that holds volumes, unless they are
-    pairs; `say` gets a line about what was left out.
+    pairs, and what this project wrote below a folder (volumes/own.py); `say` gets a line about what was
+    left out.
     """
     path = Path(os.path.expanduser(path))
     lists = {"training": [], "validation": [], "testing": []}
@@ -92,7 +95,7 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             if labels:
                 lists["training"] += [Item(file, None, file, NO_IMAGE) for file in cases.orphans]
         else:
-            lists["training"] = pair_files(path, list(walk(path)), labels, say)
+            lists["training"] = pair_files(path, walk(path, say), labels, say)
     elif path.suffix.lower() == ".json" and names_no_files(path):
         return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
@@ -108,7 +111,7 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             once.setdefault(tuple(map(os.path.realpath, (item.path, *item.more))), item)
         lists[name] = list(once.values())
     root = root_of(path, [item.path for items in lists.values() for item in items])
-    return {name: [item._replace(name=item.name or name_below(root, item.path)) for item in items]
+    return {name: [item._replace(name=item.name or name_in(root, item.path)) for item in items]
             for name, items in lists.items()}
 
 
@@ -119,6 +122,22 @@ def item_of_case(case: ChannelCase, labels: bool) -> Item:
         fault = fault or NO_LABEL
     label = case.label if labels else None
     return Item(first, None, label, fault, case.name, more=tuple(more))
+
+
+def name_in(root: Path, file: Path) -> str:
+    """What a file is known by below `root`. Of a series of files that is its folder, with the number of the
+    series where there are several.
+    """
+    row = formats.format_of(file)
+    if not row.is_series or not row.is_installed():
+        return name_below(root, file)
+    name = name_below(root, file.parent / "x").rpartition("/")[0]
+    name = name or name_below(file.parent.absolute().parent, file.parent / "x").rpartition("/")[0]
+    firsts = [os.path.realpath(names[0]) for names in format_sitk.series_in(str(file.parent))]
+    mine = os.path.realpath(formats.parts_of(file)[0])
+    if len(firsts) > 1 and mine in firsts:
+        name += f"/series_{firsts.index(mine) + 1}"
+    return name
 
 
 def root_of(path: Path, files: Sequence[Path]) -> Path:
@@ -136,27 +155,75 @@ def root_of(path: Path, files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath(folders))
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Files under `root` that look like volumes, sorted; of two halves the header alone. Link loops end."""
+def walk(root: Path, say: Callable[[str], object]) -> list[Path]:
+    """Files under `root` that look like volumes, sorted; of two halves the header alone. Link loops end.
+
+    What this project wrote itself is left out, and `say` gets a line about it; and one that counts files of
+    other kinds.
+    """
     def fail(error: OSError):
         raise DataError(f"{show(error.filename)}: {error.strerror}; make the folder readable or move it out "
                         f"of the data")
 
-    found, seen = [], set()
+    found, seen, own = [], set(), Own(root)
+    ignored: Counter[str] = Counter()
+    without: dict[str, list[Path]] = {}  # what installs a package -> the files that need it
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
+        if own.is_of_run(folder, names):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        lower = {name.lower() for name in names}
+        lower, series = {name.lower() for name in names}, []
         for name in names:
-            is_ours = formats.is_volume(name) or split_ending(name)[0] == formats.NO_SHAPE
-            if is_ours and not name.startswith(".") and not is_second_half(name, lower):
-                found.append(Path(folder, name))
+            if name.startswith("."):
+                continue
+            file, row = Path(folder, name), formats.row_of(os.path.join(folder, name))
+            if row is None and split_ending(name)[0] != formats.NO_SHAPE:
+                ignored["".join(split_ending(name))] += 1
+            elif row is not None and not row.is_installed():
+                without.setdefault(row.install, []).append(file)
+            elif row is not None and row.is_series:
+                series.append(file)
+            elif not is_second_half(name, lower):
+                found.append(file)
+        found += firsts_of(series)
+    found = [file for file in found if not own.takes(file)]
+    for install, files in without.items():
+        endings = " ".join(sorted({file.suffix.lower() or "DICOM" for file in files}))
+        say(f"data: left out {some(sorted(files), 'file')} of kinds ({endings}) whose package is not "
+            f"installed: {install}")
+    own.tell(say)
+    tell_ignored(ignored, say)
     # No pipes; broken links stay, and are refused by name.
-    return iter(sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file)))
+    return sorted(file for file in found if os.path.isfile(file) or not os.path.exists(file))
+
+
+def firsts_of(files: Sequence[Path]) -> list[Path]:
+    """The first file of each series among those of a folder; and files of none, which reading will refuse."""
+    firsts, seen = [], set()
+    for file in sorted(files):
+        if os.path.abspath(file) not in seen:
+            names = formats.parts_of(file)
+            seen |= set(names)
+            firsts.append(Path(file.parent, os.path.basename(names[0])))
+    return firsts
+
+
+def tell_ignored(kinds: Counter[str], say: Callable[[str], object]) -> None:
+    """A line that counts the files of other kinds. kinds: ending -> how many."""
+    if not kinds:
+        return
+    by_number = sorted(kinds.items(), key=lambda row: (-row[1], row[0]))
+    counts = [f"{count} {show(ending) or 'without an ending'}" for ending, count in by_number[:MOST_KINDS]]
+    rest = sum(count for _, count in by_number[MOST_KINDS:])
+    if rest:
+        counts.append(f"{rest} of other kinds")
+    say(f"data: ignored: {', '.join(counts)}")
 
 
 def is_second_half(name: str, lower: set[str]) -> bool:

@@ -18,6 +18,8 @@ from volumes.files import DataError, brief, one_line, split_ending
 from volumes.volume import Origin, Request, Source, Volume, check_dtype, check_size, in_source_shape
 
 DENSE_KEYS = ("volume", "voxel", "vol")  # of an .npz, in this order
+# Of sparse ones: grid, places, values. The second are those of the sparse VQ-VAE guide's data sets.
+SPARSE_KEYS = (("shape", "coords", "features"), ("resolution", "sparse_index", "sparse_sdf"))
 LABEL_KEYS = ("seg", "label", "labels", "mask")
 GUESSED_CHANNELS = 8  # an outer axis of a 4-D array is taken for channels up to this length
 MAX_NPY_HEADER = 10_000  # bytes; numpy's own limit, which it looks at when it has read them all
@@ -45,15 +47,21 @@ def read_npz(path: Path, request: Request) -> Source:
             with open_member(archive, members[key]) as stream:
                 array = read_dense(stream, members[key].file_size, request)
             return as_source(array, array.dtype)
-        if not {"shape", "coords", "features"} <= set(members):
+        names = next((keys for keys in SPARSE_KEYS if set(keys) <= set(members)), None)
+        if names is None:
             found = ", ".join(one_line(key, 40) for key in sorted(members)[:8]) or "none"
             raise DataError(f"its arrays are {found}; name one volume, voxel or vol, or store shape, coords "
                             f"and features")
         parts = []
-        for key in ("shape", "coords", "features"):
+        for key in names:
             with open_member(archive, members[key]) as stream:
                 parts.append(read_plain(stream, members[key].file_size, request.max_gib))
     shape, coords, features = parts
+    if names[0] == "resolution":
+        # The grid is a cube, the values are one a point, and 0 is a value: nearly 0 stands for it.
+        shape, features = np.full(3, int(np.max(shape))), features.reshape(len(features), -1)
+        features = np.where(features == 0, np.float32(1e-6), features.astype(np.float32))
+        coords = coords.reshape(len(coords), -1)[:, -3:]
     return as_source(densify(shape, coords, features, request.max_gib), features.dtype)
 
 

@@ -22,11 +22,11 @@ from volumes.volume import (
     Origin,
     Request,
     Source,
-    Volume,
     check_dtype,
     check_size,
+    in_axes_of,
     in_source_shape,
-    spacing_of,
+    to_ras,
 )
 
 ENDINGS = (".nii", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".head", ".brik")
@@ -71,11 +71,8 @@ def read_image(path: Path, request: Request) -> Source:
     array = read_voxels(image, stored, packed, request.volume if axes == 4 else None)
     step = abs(float(image.dataobj.slope)) if has_one_scale(image) and dtype.kind in "iu" else 0.0
     array = array.reshape(*shape[:3], *(1,) * (3 - len(shape)), -1)        # (X, Y, Z, T), axes as stored
-    to_ras = nib.io_orientation(affine)
-    affine = affine @ nib.orientations.inv_ornt_aff(to_ras, array.shape[:3])
-    array = nib.apply_orientation(array, to_ras).transpose(3, 2, 1, 0)            # (T, D, H, W)
-    volume = Volume(np.ascontiguousarray(array, dtype=np.float32), spacing_of(affine), affine)
-    return Source(volume, axes == 4, str(dtype), "".join(nib.aff2axcodes(image.affine)), tuple(notes), step)
+    orientation = "".join(nib.aff2axcodes(image.affine))
+    return Source(to_ras(array, affine), axes == 4, str(dtype), orientation, tuple(notes), step)
 
 
 def open_image(path: Path) -> tuple[nib.spatialimages.SpatialImage, list[Note]]:
@@ -279,9 +276,7 @@ def image_origin(kind: str, path: Path, source: Source, channel_axis: int | None
 
 def write_image(file: BinaryIO, array: np.ndarray, origin: Origin, slope: float, inter: float) -> None:
     """(C, D, H, W) as .nii.gz with the header of its source: its axes, their direction, its affine."""
-    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"),
-                                           nib.io_orientation(np.array(origin.affine)))
-    stored = nib.apply_orientation(array.transpose(3, 2, 1, 0), back)        # (X, Y, Z, C), axes as stored
+    stored = in_axes_of(array, np.array(origin.affine))                      # (X, Y, Z, C), axes as stored
     stored = np.ascontiguousarray(in_source_shape(stored, -1, origin))
     header = nib.Nifti1Header(bytes.fromhex(origin.header), check=False)
     header.set_data_shape(stored.shape)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from volumes.files import DataError, PillowError
+from volumes.files import DataError, PackageError
 from volumes.volume import Origin, Request, Source, Volume, check_size
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif")
@@ -24,7 +24,7 @@ def read_picture(path: Path, request: Request) -> Source:
     try:
         from PIL import Image
     except ImportError:
-        raise PillowError("pictures are read with Pillow, which is not installed: python -m pip install "
+        raise PackageError("pictures are read with Pillow, which is not installed: python -m pip install "
                           "pillow") from None
     with Image.open(path, formats=DECODERS) as picture:
         check_size((1, picture.height, picture.width, len(picture.getbands())), 1, request.max_gib)

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from volumes import files, format_arrays, format_nibabel, format_pictures
+from volumes import files, format_arrays, format_nibabel, format_pictures, format_sitk
 from volumes.files import DataError, check_is_file, one_line, quiet, show, split_ending
 from volumes.volume import Origin, Request, Source, Volume, check_finite, plain_origin
 
@@ -29,6 +29,10 @@ class Format(NamedTuple):
     header_of: Mapping[str, str] = {}                       # ending of voxels -> of a header apart
     holds_label: Callable[[Path], bool] = lambda path: False  # whether a file is an image and its label
     note: str = ""                                          # for the message that names the formats
+    parts: Callable[[Path], list[str]] | None = None        # all files of one; None: it, or its halves
+    is_series: bool = False                                 # many files in a folder, by which they are named
+    is_installed: Callable[[], bool] = lambda: True         # whether its package is, without which all are
+    install: str = ""                                       # left out, and the command that installs it
 
     @property
     def kind(self) -> str:
@@ -36,6 +40,7 @@ class Format(NamedTuple):
         return self.goes_out or self.endings[0]
 
 
+THROUGH_SITK = {"is_installed": format_sitk.is_installed, "install": format_sitk.INSTALL}
 TABLE = [  # the first row takes what no other one does
     Format(format_nibabel.ENDINGS, format_nibabel.read_image, format_nibabel.write_image, ".nii.gz",
            format_nibabel.image_origin, header_of=format_nibabel.HEADER_OF, note=" (also .gz)"),
@@ -43,22 +48,40 @@ TABLE = [  # the first row takes what no other one does
     Format((".npz",), format_arrays.read_npz, format_arrays.write_npz, origin=format_arrays.array_origin,
            holds_label=format_arrays.holds_label),
     Format(format_pictures.ENDINGS, format_pictures.read_picture, format_pictures.write_png, is_picture=True),
+    Format(format_sitk.META, format_sitk.read_file, format_sitk.write_meta, origin=format_sitk.file_origin,
+           parts=format_sitk.parts_of_file, **THROUGH_SITK),
+    Format(format_sitk.NRRD, format_sitk.read_file, format_sitk.write_nrrd, origin=format_sitk.file_origin,
+           parts=format_sitk.parts_of_file, **THROUGH_SITK),
+    Format(format_sitk.DICOM, format_sitk.read_series, format_nibabel.write_image, ".nii.gz",
+           format_sitk.series_origin, note=" (folders of them)", parts=format_sitk.parts_of_series,
+           is_series=True, **THROUGH_SITK),
 ]
 
 
 def format_of(path: str | os.PathLike) -> Format:
-    """The row of a file, by its ending."""
+    """The row of a file, by its ending; of DICOM, which may have none, by what it begins with."""
+    return row_of(path) or TABLE[0]
+
+
+def row_of(path: str | os.PathLike) -> Format | None:
     kind = split_ending(path)[0]
     for row in TABLE:
-        if kind in row.endings:
+        if kind in row.endings or row.endings is format_sitk.DICOM and format_sitk.is_dicom(path):
             return row
-    return TABLE[0]
+    return None
 
 
 def is_volume(path: str | os.PathLike) -> bool:
-    """Whether the ending of a file is that of a format."""
-    kind = split_ending(path)[0]
-    return any(kind in row.endings for row in TABLE)
+    """Whether a file is of a format, by its ending (of DICOM see `format_of`)."""
+    return row_of(path) is not None
+
+
+def parts_of(path: Path) -> list[str]:
+    """All files that the voxels of one come from: two where they lie apart from their header, or a series."""
+    row = format_of(path)
+    if row.parts is not None:
+        return row.parts(path)
+    return files.halves(path, row.header_of)
 
 
 def is_picture(path: str | os.PathLike) -> bool:
@@ -71,9 +94,9 @@ def known_endings() -> str:
 
 
 def stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file, and of its other half where the voxels lie apart from their header."""
+    """Name, size and time of each file that the voxels of one come from."""
     stamps = []
-    for file in files.halves(path, format_of(path).header_of):
+    for file in parts_of(path):
         stat = os.stat(file)
         stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
     return stamps

@@ -15,6 +15,7 @@ import numpy as np
 
 from volumes.config import MODALITIES, DataConfig
 from volumes.files import DataError
+from volumes.surfaces import filled
 from volumes.volume import Note
 
 PADDINGS = 4       # values below air that a CT may hold: scanners and stitching pad with one each
@@ -32,14 +33,19 @@ class Intensity(NamedTuple):
 
     Undone by `denormalise`.
     """
-    modality: str  # ct | mr | signed | voxel | picture
+    modality: str  # ct | mr | signed | voxel | picture | surface (distances, of volumes/surfaces.py)
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     @property
+    def rule(self) -> str:
+        """What data.modality calls it."""
+        return "ct" if self.modality == "surface" else self.modality
+
+    @property
     def background(self) -> float:
-        """Normalised value of nothing: air, an empty voxel, or the 0 of signed data."""
-        return 0.0 if self.modality in ("voxel", "signed") else -1.0
+        """Normalised value of nothing: air, an empty voxel, the 0 of signed data, no point."""
+        return 0.0 if self.modality in ("voxel", "signed", "surface") else -1.0
 
 
 def guess_modality(array: np.ndarray) -> str:
@@ -224,8 +230,11 @@ def clipped_share(channel: np.ndarray, modality: str, low: float, high: float) -
 def denormalise(array: np.ndarray, intensity: Intensity) -> np.ndarray:
     """(C, D, H, W) in [-1, 1] -> the scale of the file: HU come back as HU.
 
-    What was clipped stays clipped.
+    What was clipped stays clipped. Distances come back in voxels (data.metric), and beyond their band as
+    its width, negative inside.
     """
+    if intensity.modality == "surface":
+        array = filled(array)
     low = np.asarray(intensity.low, dtype=np.float64).reshape(-1, 1, 1, 1)
     high = np.asarray(intensity.high, dtype=np.float64).reshape(-1, 1, 1, 1)
     return (array * ((high - low) / 2) + (high + low) / 2).astype(np.float32)

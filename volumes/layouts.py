@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from volumes import formats
-from volumes.files import DataError, Say, bare_name, name_below, show, sizes, split_ending
+from volumes.config import MAX_CLASSES
+from volumes.files import DataError, Say, bare_name, name_below, one_line, show, sizes, split_ending
 from volumes.volume import Request, Source, check_size, distance
 
 CHANNEL = re.compile(r"(.+)_(\d{4})$")  # of a file's own name
@@ -78,6 +79,43 @@ def channels_named(home: Path) -> int | None:
     content = json_in(home / "dataset.json")
     names = content.get("channel_names") or content.get("modality")
     return len(names) or None if isinstance(names, (dict, list, str)) else None
+
+
+class DeclaredLabels(NamedTuple):
+    """What dataset.json says of labels."""
+    names: dict[int, str]      # stored value -> name, but for the ignored one
+    ignored: int | None        # the value of nnU-Net's `ignore`
+
+    @property
+    def count(self) -> int:
+        """How many classes these are; 0 where their values are not 0, 1, 2, ..."""
+        is_whole = sorted(self.names) == list(range(len(self.names)))
+        return len(self.names) if is_whole and len(self.names) <= MAX_CLASSES else 0
+
+
+def declared_labels(path: Path | None) -> DeclaredLabels:
+    """The `labels` of a datalist, or of the dataset.json in a folder or beside its imagesTr; else none.
+
+    Version 1 has {"1": "liver"}, version 2 {"liver": 1}. Regions, lists of values, are no classes.
+    """
+    if path is None:
+        return DeclaredLabels({}, None)
+    path = Path(os.path.expanduser(path))
+    if path.suffix.lower() != ".json":
+        folder = Path(os.path.abspath(path))
+        if folder.name.lower() in ("imagestr", "imagests"):
+            folder = folder.parent
+        path = folder / "dataset.json"
+    names: dict[int, str] = {}
+    labels = json_in(path).get("labels")
+    for name, value in labels.items() if isinstance(labels, dict) else ():
+        if isinstance(name, str) and name.isdecimal() and isinstance(value, str):
+            name, value = value, int(name[:9])
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**15:
+            names.setdefault(value, one_line(name, 40))
+    ignored = next((value for value, name in names.items() if name.lower() == "ignore"), None)
+    names.pop(ignored, None)
+    return DeclaredLabels(names, ignored)
 
 
 def names_no_files(path: Path) -> bool:

@@ -16,8 +16,9 @@ from volumes.config import MAX_CLASSES, MODALITIES, DataConfig, VoxelSettings
 from volumes.files import DataError, show, sizes
 from volumes.find import NO_LABEL, Item
 from volumes.grids import resample, resample_label
-from volumes.intensities import Intensity, fill, guess_modality, normalise, notes_of
+from volumes.intensities import Intensity, denormalise, fill, guess_modality, normalise, notes_of
 from volumes.layouts import joined
+from volumes.surfaces import surface_points
 from volumes.volume import Note, Request, Source, Volume, check_size, distance, spacing_of
 
 FAR = 0.1       # of the smallest spacing: a label may lie so far from its image
@@ -36,6 +37,8 @@ class Loaded(NamedTuple):
                                                  # none without data.labels
     label_ids: tuple[int, ...]                   # values that occur in them, before they are resampled
     notes: tuple[Note, ...] = ()                 # what a user should know of the file
+    numbers: tuple[int, ...] = ()                # of its volumes, where the file has several
+    blank: tuple[tuple[int, float], ...] = ()    # those that are left out: number, value of all voxels
 
 
 def load(item: Item, cfg: DataConfig) -> Loaded:
@@ -64,13 +67,16 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
 
         # Then each volume of it.
         volumes = split_volumes(source, settings)
+        count = len(volumes)
+        numbers, blank = blank_ones(volumes, modality)
+        volumes = [volumes[number] for number in numbers]
         picture_max = 255.0
         if modality == "picture":
             if np.dtype(source.dtype).kind not in "iu":
                 raise DataError(f"holds {source.dtype}; modality picture is for whole numbers, whose type "
                                 f"gives the range")
             picture_max = float(np.iinfo(source.dtype).max)
-        done, notes = [], list(source.notes)
+        done, notes = [], [*source.notes, *left_out(blank, count)]
         for array in volumes:
             volume = source.volume._replace(array=array)
             done.append(finish(volume, modality, settings, cfg.max_gib, picture_max))
@@ -81,10 +87,37 @@ def load(item: Item, cfg: DataConfig) -> Loaded:
     voxels, _, affine = done[0]
     labels, ids = [], ()
     if cfg.labels:
-        labels, ids = load_labels(item, source, len(volumes), voxels.shape[1:], cfg.max_gib)
+        labels, ids = load_labels(item, source, count, voxels.shape[1:], cfg.max_gib)
+        if len(labels) > 1:
+            labels = [labels[number] for number in numbers]
     pairs = [(array, intensity) for array, intensity, _ in done]
     return Loaded(pairs, spacing_of(affine), affine, named == "auto", source, labels, ids,
-                  one_of_each(notes))
+                  one_of_each(notes), numbers if count > 1 else (), blank)
+
+
+def blank_ones(volumes: Sequence[np.ndarray],
+               modality: str) -> tuple[tuple[int, ...], tuple[tuple[int, float], ...]]:
+    """Numbers of the volumes that hold more than one value; number and value of the others.
+
+    A voxel grid may be empty. Where all are blank none is left out: the file is refused.
+    """
+    blank = tuple((number, float(volume.flat[0])) for number, volume in enumerate(volumes)
+                  if modality != "voxel" and volume.min() == volume.max())
+    if len(blank) == len(volumes):
+        blank = ()
+    without = {number for number, _ in blank}
+    return tuple(number for number in range(len(volumes)) if number not in without), blank
+
+
+def left_out(blank: Sequence[tuple[int, float]], count: int) -> list[Note]:
+    """A note on the volumes, of `count`, that hold nothing to learn from."""
+    if not blank:
+        return []
+    numbers = ", ".join(str(number) for number, _ in blank[:8])
+    more = ", ..." if len(blank) > 8 else ""
+    plural = "s" if len(blank) > 1 else ""
+    return [Note("blank", f"left out {len(blank)} of its {count} volumes, number{plural} {numbers}{more} "
+                          f"(from 0): one value in every voxel, such as {blank[0][1]:g}")]
 
 
 def thin_axes(old: Sequence[int], new: Sequence[int], spacing: Sequence[float]) -> list[Note]:
@@ -142,8 +175,13 @@ def finish(volume: Volume, modality: str, settings: VoxelSettings, max_gib: floa
            picture_max: float = 255.0) -> tuple[np.ndarray, Intensity, np.ndarray]:
     """Normalise, then resample to `resize` or the spacing. Returns voxels, their intensity, their affine.
 
-    Clipped first, so that padding and metal do not bleed into tissue.
+    Clipped first, so that padding and metal do not bleed into tissue. With a surface distances from it take
+    the place of the intensities, last of all.
     """
+    surface = settings.surface
+    if surface is not None and modality not in ("ct", "voxel"):
+        raise DataError(f"data.surface is a level in HU, and the file is taken for {modality}; set "
+                        f"data.modality=ct, or leave the file out")
     array, intensity = normalise(volume.array, modality, settings.hu_limits, settings.voxel_scale,
                                  picture_max, *settings.percentiles)
     mm, size, affine = settings.spacing_mm, settings.resize, volume.affine
@@ -155,6 +193,10 @@ def finish(volume: Volume, modality: str, settings: VoxelSettings, max_gib: floa
     if size is not None and tuple(size) != array.shape[1:]:
         check_size((len(array), *size), 4, max_gib)
         array, affine = resample(array, affine, tuple(size))
+    if surface is not None and modality == "ct":
+        array = surface_points(denormalise(array, intensity), spacing_of(affine), surface)
+        limits = (surface.band,) * len(array)
+        intensity = Intensity("surface", tuple(-limit for limit in limits), limits)
     return array, intensity, affine
 
 

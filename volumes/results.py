@@ -29,17 +29,32 @@ def to_source_grid(volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.n
                    origin: Origin) -> np.ndarray:
     """Network intensities -> the file's scale and grid.
 
-    T times (C, D, H, W) on the network's grid, whose affine is given -> (T * C, D, H, W) float32.
+    T times (C, D, H, W) on the network's grid, whose affine is given -> (T * C, D, H, W) float32, and the
+    blank volumes that were left out, as they were.
     """
-    out = np.empty((sum(len(volume) for volume, _ in volumes), *origin.size), dtype=np.float32)
+    blank = dict(origin.blank)
+    count = sum(len(volume) for volume, _ in volumes) + len(blank)
+    out = np.empty((count, *origin.size), dtype=np.float32)
+    for number, value in blank.items():
+        out[number] = value
     at = 0
     for volume, intensity in volumes:
+        while at in blank:
+            at += 1
         if volume.shape[1:] != origin.size:
             volume, _ = resample(volume, affine, origin.size)
         for d in range(origin.size[0]):  # slice by slice: denormalise works in float64
             out[at:at + len(volume), d:d + 1] = denormalise(volume[:, d:d + 1], intensity)
         at += len(volume)
     return out
+
+
+def with_blank(labels: Sequence[np.ndarray], origin: Origin) -> np.ndarray:
+    """Labels (D, H, W) of the volumes that were used -> (T, D, H, W) of all, blank ones of class 0."""
+    found = list(labels)
+    for number, _ in origin.blank:
+        found.insert(number, np.zeros_like(found[0]))
+    return np.stack(found)
 
 
 def in_stored_type(array: np.ndarray, origin: Origin) -> np.ndarray:

@@ -60,6 +60,8 @@ class Origin:
     affine: tuple[tuple[float, ...], ...] = ()  # image: of the axes as stored
     slope: float = 1.0                          # image: value = slope * stored + inter
     inter: float = 0.0
+    blank: tuple[tuple[int, float], ...] = ()  # volumes of a 4-D image that are left out: number, and the
+                                               # one value of their voxels
 
     @property
     def bits(self) -> int:
@@ -79,6 +81,20 @@ def distance(a: Volume, b: Volume) -> float:
     corners = [(*(end if bits >> axis & 1 else 0 for axis, end in enumerate(last)), 1) for bits in range(8)]
     apart = (np.array(corners) @ (a.affine - b.affine).T)[:, :3]
     return float(np.linalg.norm(apart, axis=1).max())
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> Volume:
+    """(X, Y, Z, T), axes as stored, with the affine of these -> the volume in the closest RAS axes."""
+    turn = nib.io_orientation(affine)
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape[:3])
+    array = nib.apply_orientation(array, turn).transpose(3, 2, 1, 0)              # (T, D, H, W)
+    return Volume(np.ascontiguousarray(array, dtype=np.float32), spacing_of(affine), affine)
+
+
+def in_axes_of(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """(C, D, H, W) in RAS -> (X, Y, Z, C), the axes of a source whose affine is given."""
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(affine))
+    return nib.apply_orientation(array.transpose(3, 2, 1, 0), back)
 
 
 def plain_origin(kind: str, path: object, source: Source, channel_axis: int | None) -> Origin:
