@@ -65,5 +65,5 @@ def test_traits_of_a_volume_and_tissue_of_two_sets():
 
 def test_equal_samples_are_not_diverse():
     x = [torch.randn(1, 1, 12, 12, 12) for _ in range(4)]
-    assert sample_figures.pairwise_ssim([x[0]] * 4) == pytest.approx(1, abs=1e-5)
-    assert sample_figures.pairwise_ssim(x) < 0.2 and np.isnan(sample_figures.pairwise_ssim(x[:1]))
+    assert sample_figures.pairwise_ms_ssim([x[0]] * 4) == pytest.approx(1, abs=1e-5)
+    assert sample_figures.pairwise_ms_ssim(x) < 0.2 and np.isnan(sample_figures.pairwise_ms_ssim(x[:1]))

@@ -3,7 +3,7 @@
 Numbers in, numbers out; training/sample_report.py reads the files and shows them.
 
 KID is the unbiased squared maximum mean discrepancy with k(x, y) = (x y / d + 1)^3 (arXiv:1801.01401, Eqs. 3
-and 4), here of features that are standardised by the real ones, since they are no Inception's. A sample is a
+and 4), here of features over the root of the real ones' mean square, which gives all one unit. A sample is a
 copy where it lies nearer to a training case than new patients do (arXiv:2301.13188 and 2402.01054 in kind).
 
 Shapes: N volumes, F features; a trait is of one volume. Version 0.1 (2026-11).
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import losses
+import metrics
 
-COARSE, MIDDLE = 16, 64                       # edges that a volume is reduced to, for distances and for SSIM
+COARSE, MIDDLE = 16, 64                       # edges of reduced volumes: for distances, for MS-SSIM
 BINS = 200                                    # of the histogram of [-1, 1]
 DRAWS = 200                                   # of subsets, for intervals
-PAIRS = 60                                    # of which SSIM is averaged
+PAIRS = 60                                    # of which MS-SSIM is averaged
 TISSUES = {"air": (-math.inf, -900.0), "lung": (-900.0, -500.0), "fat": (-150.0, -30.0),
            "soft": (-30.0, 100.0), "bone": (150.0, math.inf)}    # HU
 
@@ -42,7 +42,7 @@ class Traits(NamedTuple):
 
 @torch.no_grad()
 def traits(name: str, volume: np.ndarray, network: nn.Module, middle: Sequence[int]) -> Traits:
-    """volume (C, D, H, W) normalised. middle: the size that all are reduced to for SSIM."""
+    """volume (C, D, H, W) normalised. middle: the size that all are reduced to for MS-SSIM."""
     x = torch.from_numpy(volume)[None].float()
     pooled = []
     for level in network(x):                                     # (C, c, d, h, w)
@@ -82,9 +82,9 @@ def kid_beside_real(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> dic
     """KID of all samples against all real ones; and the mean and the 2.5 and 97.5 percentiles over subsets of
     equal size, beside those of disjoint halves of the real ones. Features (N, F) and (M, F).
     """
-    center, scale = real.mean(0), real.std(0)
-    scale = np.where(scale > 1e-9 * (1 + np.abs(center)), scale, 1.0)
-    every = kernel((np.concatenate([samples, real]) - center) / scale)
+    # Not by the standard deviation: a feature that hardly varies among real volumes would count for all.
+    scale = np.sqrt(np.square(real).mean(0))
+    every = kernel(np.concatenate([samples, real]) / np.where(scale > 0, scale, 1.0))
     n, m = len(samples), len(real)
     result = {"value": of_kernel(every, np.arange(n), np.arange(n, n + m))}
     size = min(n, m // 2)
@@ -107,8 +107,8 @@ def spread(values: Sequence[float]) -> dict:
 
 # -------------------------------------------------------------------------------- diversity
 
-def pairwise_ssim(volumes: Sequence[Tensor], seed: int = 0) -> float:
-    """The mean SSIM (losses.ssim, 3D, at one scale) of PAIRS pairs of different ones, at most.
+def pairwise_ms_ssim(volumes: Sequence[Tensor], seed: int = 0) -> float:
+    """The mean MS-SSIM (metrics.ms_ssim, 3D) of PAIRS pairs of different ones, at most.
 
     The less it is, the more they differ from one another; nan of fewer than two.
     """
@@ -116,7 +116,7 @@ def pairwise_ssim(volumes: Sequence[Tensor], seed: int = 0) -> float:
     if not pairs:
         return math.nan
     order = np.random.default_rng(seed).permutation(len(pairs))[:PAIRS]
-    found = [float(losses.ssim(volumes[pairs[k][0]], volumes[pairs[k][1]])) for k in order]
+    found = [float(metrics.ms_ssim(volumes[pairs[k][0]], volumes[pairs[k][1]])) for k in order]
     return sum(found) / len(found)
 
 

@@ -116,8 +116,8 @@ def figures_of(found: dict[str, list[Traits]], is_trained: np.ndarray,
     """All figures; and of each sample the nearest training case."""
     samples, real = found["samples"], found["real"]
     features = {name: np.stack([each.features for each in some]) for name, some in found.items()}
-    ssim = {name: sample_figures.pairwise_ssim([each.middle for each in some])
-            for name, some in found.items()}
+    alike = {name: sample_figures.pairwise_ms_ssim([each.middle for each in some])
+             for name, some in found.items()}
 
     # Distances to training cases: of samples, and of the real cases that are new.
     coarse = np.stack([each.coarse for each in real])
@@ -136,8 +136,8 @@ def figures_of(found: dict[str, list[Traits]], is_trained: np.ndarray,
         "samples": len(samples),
         "real": len(real),
         "kid": sample_figures.kid_beside_real(features["samples"], features["real"]),
-        "diversity": {"ssim_samples": ssim["samples"], "ssim_real": ssim["real"],
-                      "difference": ssim["samples"] - ssim["real"]},
+        "diversity": {"ms_ssim_samples": alike["samples"], "ms_ssim_real": alike["real"],
+                      "difference": alike["samples"] - alike["real"]},
         "memorisation": copies,
         "tissue": sample_figures.tissue(samples, real, low, high, intensity.modality == "ct"),
     }, near
@@ -153,8 +153,8 @@ def lines_of(result: dict) -> list[str]:
             part = kid[name]
             lines.append(f"KID of {kid['subset']}, {what}: {part['mean']:.4g} ({part['low']:.4g} to "
                          f"{part['high']:.4g})")
-    lines.append(f"SSIM of pairs: samples {diversity['ssim_samples']:.3f}, real "
-                 f"{diversity['ssim_real']:.3f}; more than real: less diverse")
+    lines.append(f"MS-SSIM of pairs: samples {diversity['ms_ssim_samples']:.3f}, real "
+                 f"{diversity['ms_ssim_real']:.3f}; more than real: less diverse")
     lines.append(f"copies: AUC {copies['auc']:.3f} (.5: as far from training cases as new ones, 1: copies), "
                  f"suspicious {copies['suspicious']:.1%}; new: {copies['new_cases']}")
     lines.append(f"intensities: W1 {result['tissue']['histogram_w1']:.4g}, gradient energy "
@@ -175,7 +175,7 @@ def page_of(options: argparse.Namespace, result: dict, found: dict[str, list[Tra
     if "real" in kid:
         cards.append((f"{kid['real']['mean']:.3g}", f"KID, real against real ({kid['subset']} each)"))
     cards += [(f"{copies['auc']:.2f}", "AUC of copies (.5: none)"),
-              (f"{result['diversity']['difference']:+.3f}", "SSIM of pairs, samples - real"),
+              (f"{result['diversity']['difference']:+.3f}", "MS-SSIM of pairs, samples - real"),
               (f"{result['tissue']['histogram_w1']:.3g}", "W1 of intensities")]
 
     # First the pairs, then samples beside real volumes, then the figures as lines.
