@@ -371,7 +371,7 @@ print(step("none", bottleneck="vq"), step("tile", (4, 4, 4)))
 """).splitlines()
     for lines in (said, beside):
         assert [float(n) for n in lines[0].split()] == pytest.approx(
-            [float(n) for n in said[0].split()], rel=1e-5
+            [float(n) for n in said[0].split()], rel=5e-5      # 1.5e-5 on one machine: kernels of their own
         )
 
 
