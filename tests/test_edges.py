@@ -2,7 +2,6 @@
 import json
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -402,31 +401,6 @@ def test_precision_codebook_and_judges_of_a_stage(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------- docs/STAGES.md
-
-@pytest.mark.slow
-def test_the_commands_of_the_page_run_in_their_order(tmp_path, monkeypatch):
-    """docs/STAGES.md, with sizes cut and one step a stage."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    volumes(tmp_path / "DATA")
-    (tmp_path / "config").mkdir()
-    text = (ROOT / "config/ct_vae_staged.yaml").read_text()
-    assert len(re.findall(r"steps: \d+", text)) == 3
-    (tmp_path / "config/ct_vae_staged.yaml").write_text(re.sub(r"steps: \d+", "steps: 1", text))
-    page = (ROOT / "docs/STAGES.md").read_text()
-    commands = re.findall(r"^python .*", "".join(re.findall(r"```bash\n(.*?)```", page, re.S)), re.M)
-    assert len(commands) == 5
-    small = ["--vae.base_channels", "4", "--patch", "8,32,32", "--batch", "1", "--device", "cpu",
-             "--train.val_crops", "1", "--train.latent_crops", "1"]
-    for command in commands:
-        _, script, *flags = shlex.split(command.split("  #")[0])
-        if script == "train.py":
-            assert train.main([*flags, *([] if "--resume" in flags else small)]) == 0, command
-            continue
-        done = subprocess.run([sys.executable, str(ROOT / script), *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs/staged/best_full.pt").is_file()
-
 
 def test_the_stages_of_the_page_are_read(tmp_path):
     page = (ROOT / "docs/STAGES.md").read_text()
