@@ -262,6 +262,10 @@ def print_plan(cfg: TrainConfig, task: Task, budget: float, device: str, yaml: s
     # Then the largest volumes, with the settings that take least.
     smaller, per_voxel = None, capacity.PER_VOXEL
     shapes = {"largest cube": (1, 1, 1), f"largest in the proportions of {size}": cfg.data.patch}
+    if task.POINTS:
+        # Their number counts, and not the volume.
+        print("the largest volume is not searched for: data.max_points bounds what a crop takes")
+        shapes = {}
     for name, shape in shapes.items():
         best = capacity.largest(cfg, task, budget, device, shape, tell_progress, per_voxel)
         clear_line()

@@ -403,7 +403,7 @@ def far_rows(rows: Tensor, codes: Tensor, amount: int, generator: torch.Generato
     index, _, _ = nearest(rows, codes)
     error = (rows - codes[index]).square().sum(1)
     # MPS has no float64. Other devices are not waited for: rows, numbers and sums stay there.
-    error = (error.cpu() if error.device.type == "mps" else error).double()
+    error = (error.cpu() if error.device.type == "mps" else error).to(torch.float64)
     weight = error + 1e-12 + 1e-3 * error.mean()
     # Shares of 2^52, in whole numbers: CUDA's running sum of floats differs from run to run.
     edges = (weight / weight.sum() * 2.0 ** 52).long().cumsum(0)

@@ -165,7 +165,7 @@ def test_a_prediction_is_what_a_step_takes(tmp_path, capsys):
     predicted = fit.predicted(cfg, of(TASKS, cfg), CPU).bytes
     assert predicted == peaks.count(lambda device: make_step(cfg, device)).bytes > 0
     assert memtest.main([*NET, *TOLD, "--resolution", "4,8,8"]) == 0
-    assert "AMP checkpoint" in capsys.readouterr().out
+    assert "AMP, checkpointed" in capsys.readouterr().out
 
 
 def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_path, monkeypatch):

@@ -165,7 +165,8 @@ def test_as_a_script_piped(tmp_path, runs):
                            str(runs("kl")), "--input", str(path),
                            str(path), "--output", str(tmp_path / "o")], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout, done
-    assert done.stdout.count("\n") == 2, done
+    # The network, that it is the untrained one, and the file.
+    assert done.stdout.count("\n") == 3 and "untrained" in done.stdout, done
 
 
 def test_a_task_that_no_room_knows_is_used(tmp_path, monkeypatch, capsys):

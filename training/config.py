@@ -387,7 +387,10 @@ def closest(word: str, words, prefix: str) -> str:
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
-    return f"; known: {', '.join(map(str, words))}"
+    known = ", ".join(map(str, words))
+    if len(known) > 300:
+        known = known[:300].rpartition(", ")[0] + ", ..."
+    return f"; known: {known}"
 
 
 # -------------------------------------------------------------------------------- YAML

@@ -29,6 +29,7 @@ from training.task import Task
 MOST_PER_VOXEL = 100_000
 # Tile plans that take longer, over a checkpointed step, are not considered.
 MOST_WORK = 2.0
+CUBES = (128, 64, 32, 16, 8)                  # edges of tiles for a network of points, voxels
 
 
 def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
@@ -120,7 +121,10 @@ def memory_settings(network: torch.nn.Module, size: Sequence[int], batch: int, d
     dtype: of the activations. Of the tile plans those whose own estimate is within `limit` bytes, or the one
     of least memory."""
     found = [{"mode": mode} for mode in modes_of(network) if mode != "tile"]
-    if "tile" in modes_of(network):
+    if "tile" in modes_of(network) and not hasattr(network, "tiling"):
+        # Points have no estimate of their own: cubes by falling size, each of which is predicted.
+        found += [{"mode": "tile", "tile": (edge, edge, edge)} for edge in CUBES if edge < max(size)]
+    elif "tile" in modes_of(network):
         plans = tile_plans(network, size, batch, dtype)
         found += [tile_memory(p) for p in plans if p.peak_bytes <= limit] or [tile_memory(plans[-1])]
     return found
@@ -137,7 +141,8 @@ def size_text(size) -> str:
 def memory_text(memory: dict) -> str:
     if memory["mode"] != "tile":
         return memory["mode"]
-    return f"tile {size_text(memory['tile'])}, stretches {memory['stretch']}"
+    stretch = f", stretches {memory['stretch']}" if "stretch" in memory else ""
+    return f"tile {size_text(memory['tile'])}{stretch}"
 
 
 def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str,
