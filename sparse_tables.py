@@ -161,7 +161,8 @@ def with_tiles(tables: Tables, edge: int, encoder_halo: int, decoder_halo: int, 
         raise ValueError(f"a tile of {edge} tokens ({edge * TOKEN} voxels); take a power of two")
     if not tables.tokens:
         return tables
-    code, level = tables.code[-1], edge.bit_length() - 1
+    # A tile as large as the grid ends with its sample, whose number stands above the coordinates.
+    code, level = tables.code[-1], min(edge.bit_length() - 1, tables.bits - LEVELS)
     starts = (torch.unique_consecutive(code >> 3 * level, return_counts=True)[1]).cumsum(0).tolist()
     ranges = list(zip([0, *starts[:-1]], starts))
     encoder = tuple(tile_of(tables, first, end, edge, encoder_halo) for first, end in ranges)

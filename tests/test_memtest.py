@@ -235,5 +235,7 @@ def test_every_task_has_a_table_and_a_plan(task, tmp_path):
     """Those without levels or a memory dial once ended in a traceback."""
     found = tmp_path / "m.json"
     flags = ["--task", task, "--patch", "16,16,16", "--device", "cpu", "--budget", "0.5"]
+    if task == "sparse":
+        flags += ["--preset", "sparse_light"]
     assert memtest.main([*flags, "--json", str(found)]) == 0
     assert all(row["predicted_gib"] > 0 for row in json.loads(found.read_text()))

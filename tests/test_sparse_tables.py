@@ -35,7 +35,7 @@ def test_a_halo_is_what_the_convolutions_see_rounded_up(convolutions, decoder, h
     assert st.halo_of(convolutions, decoder) == halo
 
 
-@pytest.mark.parametrize("edge", [1, 2, 4])
+@pytest.mark.parametrize("edge", [1, 2, 4, 64])
 def test_tiles_own_every_row_once_and_their_tables_are_those_of_their_points(edge):
     tables = st.with_tiles(scattered(), edge, 2, 1)
     for level in range(4):
