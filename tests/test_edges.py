@@ -289,6 +289,7 @@ PATCHES = [{"name": "small", "steps": 1, "data": {"patch": "4,8,8"}},
            {"name": "last", "steps": 1, "data": {"patch": "4,16,16"}}]
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_each_stage_and_the_largest(tmp_path, capsys):
     words = staged(tmp_path, PATCHES, "--dry-run")
     assert train.main(words) == 0
@@ -303,6 +304,7 @@ def test_a_dry_run_tells_each_stage_and_the_largest(tmp_path, capsys):
                for line in said)
 
 
+@pytest.mark.slow
 def test_fit_looks_at_the_largest_stage(tmp_path, capsys):
     """It finds what it finds for a run of that stage's crops, and puts it in the place of all dials."""
     stages = [PATCHES[0] | {"memory": {"mode": "checkpoint"}}, *PATCHES[1:]]
@@ -323,6 +325,7 @@ def test_fit_looks_at_the_largest_stage(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- what goes along
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_dial_turned_by_recovery_goes_on_with_a_resumed_run(tmp_path, monkeypatch, at):
     """Out of memory in one of three stages. The second asks for a dial of its own."""

@@ -16,6 +16,7 @@ from training.task import of
 from vae3d import VAE3D
 
 
+@pytest.mark.slow
 def test_dry_run_prints_a_config_and_a_peak_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*TINY, "--dry-run", "--device", "cuda"]) == 0     # a card that is not here
@@ -63,6 +64,7 @@ def test_fit_takes_the_cheapest_settings_that_fit():
         fit(cfg, task, CPU, "free", print)
 
 
+@pytest.mark.slow
 def test_a_step_larger_than_the_machine_is_refused_in_a_line(tmp_path, capsys, monkeypatch):
     """Before the first step, with what it would take; not where it fits, or on a card."""
     cfg = load_config(TINY)

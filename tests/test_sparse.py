@@ -64,6 +64,7 @@ def test_checkpoints_and_tiles_equal_the_whole(bottleneck):
         assert max((found[name] - grads[name]).abs().max().item() for name in grads) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_halo_one_token_less_gives_another_result(part, monkeypatch):
     code, feats, size = spheres(edge=48)

@@ -158,6 +158,7 @@ def test_memory_modes_give_the_same_gradient_and_tiles_what_they_draw():
     assert not torch.allclose(drawn, whole, atol=1e-4) and math.isfinite(float(other.terms["loss"]))
 
 
+@pytest.mark.slow
 def test_out_of_memory_turns_the_dial_down_to_the_least_tile(tmp_path, folder, monkeypatch, capsys):
     short = [RunsOut([9, 30, 60, 60, 60, 60, 60])]
 
