@@ -37,7 +37,7 @@ def test_folder_is_searched_once_and_safely(tmp_path):
 
 def test_datalists(folder, tmp_path):
     def lists(content: object, name: str = "list.json") -> dict[str, list[Item]]:
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
         return list_items(folder / name)
 
     found = lists(
