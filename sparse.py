@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_tables
-from sparse_attention import MODES, TURNS, Block, sine_positions, windows
+from sparse_attention import MODES, Block, sine_positions
 from sparse_conv import SubMConv3d, take
 from sparse_tables import LEVELS, TOKEN, VOLUME, Tables, grown, halo_of, restricted, sorted_points, tables_of
 
@@ -267,9 +267,8 @@ class SparseVAE(nn.Module):
         level_bits = bits - LEVELS
         around = sparse_tables.neighbours(code, level_bits)
         coords = sparse_tables.coords_of(code, level_bits)
-        cuts = tuple(windows(code, level_bits, self.cfg.attention, self.cfg.window, turn)
-                     for turn in range(TURNS[self.cfg.attention]))
-        token = Tables(tuple(size), bits, 1, (code,), (), (around,), code, coords, (len(code),), cuts)
+        token = Tables(tuple(size), bits, 1, (code,), (), (around,), code, coords, (len(code),))
+        token = sparse_tables.with_cuts(token, self.cfg.attention, self.cfg.window)
         h = self.decoder.mix(z, token, "none")
         place = torch.arange(len(code), device=code.device)
         for number, up in enumerate(self.decoder.ups):

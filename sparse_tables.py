@@ -34,7 +34,6 @@ class Tile(NamedTuple):
     """A cube of tokens and what lies around it."""
     rows: tuple[Tensor, ...]         # of each level, from the points to the tokens: (n_l,) int64, ascending
     own: tuple[tuple[int, int], ...]  # first and end, among them, of those that the tile is responsible for
-    first: tuple[int, ...]           # row of the first of its own in the whole level
 
 
 class Tables(NamedTuple):
@@ -95,11 +94,7 @@ def tables_of(code: Tensor, size: Sequence[int], samples: int = 1) -> Tables:
         families.append(family(codes[-1]))
         codes.append(families[-1].parent)
     around = tuple(neighbours(c, bits - level) for level, c in enumerate(codes))
-    return assembled(size, bits, samples, codes, families, around)
 
-
-def assembled(size: Sequence[int], bits: int, samples: int, codes: Sequence[Tensor],
-              families: Sequence[Family], around: Sequence[Tensor]) -> Tables:
     # The token of a point: its parent's parent's parent. Its place: the last three octal digits of its code.
     token = torch.arange(len(codes[-1]), device=codes[0].device)
     for kin in reversed(families):
@@ -108,7 +103,7 @@ def assembled(size: Sequence[int], bits: int, samples: int, codes: Sequence[Tens
     token_bits = bits - LEVELS
     of_sample = sample_of(codes[-1], token_bits)
     per_sample = torch.bincount(of_sample, minlength=samples).tolist()
-    return Tables(tuple(size), bits, samples, tuple(codes), tuple(families), tuple(around), place,
+    return Tables(tuple(size), bits, samples, tuple(codes), tuple(families), around, place,
                   coords_of(codes[-1], token_bits), tuple(per_sample))
 
 
@@ -185,7 +180,7 @@ def tile_of(tables: Tables, first: int, end: int, edge: int, halo: int) -> Tile:
     inside = near.all(1) & (sample == sample[first])
 
     # Then at each level what belongs to them, and what of it is the tile's own.
-    rows, own, begin = [inside.nonzero()[:, 0]], [], []
+    rows, own = [inside.nonzero()[:, 0]], []
     bounds = [(first, end)]
     for kin in reversed(tables.families):
         inside = inside[kin.slot // 8]
@@ -195,8 +190,7 @@ def tile_of(tables: Tables, first: int, end: int, edge: int, halo: int) -> Tile:
     for some, (low, high) in zip(rows, bounds):
         edges = torch.searchsorted(some, torch.tensor([low, high], device=some.device))
         own.append(tuple(edges.tolist()))
-        begin.append(low)
-    return Tile(tuple(reversed(rows)), tuple(reversed(own)), tuple(reversed(begin)))
+    return Tile(tuple(reversed(rows)), tuple(reversed(own)))
 
 
 def restricted(tables: Tables, tile: Tile) -> Tables:

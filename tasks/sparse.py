@@ -216,7 +216,6 @@ class Measured(NamedTuple):
     code: Tensor                     # (M,) of the points that the tokens alone give
     values: Tensor                   # (M, C) their values
     pca: Tensor                      # (N, C) what the principal components alone give
-    index: Tensor | None             # of codes, for their usage
 
 
 def criterion(
@@ -242,7 +241,7 @@ def measured(state: State, network: SparseVAE, out, points: PointBatch,
         return network.decode(tables.code[-1], z, points.size)
     code, values = forward(state, decoded, z)
     pca = network.principal(points.feats, tables)
-    return Measured(points, out, code, values, pca, getattr(out, "index", None))
+    return Measured(points, out, code, values, pca)
 
 
 def metrics(cfg: TrainConfig, out: Measured, micro: MicroBatch, crop: data.Crop) -> dict[str, float]:
@@ -393,23 +392,30 @@ def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable
     """What `encode` gave -> (C, D, H, W) float32, 0 where there is no point. Raises ValueError where the
     result is not finite.
     """
-    vae, grid = ready.model, torch.from_numpy(latent).to(ready.device)
-    is_token = grid[-1] > 0
-    coords = is_token.nonzero()
-    rows = grid[:, is_token].T
-    code, order = sparse_tables.encode_coords(coords, 0, token_bits(size)).sort()
-    rows = rows[order]
-    if vae.quantizer is not None:
-        rows = (rows - 1).squeeze(1) if rows.shape[1] == 1 else rows - 1
-    else:
-        rows = rows[:, :-1]
+    code, z = tokens_in(ready, latent, size)
     with precision_of(ready):
-        points, values = vae.decode(code, vae.lookup(rows), size)
+        points, values = ready.model.decode(code, z, size)
     found = grid_of(points, values, size)
     if not bool(found.isfinite().all()):
         remedy = "" if ready.amp_dtype is None else "; leave --amp out"
         raise ValueError(f"the reconstruction is not finite{remedy}")
     return found.cpu().numpy()
+
+
+def tokens_in(ready: Ready, latent: np.ndarray, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What `encode` gave -> codes of the tokens (T,), ascending, and their latents (T, Z)."""
+    grid = torch.from_numpy(latent).to(ready.device)
+    is_token = grid[-1] > 0
+    coords = is_token.nonzero()
+    rows = grid[:, is_token].T
+    code, order = sparse_tables.encode_coords(coords, 0, token_bits(size)).sort()
+    rows = rows[order]
+    if ready.model.quantizer is not None:
+        rows = (rows - 1).squeeze(1) if rows.shape[1] == 1 else rows - 1
+    else:
+        rows = rows[:, :-1]
+    with precision_of(ready):
+        return code, ready.model.lookup(rows)
 
 
 @contextlib.contextmanager
@@ -460,8 +466,8 @@ def evaluate(ready: Ready, case: Case, number: int, options: argparse.Namespace,
     # On the true coordinates too: the same tokens, whose children are known.
     vae, points = ready.model, points_of(torch.from_numpy(volume)[None], ready.device)
     tables = tables_of(vae, points)
+    _, z = tokens_in(ready, latent, size)
     with precision_of(ready):
-        z = vae.lookup(vae.tokenize(points.feats, tables)[1])
         recon, _, _ = vae.rebuild(z, tables)
         pca = vae.principal(points.feats, tables)
     decoded = points_of(torch.from_numpy(found)[None], ready.device)

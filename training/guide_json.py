@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from volumes.files import one_line
+from volumes.surfaces import TOKEN
 
 PARTS = ("models", "dataset", "trainer")
-TOKEN = 8                                     # voxels on an edge; the guide's network has 512 of them for 64
 RESOLUTION = 512                              # of dataset.args, where it is not given
 STEPS = 100_000                               # the guide's default of max_steps
 
