@@ -29,22 +29,6 @@ LARGEST = 4096                   # pixels of a slice's longer side, whatever spa
 # ------------------------------------------------------------------------------------------------ slices
 
 
-def label_comparison(
-    image: Tensor, labels: Sequence[Tensor], spacing: Sequence[float], is_picture: bool = False
-) -> Tensor:
-    """Input and, for each of labels, a colour per class over it (columns) in three slices (rows).
-
-    image (C, D, H, W), labels (D, H, W) -> (height, width, 3) uint8. Of each axis the slice is shown that
-    has the most voxels which the first of labels names.
-    """
-    plain = image[0]
-    weight = (labels[0] > 0).float()
-    columns = [slices([plain], weight, spacing, grey, is_picture)]
-    for label in labels:
-        columns.append(slices([plain, label], weight, spacing, coloured, is_picture))
-    return sheet(columns)
-
-
 def signed(v: Tensor) -> Tensor:
     """(...) in [-1, 1] -> (..., 3): blue below 0, red above, black where it is 0; brightest near 0, where the
     surface is.

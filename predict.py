@@ -190,11 +190,11 @@ def segment(options: argparse.Namespace) -> bool:
 
 def save_overlay(path: Path, case: Case, found: np.ndarray) -> None:
     """Slices of the first volume beside the same slices with a colour for each class. found (D, H, W)."""
-    volume = case.arrays[0]
-    found = resample_label(found, volume.shape[1:])
-    picture = pictures.label_comparison(torch.from_numpy(volume), [torch.from_numpy(found)], case.spacing,
-                                        case.is_picture)
-    write_atomic(path, lambda file: file.write(pictures.png(picture)))
+    volume, intensity = case.volumes[0]
+    found = torch.from_numpy(resample_label(found, volume.shape[1:]))
+    shown = views.of_labels(torch.from_numpy(volume), {"Found": found}, case.spacing, intensity,
+                            is_picture=case.is_picture)
+    write_atomic(path, lambda file: file.write(pictures.png(shown.sheet())))
 
 
 def viz_path(output: Path) -> Path:

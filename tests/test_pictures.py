@@ -8,6 +8,8 @@ import torch
 
 import pictures
 from pieces import run_alone
+from training import views
+from volumes.intensities import Intensity
 
 
 def test_png_is_what_was_drawn():
@@ -89,9 +91,9 @@ def test_labels_are_coloured_apart_and_the_background_stays_grey():
     image = pictures.coloured(torch.zeros(1, 2, 4), label).reshape(8, 3)
     assert image[0].tolist() == [127.5] * 3
     assert torch.cdist(image, image).add(torch.eye(8) * 1e3).min() > 20, image
-    sheet = pictures.label_comparison(
-        torch.zeros(1, 2, 8, 8), [torch.ones(2, 8, 8), torch.zeros(2, 8, 8)], (1.0, 1.0, 1.0)
-    )
+    labels = {"full": torch.ones(2, 8, 8), "empty": torch.zeros(2, 8, 8)}
+    ct = Intensity("ct", (-1000.0,), (1000.0,))
+    sheet = views.of_labels(torch.zeros(1, 2, 8, 8), labels, (1.0, 1.0, 1.0), ct).sheet()
     assert sheet.dtype == torch.uint8 and sheet.shape[1] == 3 * 260
     assert (
         not (sheet[:260, 260:520] == sheet[:260, :260]).all()
