@@ -42,7 +42,7 @@ from training.order import MicroBatch, seed_of
 from training.ready import Ready
 from training.run import Run, recovered, stop_if_signalled
 from training.state import State
-from training.task import Objective, Picture, Scored
+from training.task import Objective, Picture, Scored, of_codebook_stage
 from volumes.boxes import BOX
 from volumes.config import DataConfig
 
@@ -70,14 +70,7 @@ def channels(cfg: TrainConfig) -> int:
 
 def build(cfg: TrainConfig) -> SparseVAE:
     """Raises ValueError for a stage without a codebook. In stage 1 the codebook alone learns."""
-    if cfg.train.stage and cfg.sparse.bottleneck != "vq":
-        raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but sparse.bottleneck is "
-                         f"{cfg.sparse.bottleneck}; add --sparse.bottleneck vq")
-    vae = SparseVAE(cfg.sparse)
-    if cfg.train.stage == 1:
-        vae.requires_grad_(False)
-        vae.quantizer.requires_grad_(True)
-    return vae
+    return of_codebook_stage(SparseVAE(cfg.sparse), cfg.train.stage, "sparse")
 
 
 # -------------------------------------------------------------------------------- crops as points

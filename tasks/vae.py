@@ -40,7 +40,7 @@ from training.ready import BUDGET, Ready, run_network
 from training.run import Run, recovered, stop_if_signalled
 from training.signals import RunStopped
 from training.state import State
-from training.task import Objective, Picture, Scored
+from training.task import Objective, Picture, Scored, of_codebook_stage
 from training.validation import load_best
 from vae3d import VAE3D, VAEConfig
 from volumes.config import DataConfig
@@ -80,14 +80,7 @@ def resolve(cfg: TrainConfig, dataset: data.Data) -> TrainConfig:
 
 def build(cfg: TrainConfig) -> VAE3D:
     """Raises ValueError for a stage without a codebook. In stage 1 the codebook alone learns."""
-    if cfg.train.stage and cfg.vae.bottleneck != "vq":
-        raise ValueError(f"train.stage {cfg.train.stage} trains a codebook, but vae.bottleneck is "
-                         f"{cfg.vae.bottleneck}; add --vae.bottleneck vq")
-    vae = VAE3D(cfg.vae)
-    if cfg.train.stage == 1:
-        vae.encoder.requires_grad_(False)
-        vae.decoder.requires_grad_(False)
-    return vae
+    return of_codebook_stage(VAE3D(cfg.vae), cfg.train.stage, "vae")
 
 
 def helpers(cfg: TrainConfig, device: torch.device, features: dict | None) -> dict:

@@ -147,6 +147,21 @@ def of(tasks: Mapping[str, ModuleType], cfg: TrainConfig, source: str = "") -> T
     return named(tasks, cfg.task, source)
 
 
+def of_codebook_stage(network: nn.Module, stage: int, section: str) -> nn.Module:
+    """A network with a codebook for train.stage: in stage 1 all else is frozen.
+
+    Raises ValueError for a stage of a network without one. section: its section of the config.
+    """
+    bottleneck = network.cfg.bottleneck
+    if stage and bottleneck != "vq":
+        raise ValueError(f"train.stage {stage} trains a codebook, but {section}.bottleneck is {bottleneck}; "
+                         f"add --{section}.bottleneck vq")
+    if stage == 1:
+        network.requires_grad_(False)
+        network.quantizer.requires_grad_(True)
+    return network
+
+
 def metric_of(cfg: TrainConfig, task: Task) -> str:
     """train.metric, with `auto` resolved by the task."""
     return next(iter(task.METRICS)) if cfg.train.metric == "auto" else cfg.train.metric
