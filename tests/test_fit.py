@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import losses
+import muon
+import peaks
 import train
 from runs import CPU, TINY, load_config
 from tasks import TASKS
@@ -46,6 +48,16 @@ def test_a_rehearsal_of_slabs_leaves_the_peak_as_it_is(monkeypatch):
     few = predicted(cfg, of(TASKS, cfg), CPU).bytes
     monkeypatch.setattr(fit_room, "few_slabs", losses.slabs)
     assert few == pytest.approx(predicted(cfg, of(TASKS, cfg), CPU).bytes, rel=0.002)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (2, 16, 400)])
+def test_a_rehearsal_of_few_iterations_of_muon_leaves_the_peak_as_it_is(shape, monkeypatch):
+    """To the byte. In the first iteration less is alive, so a rehearsal of one would not do."""
+    found, matrices = {}, torch.randn(shape)
+    for iterations in (muon.ITERATIONS, fit_room.FEW_ITERATIONS, 1):
+        monkeypatch.setattr(muon, "ITERATIONS", iterations)
+        found[iterations] = peaks.count(lambda device: lambda: muon.orthogonalise(matrices)).bytes
+    assert found[fit_room.FEW_ITERATIONS] == found[5] and (shape[2] > 16 or found[1] < found[5]), found
 
 
 @pytest.mark.slow
