@@ -1,6 +1,7 @@
 """Before torch loads: the tensors here are tiny, and OpenMP threads that share a core or spin while they wait
 make the suite slower.
 """
+import gc
 import os
 
 import pytest
@@ -11,6 +12,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # So that their asserts tell what they found.
 pytest.register_assert_rewrite("runs", "pieces", "volume_files")
+
+
+def pytest_collection_finish():
+    freeze()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.path != item.path:
+        freeze()
+
+
+def freeze() -> None:
+    """Sets the garbage aside from what stays: every prediction collects garbage before its step, and would look
+    each time at the millions of objects of the libraries that the tests import.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
