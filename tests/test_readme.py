@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import memtest
 import predict
 import runs
@@ -139,7 +140,9 @@ def run(command, folder):
     elif script == "memtest.py":
         cut = ["--budget", "0.01"] if "--budget" in flags else []
         assert memtest.main([*flags, *cut, "--vae.base_channels", "4", "--resolution", "16,32,32"]) == 0
-    else:
+    elif script in ("predict.py", "data.py"):
+        assert {"predict.py": predict, "data.py": data}[script].main(flags) == 0
+    else:                                                        # bench/ and what --help-all prints
         words = [sys.executable, str(ROOT / script), *flags]
         if script.startswith("bench"):
             words.append("--help")
@@ -155,6 +158,8 @@ def small(command):
         return [*SMALL[4:], *SPARSE]
     if "autoencoder.pt" in command:                              # its widths are its own
         return SMALL[2:]
+    if "seg_2d" in command:                                      # 31 M parameters otherwise
+        return [*SMALL, "--unet.channels", "4,8,8,8,8"]
     if "staged" in command:                                      # one step a stage, by its file
         return [*SMALL[:6], *SMALL[8:], "--batch", "1"]
     return SMALL
