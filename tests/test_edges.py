@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,50 +129,66 @@ class Killer:
         return call
 
 
+def same_config(a, b):
+    return (a / "config.yaml").read_text().replace(str(a), "") == (
+        b / "config.yaml").read_text().replace(str(b), "")
+
+
 @pytest.mark.slow
-def test_killed_anywhere_around_an_edge_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch):
-    """Between any two things that are done at both edges, and at a random step of every stage."""
-    words, out = whole
+@pytest.mark.parametrize("before,end,places", [(4, 7, range(-4, 6)), (8, 11, range(5))],
+                         ids=["low to full", "full to fine"])
+def test_killed_anywhere_around_an_edge_and_resumed_is_the_same_run(
+        whole, tmp_path, monkeypatch, before, end, places):
+    """Between any two things that are done at an edge; from the state before it to two steps after it."""
+    words, out, folder = [*whole[0], "--steps", str(end)], tmp_path / "whole", tmp_path / "run"
     with monkeypatch.context() as patch:
         killer = Killer(patch)
-        assert run(words, tmp_path / "counted") == 0
-    calls = killer.calls
-    steps = [n for n, name in enumerate(calls, 1) if name == "train_step"]
-    edge = [n for n, name in enumerate(calls, 1) if name == "enter"]
-    assert len(steps) == 14 and len(edge) == 2
-    at = {random.choice(steps[1:5]), random.choice(steps[5:9]), random.choice(steps[9:])}
-    at |= set(range(edge[0] - 4, edge[0] + 6)) | set(range(edge[1], edge[1] + 5))
-    for n in sorted(at):
-        folder = tmp_path / f"at{n}"
+        assert run(words, out) == 0
+    step = [n for n, name in enumerate(killer.calls, 1) if name == "train_step"][before]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Killer(patch, step)
+        run(words, folder)
+    assert load(folder / "last.pt")["step"] == before
+    folder.rename(tmp_path / "before")
+
+    # The calls from there on are those of the whole run.
+    calls = killer.calls[step - 1:]
+    edge = calls.index("enter") + 1
+    assert edge > 4 and len(calls) > edge + 6
+    for n in (edge + place for place in places):
+        shutil.copytree(tmp_path / "before", folder)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             Killer(patch, n)
-            run(words, folder)
-        if not (folder / "last.pt").exists():
-            continue                                             # before the first state: nothing to resume
+            resume(folder)
         assert resume(folder) == 0
-        print(f"killed before call {n}, {calls[n - 4:n + 1]}")   # shown where the next line fails
-        assert_equal_runs(out, folder, FILES)
-        assert (out / "config.yaml").read_text().replace(str(out), "") == (
-            folder / "config.yaml").read_text().replace(str(folder), "")
+        print(f"killed before call {n}, {calls[max(0, n - 4):n + 1]}")   # shown where the next line fails
+        assert_equal_runs(out, folder, [name for name in FILES if (out / name).exists()])
+        assert same_config(out, folder)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("low,high", [(1, 5), (6, 9), (10, 13)], ids=["low", "full", "fine"])
-def test_kill_9_in_every_stage(whole, tmp_path, low, high):
+def test_kill_9_in_every_stage(whole, tmp_path):
+    """At a random step of each, one after the other."""
     words, out = whole
-    folder, at = tmp_path / "run", random.randint(low, high)
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, "--out", str(folder)],
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith(f"step {at}/"):
-            process.kill()
-            break
-    assert process.wait() == -signal.SIGKILL
-    if not (folder / "last.pt").exists():
-        pytest.skip(f"killed before the state of step {at} was written")
+    folder, ends = tmp_path / "run", []
+    for low, high in ((1, 5), (6, 9), (10, 13)):
+        at = random.randint(low, high)
+        arguments = [*words, "--out", str(folder)]
+        if (folder / "last.pt").exists():                        # absent: killed before its first state
+            arguments = ["--resume", str(folder)]
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments],
+                                   stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith(f"step {at}/"):
+                process.kill()
+                break
+        ends.append((at, process.wait()))
+    print(f"killed at steps {ends}")
+    assert [code for _, code in ends] == [-signal.SIGKILL] * 3
     assert resume(folder) == 0
-    print(f"killed at step {at}")
     assert_equal_runs(out, folder, FILES)
+    assert same_config(out, folder)
 
 
 def checkpoints_equal(a, b):
