@@ -24,8 +24,8 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def freeze() -> None:
-    """Sets the garbage aside from what stays: every prediction collects garbage before its step, and would look
-    each time at the millions of objects of the libraries that the tests import.
+    """Takes what is there now out of the garbage collector's sight: every prediction collects garbage before
+    its step, and would look each time at the millions of objects of the libraries that the tests import.
     """
     gc.collect()
     gc.freeze()

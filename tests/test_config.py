@@ -76,9 +76,9 @@ def test_bad_yaml_is_one_line(text, says, tmp_path):
 
 @pytest.mark.slow
 def test_every_config_and_preset_loads_builds_and_takes_a_step():
-    """Sizes are cut, the networks are as they are. Of presets AdamW moves all weights: Muon would take seconds for
-    the widest. In float32: bf16 is tried for each network in a process of seconds (tests/test_devices.py), and
-    predictions take their steps in it.
+    """Sizes are cut, the networks are as they are. AdamW moves those of presets, since Muon takes seconds for
+    the widest. All is in float32: of bf16 a process tries each network for seconds (tests/test_devices.py),
+    and predictions take their steps in it.
     """
     experiments = sorted((ROOT / "config").glob("*.yaml"))
     assert experiments

@@ -86,21 +86,27 @@ def test_noise_is_another_one_in_each_step_and_for_each_crop():
 
 
 STARTS = """
-import multiprocessing, sys
+import multiprocessing, os, sys
 import train
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    sys.exit(train.main(sys.argv[2:]))
+    methods = ["spawn", "forkserver"]
+    if "RANK" in os.environ:                     # each rank by another
+        methods = [methods[int(os.environ["RANK"])]]
+    for method in methods:
+        multiprocessing.set_start_method(method, force=True)
+        out = method if len(methods) == 2 else "ranks"
+        code = train.main([*sys.argv[2:], "--out", f"{sys.argv[1]}/{out}"])
+        if code:
+            sys.exit(code)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])       # fork: test_batches_are_a_function ...
-def test_workers_begin_by_every_start_method_with_and_without_ranks(method, ranks, tmp_path):
+def test_workers_begin_by_every_start_method_with_and_without_ranks(ranks, tmp_path):
     """Python 3.14 has forkserver on Linux, macOS spawn: what a worker is given is pickled. A lambda once
-    ended every run of several ranks there.
+    ended every run of several ranks there. By fork they begin in test_batches_are_a_function_of_step_alone.
     """
     script = tmp_path / "start.py"
     script.write_text(STARTS)
@@ -108,9 +114,9 @@ def test_workers_begin_by_every_start_method_with_and_without_ranks(method, rank
     if ranks > 1:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                  "--nproc_per_node", str(ranks), str(script)]
-    words += [method, *TINY, "--steps", "2", "--workers", "1", "--train.val_crops", "1",
-              "--out", str(tmp_path / "r")]
+    words += [str(tmp_path), *TINY, "--steps", "2", "--workers", "1", "--train.val_crops", "1"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["step"] for row in rows(tmp_path / "r", "train")] == [1, 2]
+    for out in ("spawn", "forkserver") if ranks == 1 else ("ranks",):
+        assert [row["step"] for row in rows(tmp_path / out, "train")] == [1, 2]

@@ -12,6 +12,9 @@ import tasks.vae
 import vae3d
 from peaks import GIB, count, largest, plan, predict
 from pieces import run_alone
+from tasks import TASKS
+from training import fit
+from training.task import of
 
 
 def peak_of(body, device="cpu"):
@@ -93,9 +96,8 @@ MODES = [["--memory.mode", mode] for mode in vae3d.MEMORY_MODES]
 def test_prediction_for_the_cpu_is_what_a_real_step_counts(flags):
     cfg = runs.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags])
 
-    def make_step(device):
-        return runs.make_step(cfg, device)
-    counted, predicted = count(make_step).bytes, predict(make_step, "cpu").bytes
+    counted = count(lambda device: runs.make_step(cfg, device)).bytes
+    predicted = fit.predicted(cfg, of(TASKS, cfg), "cpu").bytes
     grouped = "group" in flags  # on fake tensors GroupNorm leaves channels_last, as CUDA's kernel does
     assert predicted == pytest.approx(counted, rel=0.09 if grouped else 0.05), (
         f"predicted {predicted}, counted {counted}"
@@ -107,11 +109,8 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
     """Each of them raises the prediction by at least its own weights, also where it sets in
     later."""
     def peak(*flags):
-        return predict(
-            lambda d: runs.make_step(
-                runs.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags]), d
-            )
-        )
+        cfg = runs.load_config(["--patch", "12,24,20", "--vae.base_channels", "8", *flags])
+        return fit.predicted(cfg, of(TASKS, cfg), "cuda")
 
     plain, disc = peak(), tasks.vae.build_discriminator(runs.load_config(["--patch", "12,24,20", *GAN]))
     weights = 4 * sum(p.numel() for p in disc.parameters())
@@ -124,14 +123,10 @@ def test_the_step_has_discriminator_perceptual_loss_and_averages():
 
 @pytest.mark.slow
 def test_each_step_of_the_dial_lowers_the_prediction():
-    peaks = [
-        predict(
-            lambda d, m=mode: runs.make_step(
-                runs.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", m]), d
-            )
-        ).bytes
-        for mode in vae3d.MEMORY_MODES
-    ]
+    peaks = []
+    for mode in vae3d.MEMORY_MODES:
+        cfg = runs.load_config(["--patch", "32,96,96", "--amp", "--memory.mode", mode])
+        peaks.append(fit.predicted(cfg, of(TASKS, cfg), "cuda").bytes)
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks), peaks
 
 

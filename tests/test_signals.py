@@ -18,10 +18,20 @@ from training.step import train_step
 pytestmark = pytest.mark.slow
 
 
+SIX = ["--steps", "6", "--train.val_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(*SIX, out=out) == 0
+    return out
+
+
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_signals_save_the_state_and_name_the_command(tmp_path, number, code, capsys, monkeypatch):
-    flags, whole, cut = ["--steps", "6", "--train.val_every", "2"], tmp_path / "whole", tmp_path / "cut"
-    assert run(*flags, out=whole) == 0
+def test_signals_save_the_state_and_name_the_command(
+        undisturbed, tmp_path, number, code, capsys, monkeypatch):
+    cut = tmp_path / "cut"
 
     def signalled(cfg, state, batches):
         if state.step == 2:
@@ -29,10 +39,10 @@ def test_signals_save_the_state_and_name_the_command(tmp_path, number, code, cap
         return train_step(cfg, state, batches)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", signalled)
-        assert run(*flags, out=cut) == code
+        assert run(*SIX, out=cut) == code
     assert f"--resume {cut}" in capsys.readouterr().out
     assert resume(cut) == 0
-    assert (whole / "last.pt").read_bytes() == (cut / "last.pt").read_bytes()
+    assert (undisturbed / "last.pt").read_bytes() == (cut / "last.pt").read_bytes()
 
 
 def test_signals_between_the_crops_of_validation_codebook_latents_and_pictures(tmp_path, monkeypatch, capsys):
@@ -102,7 +112,7 @@ def started(out, *flags):
 
 
 def test_signals_to_workers_and_to_the_reader_of_the_output_harm_nothing(tmp_path):
-    process = started(tmp_path / "r", "--steps", "9", "--accum", "200", "--data.crops_per_volume", "1000",
+    process = started(tmp_path / "r", "--steps", "9", "--accum", "100", "--data.crops_per_volume", "1000",
                       "--data.workers", "2", "--log.every", "1")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while children.is_file() and len(children.read_text().split()) < 2:
@@ -134,6 +144,6 @@ def test_a_second_signal_ends_at_once(tmp_path):
 def test_soak_in_short():
     """tests/soak.py: ends at random moments, real processes."""
     soak = Path(__file__).with_name("soak.py")
-    words = [sys.executable, str(soak), "--kills", "6", "--steps", "9", "--commands", "0"]
+    words = [sys.executable, str(soak), "--kills", "4", "--steps", "6", "--commands", "0"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "all resumed and equal" in done.stdout, done.stdout + done.stderr
