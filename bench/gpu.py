@@ -123,7 +123,7 @@ def judged(**errors: float) -> dict:
 
 def networks_right(options: argparse.Namespace) -> Rows:
     """The reconstruction from the latent's mean, and gradients of parameters and volume, of one loss."""
-    size = (16, 32, 32) if options.tiny else (32, 64, 64)
+    size = (8, 16, 32) if options.tiny else (32, 64, 64)
     cases = {
         "fast": vae3d.PRESETS["fast"],
         "ultra_lightweight": vae3d.PRESETS["ultra_lightweight"],
