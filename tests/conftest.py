@@ -31,10 +31,10 @@ def freeze() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool():
-    """Three processes that do what they are sent."""
-    pool = Pool(3)
+    """Processes that do what they are sent."""
+    pool = Pool()
     yield pool
     pool.close()
 

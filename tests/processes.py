@@ -39,10 +39,14 @@ def free_port() -> int:
 
 
 class Pool:
-    def __init__(self, size: int):
-        context = multiprocessing.get_context("spawn")
+    """Each process starts when a test first asks for so many, and stays for those that come after."""
+
+    def __init__(self):
         self.pipes, self.processes, self.hangs = [], [], False
-        for _ in range(size):
+
+    def grow(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self.processes) < size:
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
             self.processes.append(context.Process(target=serve, args=(theirs,), daemon=True))
@@ -52,6 +56,7 @@ class Pool:
 
     def begin(self, world: int, function: Callable, *arguments: Any) -> None:
         assert not self.hangs, "a rank hung in an earlier test"
+        self.grow(world)
         port = free_port()
         for rank in range(world):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
@@ -82,7 +87,9 @@ class Pool:
         return self.end(range(world))
 
     def close(self) -> None:
-        """Ends the processes. One that does not come to its end fails the test, unless it hung before."""
+        """Ends the processes; a test after it has new ones. One that does not come to its end fails the test,
+        unless it hung before.
+        """
         for pipe in self.pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send(None)
@@ -91,4 +98,5 @@ class Pool:
         stuck = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for process in self.processes:
             process.kill()
+        self.pipes, self.processes = [], []
         assert self.hangs or not stuck, f"ranks {stuck} do not end"

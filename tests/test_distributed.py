@@ -566,7 +566,7 @@ def test_slurm_script_saves_and_requeues_before_the_end_of_its_time_and_goes_on(
 
 
 def test_a_killed_rank_ends_the_others_without_torchrun_too(pool, tmp_path):
-    """The last test of the pool: it loses a process."""
+    """The pool loses a process here, and begins anew after it."""
     pool.begin(3, session, ["--steps", "9", "--train.save_every", "2"], tmp_path / "a", False,
                partial(signals_itself, signal.SIGKILL, 2))
     started = time.monotonic()
@@ -575,3 +575,4 @@ def test_a_killed_rank_ends_the_others_without_torchrun_too(pool, tmp_path):
     told_once(ended, r"train.py: rank \d on \S+: another rank is gone or does not answer; "
                      r"go on with: .*--resume .*")
     assert session(["--resume", str(tmp_path / "a"), "--steps", "3"], None)[0] == 0
+    pool.close()
