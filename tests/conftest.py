@@ -14,6 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("runs", "pieces", "volume_files")
 
 
+# Those that take half a minute and more begin first, so that no worker is left alone with one at the end.
+LONGEST = ("test_distributed", "test_readme", "test_edges", "test_signals", "test_memtest", "test_tiles",
+           "test_tile_parallel", "test_sparse", "test_peaks", "test_sparse_task", "test_fit", "test_order")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+    items.sort(key=place)
+
+
 def pytest_collection_finish():
     freeze()
 
