@@ -1,6 +1,9 @@
 """What tests of several files use: tensors, generators, what autograd keeps, sources to compare, a file
 alone in a folder."""
 import ast
+import atexit
+import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -73,11 +76,49 @@ def assert_copies(file: str) -> int:
     return found
 
 
+# A process that has loaded torch and nothing of ours, and lets a fork of it run the code that it is sent.
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    folder, code = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    status = 1
+    try:
+        os.chdir(folder)
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        exec(compile(code, "alone", "exec"), {"__name__": "__main__"})
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+"""
+
+
+@functools.cache
+def forks() -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-I", "-c", FORKS], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
 def run_alone(folder: Path, files: list[str], code: str) -> str:
-    """What `code` prints in a folder that holds nothing but these files of ours."""
+    """What `code` prints in a folder that holds nothing but these files of ours, where torch was loaded
+    before.
+    """
     for file in files:
         shutil.copy(ROOT / file, folder)
-    code = f"import sys; sys.path.insert(0, '.')\n{code}"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    forks().stdin.write(json.dumps([str(folder), f"import sys; sys.path.insert(0, '.')\n{code}"]) + "\n")
+    forks().stdin.flush()
+    status = int(forks().stdout.readline())
+    out, error = (folder.with_name(f"{folder.name}.{name}").read_text() for name in ("out", "err"))
+    assert status == 0, error
+    return out
