@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from pieces import run_alone
+
 ROOT = Path(__file__).resolve().parents[1]
 LINE = 110
 FOLDERS = ("volumes", "training", "tasks")
@@ -160,6 +162,19 @@ def test_files_that_people_copy_import_torch_alone():
             if module not in at_top:
                 allowed |= DOORS.get(name, set())
             assert top in allowed or top in sys.stdlib_module_names, f"{name}.py imports {module}"
+
+
+@pytest.mark.parametrize("room", TORCH_ONLY)
+def test_a_file_that_people_copy_loads_in_a_folder_of_its_own(room, tmp_path):
+    """Beside it lie the files that its row names, and those that theirs name; of packages torch is enough."""
+    needed, found = [room], set()
+    while needed:
+        name = needed.pop()
+        found.add(name)
+        needed += TORCH_ONLY[name] - found
+    said = run_alone(tmp_path, [f"{name}.py" for name in found], f"import {room}\nprint(*sys.modules)")
+    loaded = set(said.split())
+    assert room in loaded and not loaded & {"nibabel", "yaml", "monai", "PIL", "scipy", "SimpleITK"}
 
 
 def test_arrows_point_downwards():
