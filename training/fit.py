@@ -26,12 +26,12 @@ from training.order import MicroBatch
 from training.step import StepResult, train_step
 from training.task import Task
 
+# Of Muon in a rehearsal, where five are most of a step's time: the second holds all that later ones hold.
+FEW_ITERATIONS = 2
 # Bytes that no step takes for a voxel of its crops; attention without a fused kernel is what comes near.
 MOST_PER_VOXEL = 100_000
 # Tile plans that take longer, over a checkpointed step, are not considered.
 MOST_WORK = 2.0
-# Of Muon in a rehearsal, where five are most of a step's time: the second holds all that later ones hold.
-FEW_ITERATIONS = 2
 CUBES = (128, 64, 32, 16, 8)                  # edges of tiles for a network of points, voxels
 
 
