@@ -20,7 +20,8 @@ def test_the_page_of_a_log_holds_its_curves_and_of_two_runs_both(tmp_path):
     for name, psnr in (("a", 20.0), ("b", 30.0)):
         write_log(tmp_path / name, [
             {"step": 0, "split": "val", "psnr": psnr, "loss": 0.5, "dice_1": 0.3, "dice_2": 0.1},
-            {"step": 1, "split": "train", "loss": 0.4, "lr": 1e-3, "peak_gib": 1.5, "voxels_per_second": 9},
+            {"step": 1, "split": "train", "loss": 0.4, "lr": 1e-3, "peak_gib": 1.5, "voxels_per_second": 9,
+             "gpu_percent": 90, "gpu_reserved_gib": 2.0},
             {"step": 2, "split": "train", "loss": None, "lr": 1e-3, "peak_gib": 2.5, "skipped": True},
             {"step": 2, "split": "val", "psnr": psnr + 1, "loss": 0.3, "dice_1": 0.4}])
     page = run_page.run_page([tmp_path / "a"])

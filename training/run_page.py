@@ -28,7 +28,7 @@ NAME, COMMANDS = "report.html", "commands.jsonl"
 STRIP = 8                                     # pictures of the same slice over the training
 # Of a row, what is no loss term and no figure.
 OTHER = ("step", "epoch", "split", "lr", "grad_norm", "seconds", "voxels_per_second", "peak_gib", "skipped",
-         "files", "gpu_percent", "gpu_gib")
+         "files", "gpu_percent", "gpu_reserved_gib")
 FIRST = ("psnr", "ssim", "l1", "dice", "iou", "explained")     # figures, in this order, before the terms
 LINEAR = ("psnr", "ssim", "dice", "iou", "explained", "sharpness", "codebook_usage", "perplexity")
 
