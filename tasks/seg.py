@@ -23,6 +23,7 @@ import data
 import losses
 import unet
 import vae3d
+import windows
 from metrics import SurfaceScores, surface_scores
 from training import views
 from training.cases import Case, label_of
@@ -114,7 +115,7 @@ def output(cfg: TrainConfig, state: State, network: Callable, image: Tensor) -> 
 
     def logits_of(x: Tensor) -> Tensor:
         return forward(state, network, x).logits
-    slabs = unet.window_logits(logits_of, image, cfg.data.patch, background=cfg.loss.background)
+    slabs = windows.window_logits(logits_of, image, cfg.data.patch, background=cfg.loss.background)
     return unet.UNetOutput(torch.cat(list(slabs), 1)[None], ())
 
 
@@ -224,7 +225,7 @@ def check_two_classes(count: int) -> None:
 def segment(ready: Ready, array: np.ndarray, window: Sequence[int] | None = None, overlap: float = 0.5,
             background: float = -1.0, threshold: float | None = None, size: Sequence[int] | None = None,
             tick: Callable = nothing) -> np.ndarray:
-    """(C, D, H, W) normalised -> classes (D, H, W) int16, by windows that overlap (unet.window_logits).
+    """(C, D, H, W) normalised -> classes (D, H, W) int16, by windows that overlap (windows.window_logits).
 
     window: D, H, W; None: the size of the run's crops. background: the volume's. threshold: see
     `class_scores`. size: of a grid over the same field of view that the classes are wanted on.
@@ -238,10 +239,10 @@ def segment(ready: Ready, array: np.ndarray, window: Sequence[int] | None = None
 
 def window_logits(ready: Ready, array: np.ndarray, window: Sequence[int], overlap: float = 0.5,
                   background: float = -1.0, tick: Callable = nothing) -> Iterator[Tensor]:
-    """unet.window_logits in the checkpoint's precision: (K, slab, H, W) float32 on the CPU, along D."""
+    """windows.window_logits in the checkpoint's precision: (K, slab, H, W) float32 on the CPU, along D."""
     def network(x: Tensor) -> Tensor:
         return run_network(ready, lambda y: ready.model(y).logits, x[0])
-    return unet.window_logits(network, torch.from_numpy(array)[None], window, overlap, background, tick)
+    return windows.window_logits(network, torch.from_numpy(array)[None], window, overlap, background, tick)
 
 
 def class_scores(logits: Tensor, threshold: float | None) -> Tensor:

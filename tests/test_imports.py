@@ -35,7 +35,7 @@ TORCH_ONLY: dict[str, set[str]] = {
     "sparse_tables": {"sparse_conv", "sparse_attention"},
     "sparse": {"sparse_conv", "sparse_attention", "sparse_tables"},
     "weights": {"vae3d", "unet"}, "unet_weights": {"unet"}, "control": set(), "muon": set(),
-    "metrics": set(), "augment": set(),
+    "metrics": set(), "augment": set(), "windows": set(),
 }
 DOORS: dict[str, set[str]] = {
     "vae3d": {"quantize", "local_layers", "tiles", "tile_plans"},

@@ -58,14 +58,6 @@ def test_windows_of_a_local_network_give_the_whole_volumes_logits(size, window, 
     assert found.shape == (2, *size) and ticks[-1][0] == ticks[-1][1] == len(ticks)
 
 
-def test_windows_cover_and_overlap():
-    for n in range(1, 40):
-        for w in range(1, 12):
-            starts = unet.window_starts(n, min(n, w), 0.5)
-            assert starts[0] == 0 and starts[-1] + min(n, w) == n
-            assert all(b - a <= max(1, w / 2 + 0.5) for a, b in zip(starts, starts[1:]))
-
-
 def test_one_window_is_one_plain_forward_pass(runs):
     ready = load(runs("seg"), TASKS, device="cpu")
     x = np.random.default_rng(0).standard_normal((1, 8, 16, 16)).astype(np.float32)
