@@ -238,21 +238,7 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     missing = sorted(ours.keys() - theirs.keys())
     unexpected = sorted(theirs.keys() - ours.keys())
     other_head = is_gaussian(state.model) != was_gaussian(content)
-    fits, reshaped = {}, []
-    for name in sorted(ours.keys() & theirs.keys()):
-        new, old = ours[name], theirs[name]
-        if checkpoints.is_like(old, new):
-            fits[name] = old
-            continue
-        change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
-        mean = None
-        if other_head and name.startswith(("encoder.head.conv.", "encoder.quant_conv.")):
-            mean = with_their_mean(new, old)
-        if mean is not None:
-            fits[name] = mean
-            reshaped.append(f"{change} (the mean's part taken)")
-        else:
-            reshaped.append(f"{change} (left as new)")
+    fits, reshaped = fitting(ours, theirs, other_head)
 
     # Then whether that is enough.
     trained = {name: p.requires_grad for name, p in state.model.named_parameters()}
@@ -287,6 +273,31 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
         if names:
             lines.append(f"init: {len(names)} {what}: {'; '.join(names)}")
     return lines, any(name.startswith("quantizer.") and name.endswith("codebook") for name in fits)
+
+
+def fitting(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
+            other_head: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Those of their weights that ours take, by name and shape, and a line for each of another shape.
+
+    other_head: one encoder ends in mean and log-variance, the other in codes; of its last layers the mean's
+    part is taken.
+    """
+    fits, reshaped = {}, []
+    for name in sorted(ours.keys() & theirs.keys()):
+        new, old = ours[name], theirs[name]
+        if checkpoints.is_like(old, new):
+            fits[name] = old
+            continue
+        change = f"{name} {tuple(old.shape)} -> {tuple(new.shape)}"
+        mean = None
+        if other_head and name.startswith(("encoder.head.conv.", "encoder.quant_conv.")):
+            mean = with_their_mean(new, old)
+        if mean is not None:
+            fits[name] = mean
+            reshaped.append(f"{change} (the mean's part taken)")
+        else:
+            reshaped.append(f"{change} (left as new)")
+    return fits, reshaped
 
 
 def is_gaussian(network: torch.nn.Module) -> bool:
