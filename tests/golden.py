@@ -154,7 +154,8 @@ def use(folder: Path) -> dict:
     finish("memtest", [start(words, folder)])
     kept = [folder / name for name in ("vae.json", "vq.json", "memtest.json")]
     for name in ("recon", "latents", "decoded", "found"):
-        kept += sorted((folder / name).rglob("*.*"))
+        # Not .predict.jsonl: it has digests of inputs, whose gzip headers hold the time.
+        kept += sorted(path for path in (folder / name).rglob("*.*") if not path.name.startswith("."))
     return {str(path.relative_to(folder)): content(path) for path in kept}
 
 
