@@ -340,9 +340,9 @@ class FiniteScalarQuantizer(Quantizer):
             offset = (1 - levels % 2) / 2
             bounded = (x + (offset / half).atanh()).tanh() * half - offset
             rounded = bounded.detach().round()
-            # Levels count from -width; a digit from 0.
+            # Levels count from -width; a digit from 0. A NaN has some index, and stays in z_q.
             width = levels.div(2, rounding_mode="floor")
-            digits = (rounded + width).long()
+            digits = (rounded + width).nan_to_num(0).long()
             index = (digits * self.digit_bases.to(x.device)).sum(-1)
             z_q = StraightThrough.apply(bounded / width, rounded / width)
         return Codes(z_q, z_q.new_zeros(()), index)
