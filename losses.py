@@ -374,14 +374,14 @@ def segmentation_loss(logits: Tensor, label: Tensor, dice_share: float = 0.5,
         raise ValueError(f"segmentation_loss: needs logits (B, K, D, H, W) and label (B, D, H, W), "
                          f"got {tuple(logits.shape)} and {tuple(label.shape)}")
     if label.dtype != torch.int64:
-        raise ValueError(f"segmentation_loss: label must be int64, got {label.dtype}; "
-                         f"convert it with .long()")
+        raise ValueError(f"segmentation_loss: label must be int64, got {label.dtype}; use label.long()")
     classes = max(2, logits.shape[1])
     if class_weights is not None and len(class_weights) != classes:
         raise ValueError(f"loss.class_weights has {len(class_weights)} factors, the labels have {classes} "
                          f"classes; give one for each")
-    weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights)
-    weights = weights.to(logits.device, torch.promote_types(logits.dtype, torch.float32), non_blocking=True)
+    weights = logits.new_ones(classes, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if class_weights is not None:
+        weights = torch.tensor(class_weights).to(weights, non_blocking=True)
     ce, dice_loss = _Segmentation.apply(logits, label, weights, ignore_index)
     return SegmentationLoss((1 - dice_share) * ce + dice_share * dice_loss, ce, dice_loss)
 

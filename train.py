@@ -369,6 +369,8 @@ def train_and_log(run: Run, step: int, micro_batches: list[MicroBatch]) -> None:
     crops = len(window)
     shape = (min(crops, cfg.train.batch), run.dataset.channels, *run.dataset.patch)
     result = recovered(run, shape, lambda: train_step(cfg, state, micro_batches))
+    if state.graphs is not None and (news := state.graphs.news(cfg, state)):
+        log.say(news)
     terms = {name: float(term) for name, term in result.terms.items()}
     seconds = time.monotonic() - started
     state.step = step + 1

@@ -33,7 +33,7 @@ MEMORY_MODES = ("none", "checkpoint", "tile")
 UPSAMPLES, MIDDLES = ("nearest", "trilinear", "transposed", "transposed3"), ("none", "blocks", "attention")
 LOGVAR_RANGE = (-30.0, 20.0)                     # exp() of it stays finite in float32 and float16
 Stride = tuple[int, int, int]                    # voxels along D, H, W
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = torch.Generator | Sequence[torch.Generator] | Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ class VAE3D(nn.Module):
         """Reconstruct x: through a sampled latent in training mode, its mean in eval mode, or its codes.
 
         generator: source of the latent noise (kl) or of replacements for dead codes (vq), one for the batch
-        or one per sample (on the CPU, so that every device draws the same); None: torch's global one.
+        or one per sample (on the CPU: every device draws the same), or the noise (kl); None: torch's global.
         """
         if self.quantizer is not None:
             z_q, *rest = self.encode(x, generator)
@@ -318,9 +318,9 @@ def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
 
 def sample_posterior(mu: Tensor, logvar: Tensor, generator: Generators = None) -> Tensor:
     """z = mu + exp(logvar / 2) * noise (arXiv:1312.6114, Eq. 10), in mu's dtype; each (B, Z, d, h, w)."""
-    if generator is None or isinstance(generator, torch.Generator):
+    if (noise := generator) is None or isinstance(generator, torch.Generator):
         noise = torch.randn(mu.shape, generator=generator, dtype=mu.dtype)
-    else:
+    elif not isinstance(generator, Tensor):
         noise = torch.stack([torch.randn(mu.shape[1:], generator=g, dtype=mu.dtype) for g in generator])
     with torch.autocast(mu.device.type, enabled=False):          # float32 island: exp overflows in float16
         return mu + (0.5 * logvar).exp() * noise.to(mu.device, non_blocking=True)

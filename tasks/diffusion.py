@@ -189,6 +189,19 @@ def statistics(run: Run) -> dict:
 
 # -------------------------------------------------------------------------------- training and validation
 
+def given(
+    cfg: TrainConfig, state: State, micro: MicroBatch, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, ...]:
+    """Noise (B, Z, d, h, w), its level and whether the conditions are dropped (2, B), both in [0, 1), and
+    mean and std (Z,) of the latents.
+    """
+    draws = [torch.rand(2, generator=g, dtype=torch.float64) for g in generators]
+    x = micro.image[:, :cfg.unet.out_channels]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    known = () if state.latent is None else (state.latent["mean"], state.latent["std"])
+    return (noise_of(x, generators), torch.stack(draws, 1).to(dtype), *(value.to(x.dtype) for value in known))
+
+
 def objective(
     cfg: TrainConfig,
     state: State,
@@ -198,11 +211,12 @@ def objective(
 ) -> Objective:
     """One noise level a sample. Noise, level and the loss of its conditions are draws of its own generator.
     """
-    x, cond = prepared(cfg, state, micro.image, micro.label)
-    draws = [torch.rand(2, generator=g, dtype=torch.float64) for g in generators]
-    eps = noise_of(x, generators)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    u, dropped = torch.stack(draws, 1).to(x.device, dtype, non_blocking=True)
+    device = micro.image.device
+    if micro.given is None:
+        taken = [value.to(device, non_blocking=True) for value in given(cfg, state, micro, generators)]
+        micro = micro._replace(given=tuple(taken))
+    eps, (u, dropped), *known = micro.given
+    x, cond = prepared(cfg, dict(zip(("mean", "std"), known)), micro.image, micro.label)
     none = {name: torch.zeros_like(value) for name, value in cond.items()}
     cond = diffusion.drop_conditions(cfg.diffusion, dropped, cond, none)
     found = diffusion.loss(cfg.diffusion, caller(state, network), x, eps, u, cond)
@@ -221,7 +235,7 @@ def criterion(
     explained: 1 - loss / what the best linear denoiser of independent normal numbers has, the mean over the
     levels; 0 is no better than knowing mean and std.
     """
-    x, cond = prepared(cfg, state, micro.image, micro.label)
+    x, cond = prepared(cfg, state.latent, micro.image, micro.label)
     eps, terms, explained = noise_of(x, generators), {}, 0.0
     for k in range(LEVELS):
         u = torch.full((len(x),), (k + 0.5) / LEVELS, device=x.device)
@@ -233,14 +247,14 @@ def criterion(
     return Objective(None, {"loss": sum(terms.values()) / LEVELS, "explained": explained, **terms})
 
 
-def prepared(cfg: TrainConfig, state: State, image: Tensor,
+def prepared(cfg: TrainConfig, known: dict | None, image: Tensor,
              label: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     """A crop's channels -> the normalised latent (B, Z, d, h, w), and the conditions by name."""
     z, beside = cfg.unet.out_channels, cfg.cond.concat_channels
-    x, cond = normalised(state.latent, image[:, :z]), {}
+    x, cond = normalised(known, image[:, :z]), {}
     if cfg.unet.vector_channels:
         if label is None:                                        # of a rehearsal
-            label = torch.zeros(len(x), cfg.unet.vector_channels)
+            label = torch.zeros(len(x), cfg.unet.vector_channels, device=x.device)
         cond["vector"] = label.to(x.device, x.dtype, non_blocking=True)
     if beside:
         cond["concat"] = scaled_concat(image[:, z:z + beside])
@@ -251,7 +265,7 @@ def prepared(cfg: TrainConfig, state: State, image: Tensor,
 
 def normalised(known: dict | None, z: Tensor) -> Tensor:
     """(z - mean) / std of each channel; as it is in a rehearsal of memory, which knows neither."""
-    if known is None:
+    if not known:
         return z
     mean, std = (known[name].to(z.device, z.dtype, non_blocking=True) for name in ("mean", "std"))
     return (z - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
@@ -321,7 +335,7 @@ def sample(cfg: TrainConfig, state: State, network: Callable, crop: data.Crop) -
     they are decoded. Its noise is the same each time.
     """
     image, label = to_device(crop.image[None], state.device), crop.label[None]
-    x, cond = prepared(cfg, state, image, label)
+    x, cond = prepared(cfg, state.latent, image, label)
     generator = torch.Generator().manual_seed(seed_of(cfg.train.seed, "picture", crop.entry.name))
     none = {name: torch.zeros_like(value) for name, value in cond.items()}
     found = diffusion.sample(cfg.diffusion, caller(state, network), noise_of(x, [generator]), cond, none)

@@ -81,6 +81,11 @@ def build(cfg: TrainConfig) -> UNet:
 
 # -------------------------------------------------------------------------------- training and validation
 
+def given(*_) -> tuple[Tensor, ...]:
+    """Nothing is drawn."""
+    return ()
+
+
 def objective(
     cfg: TrainConfig,
     state: State,

@@ -141,6 +141,15 @@ def last_start(cfg: TrainConfig) -> int:
     return max(adv, features)
 
 
+def given(
+    cfg: TrainConfig, state: State, micro: MicroBatch, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, ...]:
+    """The noise (B, Z, d, h, w) of a sampled latent, as the network would draw it."""
+    shape = (cfg.vae.z_channels, *state.model.latent_size(micro.image.shape[2:]))
+    dtype = torch.promote_types(micro.image.dtype, torch.float32)
+    return (torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]),)
+
+
 def objective(
     cfg: TrainConfig,
     state: State,
@@ -177,7 +186,8 @@ def reconstruct_and_compare(
     perceptual_weight: float,
 ) -> Objective:
     """generators: one for each sample of the micro-batch, for its latent noise and its sub-crop."""
-    out = forward(state, network, micro.image, generators)
+    noise = micro.given[0] if micro.given else generators
+    out = forward(state, network, micro.image, noise)
 
     # First what the networks that judge will see: the same sub-crop of image and reconstruction, so that
     # their memory is bounded.

@@ -117,6 +117,8 @@ class RunConfig:
     nan_limit: int = 5                        # non-finite steps in a row that stop the run
     latent_crops: int = 32                    # training crops by which the latent's mean and std are measured
     compile: bool = False                     # torch.compile the network
+    cuda_graph: bool | None = None            # replay a step as CUDA graphs, for small crops on a GPU
+                                              # (training/graphs.py); auto: off
     deterministic: bool = True                # cuDNN's deterministic kernels, so that a resumed run on
                                               # CUDA is exact too
 

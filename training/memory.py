@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import tiles
-from training import ranks
+from training import graphs, ranks
 from training.config import MemoryConfig, TrainConfig
 from training.signals import RunStopped
 from training.state import State, new_state, quantizer_of
@@ -82,6 +82,7 @@ def begin(
 ) -> State:
     """state.new_state with the config's dial put on its networks."""
     state = new_state(cfg, task, device, features)
+    state.graphs = graphs.of(cfg, device, rehearsal)
     turn_dial(state, cfg.memory, rehearsal)
     return state
 
@@ -89,6 +90,8 @@ def begin(
 def turn_dial(state: State, dial: MemoryConfig, rehearsal: bool = False) -> None:
     """Put the dial on all networks of a run."""
     state.dial = dial
+    if state.graphs is not None:
+        state.graphs.forget()
     for network in (state.model, *state.emas):
         set_dial(network, dial, rehearsal)
 

@@ -30,6 +30,7 @@ class MicroBatch(NamedTuple):
     label: Tensor | None = None               # what goes with them: (b, D, H, W) int64 for segmentation,
                                               # (b, V) conditions for a denoiser
     crops_in_step: int | None = None          # of all ranks; none: those of the micro-batches at hand
+    given: tuple[Tensor, ...] | None = None   # Task.given of it, where the device has that already
 
 
 def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class State:
     global_batch: int = 0                     # crops an optimizer step of train.batch x train.accum, over all
                                               # ranks; a stage of another batch has as many more
     edges: list[int] = field(default_factory=list)  # steps at which the stages before this one ended
+    graphs: Any = None                        # graphs.Graphs of train.cuda_graph
     updating: bool = False                    # between the first and the last write of an update
 
     @property

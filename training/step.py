@@ -1,8 +1,9 @@
 """One optimizer step: forward, loss and backward of each micro-batch, then one update of everything.
 
 The task says what the loss is (its `objective`); a discriminator, where there is one, adds its terms
-(adversary.py). Which crops come in, and the random numbers, are given (order.py). Recovery from out of memory
-is around this (memory.py). Version 0.3 (2026-11).
+(adversary.py). With train.cuda_graph its heavy parts are replayed (graphs.py). Which crops come in, and the
+random numbers, are given (order.py). Recovery from out of memory is around this (memory.py).
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -39,18 +40,24 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
     """
     with statistics_put_back(state.model) as failed:
         gan = adversary.is_judging(cfg, state)
+        replayed = state.graphs is not None and state.graphs.reason(cfg, state) is None
         optimizers = [state.optimizer]
         if gan:
             optimizers.append(state.disc_optimizer)
 
         # First the gradients: every micro-batch adds its own, and the ranks add up theirs.
-        forget_gradients(state, optimizers)
-        terms, usage = accumulate(cfg, state, micro_batches, gan)
+        if replayed:
+            terms, usage = state.graphs.accumulate(cfg, state, micro_batches), None
+        else:
+            forget_gradients(state, optimizers)
+            terms, usage = accumulate(cfg, state, micro_batches, gan)
         terms = reduced(state, gan, terms, usage)
 
         # Then their norm, in true units and clipped, and whether anything is not finite. Loss and norm are
         # both looked at: the gradient of |NaN| is zero, so the norm alone would miss it.
-        norm = unscaled_norm(state, optimizers, clip_threshold(cfg.optim, state.norms))
+        unscale(state, optimizers)
+        clip = state.graphs.clipped_norm if replayed else torch.nn.utils.clip_grad_norm_
+        norm = clip(state.weights, clip_threshold(cfg.optim, state.norms))
         total = norm + terms["loss"]
         if gan:
             # Its own limit: clipped at the network's, every weight of R1 would give the same step.
@@ -63,7 +70,8 @@ def train_step(cfg: TrainConfig, state: State, micro_batches: Sequence[MicroBatc
 
         # Then the update, of everything or of nothing.
         if updated:
-            update(cfg, state, optimizers, gan, terms, usage, float(norm))
+            move_weights(state, optimizers, replayed)
+            update_the_rest(cfg, state, gan, terms, usage, float(norm))
 
         # Last the scales of 16 bits: lower after a step that was not finite.
         if state.masters is not None:
@@ -164,11 +172,8 @@ def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return False
 
 
-def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], threshold: float) -> Tensor:
-    """Bring all gradients to true units, which the threshold is in, and clip those of the network.
-
-    Returns the norm of the network's gradients before clipping.
-    """
+def unscale(state: State, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Bring all gradients to true units, which the limits of clipping are in."""
     if state.masters is not None:
         state.masters.take_gradients()
         if len(optimizers) > 1:
@@ -176,7 +181,6 @@ def unscaled_norm(state: State, optimizers: Sequence[torch.optim.Optimizer], thr
     for optimizer in optimizers:
         if has_gradients(optimizer):
             state.scaler.unscale_(optimizer)
-    return torch.nn.utils.clip_grad_norm_(state.weights, threshold)
 
 
 def on_host(numbers: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -200,26 +204,31 @@ def clip_threshold(o: OptimConfig, norms: Sequence[float]) -> float:
 
 # -------------------------------------------------------------------------------- update
 
-def update(
+def move_weights(state: State, optimizers: Sequence[torch.optim.Optimizer], replayed: bool) -> None:
+    """From the first weight on the step cannot be repeated. The gradients are unscaled and finite:
+    scaler.step() would only read that from the device once more.
+    """
+    for optimizer in optimizers:
+        if has_gradients(optimizer):
+            if replayed:
+                state.graphs.move(optimizer)
+            else:
+                optimizer.step()
+            state.updating = True
+    if state.masters is not None:
+        state.masters.give_weights()
+
+
+def update_the_rest(
     cfg: TrainConfig,
     state: State,
-    optimizers: Sequence[torch.optim.Optimizer],
     gan: bool,
     terms: dict[str, Tensor],
     usage: Tensor | None,
     norm: float,
 ) -> None:
-    """Weights, then what follows them: running statistics, codebook, averages."""
-    # First the weights. From the first of them on the step cannot be repeated. The gradients are unscaled
-    # and finite: scaler.step() would only read that from the device once more.
-    for optimizer in optimizers:
-        if has_gradients(optimizer):
-            optimizer.step()
-            state.updating = True
-    if state.masters is not None:
-        state.masters.give_weights()
-
-    # Then what the forward passes moved, and the codebook, by the latents that they collected.
+    """What follows the weights: running statistics, codebook, averages."""
+    # First what the forward passes moved, and the codebook, by the latents that they collected.
     ranks.average(running_statistics(state.model))
     if gan:
         ranks.average(running_statistics(state.disc))

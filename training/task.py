@@ -89,6 +89,9 @@ class Task:
     helpers: Callable[..., dict[str, Any]] = no_helpers  # (cfg, device, features) -> State's disc, lecam,
                                                          # perceptual ...
     start: Callable[..., None] = nothing      # (run): before the first step of a run that has no state yet
+    given: Callable | None = None             # (cfg, state, micro, generators) -> tensors: all that
+                                              # `objective` takes from the host beside crops and labels, if
+                                              # micro.given has it not; None: steps cannot be replayed
     last_start: Callable[[TrainConfig], int] = lambda cfg: 0  # step from which all terms are there
 
     # Validation.
