@@ -1,4 +1,5 @@
 """MetaImage, NRRD and DICOM: the same voxels at the same places as nibabel reads them from a NIfTI."""
+import os
 import sys
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_missing_slices_are_told(tmp_path):
     one_line(ValueError(note.text), "2 to 4 mm apart", "missing")
 
 
-def test_damaged_ones_are_refused_in_a_line(tmp_path):
+def test_damaged_ones_are_refused_in_a_line(tmp_path, capfd):
     sitk()
     for name in ("a.mha", "b.nrrd", "c.dcm", "d.mhd", "e.nhdr"):
         (tmp_path / name).write_bytes(b"x" * 400)
@@ -149,6 +150,10 @@ def test_damaged_ones_are_refused_in_a_line(tmp_path):
         with pytest.raises(DataError) as error:
             formats.read_volume(path)
         one_line(error, path.name, words.get(path.name, ""))
+    # ITK's own libraries write to the process's standard error, past Python's.
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"and then it is back")
+    assert capfd.readouterr().err == "and then it is back"
 
 
 def test_the_voxels_beside_a_header_are_part_of_the_file(tmp_path):

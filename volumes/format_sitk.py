@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +36,7 @@ IO = {**dict.fromkeys(META, "MetaImageIO"), **dict.fromkeys(NRRD, "NrrdImageIO")
 INSTALL = "python -m pip install SimpleITK"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to RAS, and back
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+ONE_AT_A_TIME = threading.RLock()  # a series is listed while it is read
 UNEVEN = 0.01   # of the distance between slices: what others may differ by in silence
 
 
@@ -73,10 +75,31 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 # ---------------------------------------------------------------------------------------------- reading
 @contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """MetaIO, NrrdIO and GDCM write to the process's standard error themselves, whatever the display of
+    warnings is set to: meanwhile that goes nowhere. One thread at a time, so that each finds the true one.
+    """
+    with ONE_AT_A_TIME:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
 def errors_of_itk() -> Iterator[None]:
-    """What SimpleITK raises, without the places in its own source that it names."""
+    """What SimpleITK raises, without the places in its own source that it names, and what it prints."""
     try:
-        yield
+        with silenced():
+            yield
     except RuntimeError as error:
         last = str(error).strip().splitlines()[-1]
         why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", last)
@@ -221,10 +244,12 @@ def series_in(folder: str) -> list[list[str]]:
 def series_at(folder: str, _: int) -> list[list[str]]:
     """_: when the folder changed, so that what came into it since is seen."""
     reader = library().ImageSeriesReader
-    return [list(reader.GetGDCMSeriesFileNames(folder, name)) for name in reader.GetGDCMSeriesIDs(folder)]
+    with silenced():
+        return [list(reader.GetGDCMSeriesFileNames(folder, name)) for name in reader.GetGDCMSeriesIDs(folder)]
 
 
 # ---------------------------------------------------------------------------------------------- writing
+@errors_of_itk()
 def file_origin(kind: str, path: Path, source: Source, channel_axis: int | None) -> Origin:
     """Of a file that has been read already, from its header."""
     sitk = library()
