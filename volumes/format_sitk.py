@@ -115,8 +115,10 @@ def errors_of_itk() -> Iterator[None]:
         with silenced():
             yield
     except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", last)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # MetaIO ends with the system's reason even where there is none.
+        told = [line for line in lines if line != "Reason: Success"] or lines
+        why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", told[-1])
         raise DataError(f"SimpleITK cannot read it ({one_line(why, 120)}); repair the file or take it out of "
                         f"the data") from error
 
@@ -173,7 +175,7 @@ def check_counts(path: Path) -> None:
 
 def check_lengths(path: str) -> None:
     """The lengths that the elements of a DICOM file declare (PS3.5, 7.1), since GDCM takes the memory for one
-    before it looks whether the file goes on so far. Only that is refused: GDCM forgives much else.
+    before it looks whether the file goes on so far.
     """
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -195,7 +197,7 @@ def check_lengths(path: str) -> None:
             if has_kind and head[4:6] in LONG:
                 length = int.from_bytes(stream.read(4), "little" if order == "<" else "big")
             left = size - stream.tell()
-            if length != UNDEFINED and length > max(left, 2**24):
+            if length != UNDEFINED and length > left:
                 raise DataError(f"damaged: its element ({tag[0]:04x},{tag[1]:04x}) says that it has {length} "
                                 f"bytes, and the file has {max(0, left)} more; copy it anew or take it out "
                                 f"of the data")
