@@ -130,7 +130,7 @@ def with_unit_quaternion(path: Path, error: ValueError) -> nib.Nifti1Pair:
 
 
 def tell_two_places(image: nib.spatialimages.SpatialImage, notes: list[Note]) -> None:
-    """A note where a NIfTI's two transforms give its voxels other sizes: programs differ in what they take."""
+    """A note where a NIfTI's two transforms have voxels of other sizes: not all programs read the same."""
     if not isinstance(image.header, nib.Nifti1Header):
         return
     header = image.header
