@@ -37,7 +37,10 @@ IO = {**dict.fromkeys(META, "MetaImageIO"), **dict.fromkeys(NRRD, "NrrdImageIO")
 INSTALL = "python -m pip install SimpleITK"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to RAS, and back
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
-LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+SHORT = (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO", b"LT", b"PN", b"SH",
+         b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US")  # kinds of DICOM whose length has 2 bytes, and 4
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT",
+        b"UV")
 UNDEFINED = 0xFFFFFFFF                # a length of DICOM: to the delimiter
 ONE_AT_A_TIME = threading.RLock()  # a series is listed while it is read
 UNEVEN = 0.01   # of the distance between slices: what others may differ by in silence
@@ -192,7 +195,7 @@ def check_lengths(path: str) -> None:
                     return
             # Then the length: of 2 bytes behind a kind of two letters, of 4 behind some and behind none.
             tag = struct.unpack(order + "HH", head[:4])
-            has_kind = is_explicit and tag[0] != 0xFFFE and re.fullmatch(rb"[A-Z]{2}", head[4:6])
+            has_kind = is_explicit and tag[0] != 0xFFFE and head[4:6] in SHORT + LONG
             length = struct.unpack(order + ("H" if has_kind else "I"), head[6 if has_kind else 4:])[0]
             if has_kind and head[4:6] in LONG:
                 length = int.from_bytes(stream.read(4), "little" if order == "<" else "big")
