@@ -46,7 +46,7 @@ import augment
 from volumes import formats
 from volumes.boxes import box_of, points_told, with_boxes
 from volumes.cache import cache_folder, cached_entries, with_points
-from volumes.classes import check_labels, class_names, settle_classes, with_ignored
+from volumes.classes import check_labels, class_names, settle_classes, tell_regions, with_ignored
 from volumes.config import MODALITIES, DataConfig
 from volumes.entries import Entry, Groups
 from volumes.files import CacheError, DataError, PackageError, Say, one_line, refuse, show, sizes, unique_name
@@ -94,6 +94,7 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     declared = declared_labels(None if cfg.path is None else Path(cfg.path))
     if cfg.labels:
         cfg = with_ignored(cfg, declared.ignored, say)
+        tell_regions(declared.regions, say)
     classes, label_values, names = 0, None, ()
     if cfg.path is None:
         training, held_out = [[entry] for entry in synthetic_entries(cfg, seed)], []

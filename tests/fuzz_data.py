@@ -49,10 +49,12 @@ import training.config  # noqa: E402
 import training.console  # noqa: E402
 from data import open_data  # noqa: E402
 from fuzz_configs import make_json, make_pt, make_run, make_yaml  # noqa: E402
+from fuzz_sitk import make_sitk  # noqa: E402
 from fuzz_volumes import make_nii, make_nii_gz, make_npy, make_npz, make_pair  # noqa: E402
 from training import checkpoints  # noqa: E402
+from volumes import format_sitk  # noqa: E402
 from volumes.config import DataConfig  # noqa: E402
-from volumes.files import DataError, show  # noqa: E402
+from volumes.files import DataError, show, split_ending  # noqa: E402
 from volumes.format_arrays import DENSE_KEYS  # noqa: E402
 from volumes.volume import spacing_of  # noqa: E402
 
@@ -144,6 +146,8 @@ def reference(path: Path) -> np.ndarray | None:
     """The voxels by another way of reading; None where there is none."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if split_ending(path)[0] not in (".nii", ".hdr", ".img", ".npy", ".npz"):
+            return None                                          # what SimpleITK reads
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
         if path.suffix == ".npz":
@@ -273,7 +277,7 @@ FORMATS = {
     "pair": Format(make_pair, judge_volume), "npy": Format(make_npy, judge_volume),
     "npz": Format(make_npz, judge_volume), "json": Format(make_json, judge_json),
     "yaml": Format(make_yaml, judge_yaml), "pt": Format(make_pt, judge_pt),
-    "run": Format(make_run, judge_run)}
+    "run": Format(make_run, judge_run), "sitk": Format(make_sitk, judge_volume)}
 
 
 class Result(NamedTuple):
@@ -400,6 +404,9 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     print("format    cases accepted  refused failed processes  seconds  slowest most MiB")
     for name in options.format:
+        if name == "sitk" and not format_sitk.is_installed():
+            print(f"{name:8} left out: SimpleITK is not installed")
+            continue
         start = time.monotonic()
         results, children = campaign(name, options.seed, options.count)
         counts = Counter(result.outcome.split()[0] for result in results)

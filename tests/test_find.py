@@ -203,3 +203,24 @@ def test_ignored_files_are_counted_by_kind(tmp_path):
     said.clear()
     list_items(tmp_path / "in" / "a.nii.gz", say=said.append)
     assert not said
+
+
+def test_a_segmentation_beside_one_image_is_its_label(tmp_path):
+    """As KiTS has them; with two images beside it nobody knows whose it is, and it is an image as before."""
+    for name in ("a/imaging", "a/segmentation", "b/imaging", "b/segmentation", "c/t1", "c/t2", "c/seg"):
+        save(tmp_path / f"{name}.nii.gz", ct_like((5, 6, 7)))
+    items = list_items(tmp_path, True)["training"]
+    pairs = {item.name: item.label and item.label.name for item in items if item.fault is None}
+    assert pairs == {f"{case}/imaging": "segmentation.nii.gz" for case in "ab"}
+    said: list[str] = []
+    names = [item.name for item in list_items(tmp_path, False, said.append)["training"]]
+    assert names == ["a/imaging", "b/imaging", "c/seg", "c/t1", "c/t2"]
+    assert sum("left out 2 label files" in line for line in said) == 1
+
+
+def test_a_list_that_is_no_json_is_told(tmp_path):
+    for name in ("list.txt", "list.csv"):
+        (tmp_path / name).write_text("a.nii.gz\nb.nii.gz\n")
+        with pytest.raises(DataError) as error:
+            list_items(tmp_path / name)
+        one_line(error, name, "neither a volume nor a datalist", '{"training": [')

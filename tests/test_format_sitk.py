@@ -1,4 +1,6 @@
 """MetaImage, NRRD and DICOM: the same voxels at the same places as nibabel reads them from a NIfTI."""
+import os
+import random
 import sys
 from pathlib import Path
 
@@ -6,11 +8,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from fuzz_sitk import dicom
 from predictions import ct_file, oriented, use
 from volume_files import config, ct_like, one_line, quiet, save
 from volumes import formats
 from volumes.config import DataConfig
-from volumes.files import DataError, PackageError
+from volumes.files import DataError, PackageError, show
 from volumes.find import Item, list_items
 from volumes.loading import load
 from volumes.results import write_result
@@ -135,7 +138,7 @@ def test_missing_slices_are_told(tmp_path):
     one_line(ValueError(note.text), "2 to 4 mm apart", "missing")
 
 
-def test_damaged_ones_are_refused_in_a_line(tmp_path):
+def test_damaged_ones_are_refused_in_a_line(tmp_path, capfd):
     sitk()
     for name in ("a.mha", "b.nrrd", "c.dcm", "d.mhd", "e.nhdr"):
         (tmp_path / name).write_bytes(b"x" * 400)
@@ -149,6 +152,10 @@ def test_damaged_ones_are_refused_in_a_line(tmp_path):
         with pytest.raises(DataError) as error:
             formats.read_volume(path)
         one_line(error, path.name, words.get(path.name, ""))
+    # ITK's own libraries write to the process's standard error, past Python's.
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"and then it is back")
+    assert capfd.readouterr().err == "and then it is back"
 
 
 def test_the_voxels_beside_a_header_are_part_of_the_file(tmp_path):
@@ -183,3 +190,37 @@ def test_they_train(tmp_path):
         path.unlink()
     opened = open_data(config(tmp_path, tmp_path, modality="ct"), 0, quiet)
     assert {entry.name for entry in opened.train + opened.val} == {"0", "1", "2"}
+
+
+def test_names_and_numbers_at_which_itk_ends_the_process_are_refused_before(tmp_path):
+    sitk()
+    whole = copied(save(tmp_path / "a.nii.gz", ct_like((4, 5, 6))), ".mha").read_bytes()
+    for name, old, new, words in (
+            ("\udcff.mha", b"", b"", "not UTF-8"),
+            ("axes.mha", b"NDims = 3", b"NDims = 2147483648", "NDims = 2147483648"),
+            ("none.mha", b"NDims = 3", b"NDims = x", "NDims = x")):
+        path = tmp_path / name
+        path.write_bytes(whole.replace(old, new, 1) if old else whole)
+        with pytest.raises(DataError) as error:
+            formats.read_volume(path)
+        one_line(error, show(path), words)
+
+
+def test_a_damaged_slice_costs_itself_and_not_its_folder(tmp_path):
+    """Made by hand. GDCM allocates what an element says that it has, and gives up the folder where one file
+    is none.
+    """
+    sitk()
+    rng = random.Random(0)
+    for number in range(4):
+        (tmp_path / f"{number}.dcm").write_bytes(dicom(rng, number, 5, 6))
+    (tmp_path / "long.dcm").write_bytes(dicom(rng, 9, 5, 6) + b"\x99\x99\x01\0ab\xff\xf0" + b"x" * 50)
+    (tmp_path / "kind.dcm").write_bytes(dicom(rng, 8, 5, 6).replace(b"\x28\0\x10\0US", b"\x28\0\x10\0UI"))
+    items = list_items(tmp_path)["training"]
+    assert sorted(Path(item.path).name for item in items) == ["0.dcm", "kind.dcm", "long.dcm"]
+    assert formats.read_volume(tmp_path / "0.dcm").array.shape == (1, 4, 5, 6)
+    for name, words in (("long.dcm", f"(9999,0001) says that it has {0xF0FF6261} bytes"),
+                        ("kind.dcm", "repair")):
+        with pytest.raises(DataError) as error:
+            formats.read_volume(tmp_path / name)
+        one_line(error, name, words)

@@ -176,3 +176,15 @@ def test_a_resampling_that_leaves_one_voxel_is_told(tmp_path):
         one_line(ValueError(line), "a.nii.gz", *words)
     said, _ = said_and_data(path, tmp_path, modality="ct", labels=False, patch=None, spacing="2,2,2")
     assert not [line for line in said if "become one" in line]
+
+
+@pytest.mark.parametrize("other, told", [((3, 3, 3), True), ((1, 1.5, 2.001), False)])
+def test_an_sform_and_a_qform_of_other_voxel_sizes_are_told(other, told, tmp_path):
+    image = nib.Nifti1Image(ct_like((7, 8, 9)), AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(np.diag([*other, 1.0]), 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    source = read(tmp_path / "a.nii.gz")
+    assert source.volume.spacing == (2.0, 1.5, 1.0)
+    words = ["its sform has voxels of 1 x 1.5 x 2, its qform of 3 x 3 x 3 (x,y,z); the sform is taken"]
+    assert [note.text for note in source.notes] == words * told

@@ -150,8 +150,26 @@ def test_labels_of_dataset_json_have_names_and_an_ignored_one(labels, place, nnu
     assert shares == "1 liver: 20 %", shares
 
 
+def test_regions_of_dataset_json_are_told_and_their_values_are_classes(nnunet, tmp_path):
+    """BraTS as nnU-Net has it: the tumour is 1, 2 and 3, its core 2 and 3. No file has a 3."""
+    labels = {"background": 0, "tumour": [1, 2, 3], "core": [2, 3], "enhancing": [3]}
+    (nnunet / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "regions_class_order": [1, 2, 3]}))
+    label = np.zeros(SHAPE, np.uint8)
+    label[2:4], label[6:] = 1, 2
+    for path in (nnunet / "labelsTr").iterdir():
+        save(path, label)
+    said: list[str] = []
+    fields = {"path": str(nnunet), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
+    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    _, dataset = run_data(cfg, named(TASKS, "seg"), said.append)
+    assert dataset.classes == 4 and dataset.class_names == ("background", "1", "2", "enhancing")
+    (line,) = (line for line in said if "regions" in line)
+    assert "(tumour = 1 + 2 + 3; core = 2 + 3)" in line and "each stored value is a class" in line
+
+
 def test_what_is_no_class_of_dataset_json(tmp_path):
-    odd = {"whole": [1, 2], "a": True, "b": -1, "c": 10**9, "5": 6}
+    odd = {"whole": [1, "2"], "none": [], "a": True, "b": -1, "c": 10**9, "5": 6}
     for content in ({"labels": odd}, {"labels": [1]}, {}):
         (tmp_path / "dataset.json").write_text(json.dumps(content))
         found = declared_labels(tmp_path)

@@ -45,6 +45,11 @@ def found(names, **fields):
      ["site1/a", "site1/pat_t001", "site2/a", "site2/b", "site2/d"], "each file its own"),
     ([f"{kind}/s{n:02d}" for kind in ("t1", "t2") for n in range(5)],
      [f"name s{n:02d}" for _ in range(2) for n in range(5)], "names that repeat"),
+    (["smith/ct", "jones/ct", "li/ct"], ["smith", "jones", "li"], "folders"),
+    (["smith/x/ct", "jones/x/ct"], ["smith/x", "jones/x"], "folders"),
+    (["smith/t1", "smith/t2", "jones/t1", "jones/t2"], ["smith", "smith", "jones", "jones"], "folders"),
+    (["t1/p", "t2/p"], ["name p", "name p"], "names that repeat"),
+    (["axial/a", "axial/b", "coronal/a", "coronal/b"], ["name a", "name b"] * 2, "names that repeat"),
 ])
 def test_auto_finds_patients(names, expected, how):
     patients, said = found(names)

@@ -86,6 +86,18 @@ def with_ignored(cfg: DataConfig, ignored: int | None, say: Say) -> DataConfig:
     return cfg
 
 
+def tell_regions(regions: dict[str, tuple[int, ...]], say: Say) -> None:
+    """A line where a dataset.json declares regions, which overlap, while classes do not."""
+    if regions:
+        shown = []
+        for name, values in list(regions.items())[:SHOWN]:
+            more = " + ..." if len(values) > SHOWN else ""
+            shown.append(f"{name} = {' + '.join(map(str, values[:SHOWN]))}{more}")
+        listed = "; ".join(shown)
+        say(f"data: dataset.json declares regions ({listed}): they are not trained as such; each stored "
+            f"value is a class of its own, and a region is the union of its classes")
+
+
 def class_names(names: dict[int, str], classes: int, values: Sequence[int] | None,
                 say: Say) -> tuple[str, ...]:
     """The name of each class; empty where dataset.json names none. Said in a line."""

@@ -1,7 +1,8 @@
 """A folder, a file or a JSON datalist -> the files of a data set, images with their labels.
 
 A label goes with its image by a datalist's {image, label}, by the same name in `images/` and `labels/` (or
-`imgs/` and `masks/`), as `X_image` beside `X_label`, or in one file that holds both. Version 1.1.
+`imgs/` and `masks/`), as `X_image` beside `X_label`, as `segmentation` beside one image, or in one file that
+holds both. Version 1.2.
 """
 import contextlib
 import json
@@ -30,14 +31,15 @@ from volumes.own import Own
 IMAGE_FOLDERS = ("images", "imgs", "imagestr")  # side by side with one of the next line, in lower case
 LABEL_FOLDERS = ("labels", "masks", "labelstr")
 LABEL_SUFFIX = re.compile("_(label|mask|seg)$")  # X_label goes with X_image or X, in lower case
+LABEL_NAME = re.compile("(segmentations?|seg|labels?|masks?|aseg)$")  # with the one image in its folder
 HALF_CHARACTERS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte of a name
 LISTS = {"training": ["training"], "validation": ["validation"], "testing": ["testing", "test"]}  # keys
 PATIENT_KEYS = ("patient", "patient_id", "subject", "subject_id", "case_id")  # of a datalist
 MAX_NAME = 4096       # characters of a path in a datalist
 MOST_KINDS = 12       # of ignored files that are named in a line
 
-NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label beside it, no `seg` in an "
-            ".npz, none in a datalist")
+NO_LABEL = ("has no label: no file of its name in labels/ or masks/, no X_label or segmentation beside it, "
+            "no `seg` in an .npz, none in a datalist")
 NO_IMAGE = ("a label without its image; put the image beside it, or name the pair in a datalist, "
             "{\"image\": ..., \"label\": ...}")
 
@@ -100,6 +102,9 @@ def list_items(path: str | os.PathLike, labels: bool = False,
         return list_items(path.parent, labels, say)
     elif path.suffix.lower() == ".json" and os.path.isfile(path):
         lists = read_datalist(path, labels)
+    elif path.suffix.lower() in (".txt", ".csv", ".tsv", ".yaml", ".yml") and os.path.isfile(path):
+        raise DataError(f"{show(path)}: neither a volume nor a datalist; write the list as JSON: "
+                        '{"training": [{"image": PATH, "label": PATH}, ...]}, or plain paths in it')
     elif os.path.exists(path):
         lists["training"] = [with_label_beside(path) if labels else Item(path)]
     else:
@@ -110,6 +115,10 @@ def list_items(path: str | os.PathLike, labels: bool = False,
             # A link to a file is that file: else it could be on both sides of the split.
             once.setdefault(tuple(map(os.path.realpath, (item.path, *item.more))), item)
         lists[name] = list(once.values())
+        kept = {id(item) for item in lists[name]}
+        again = [item.path for item in items if id(item) not in kept]
+        if again:
+            say(f"data: left out {some(again, 'file')} that the data have already, as a link or twice")
     root = root_of(path, [item.path for items in lists.values() for item in items])
     return {name: [item._replace(name=item.name or name_in(root, item.path)) for item in items]
             for name, items in lists.items()}
@@ -314,6 +323,15 @@ def match(root: Path, files: Sequence[Path]) -> Pairs:
             names[file] = [(*place, name) for name in (f"{base}_image", base)]
         else:
             images.setdefault((*place, stem), []).append(file)
+
+    # A file that is called segmentation is the label of the one image beside it, as KiTS has them.
+    for place, folder, stem in list(images):
+        if place is None and LABEL_NAME.match(stem):
+            beside = [key for key in images if key[:2] == (place, folder) and key[2] != stem]
+            same_name = images[place, folder, stem]
+            if len(beside) == len(same_name) == 1 and own_label(same_name[0]) is None:
+                names[same_name[0]] = beside
+                del images[place, folder, stem]
 
     # An equal name goes before a name with an ending: all labels try their first name, then all their second.
     label_of: dict[Path, Path | None] = {file: None for same_name in images.values() for file in same_name}

@@ -33,6 +33,7 @@ ENDINGS = (".nii", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".hea
 # Of a volume that lies in two files: ending of its voxels -> of its header.
 HEADER_OF = {".img": ".hdr", ".rec": ".par", ".brik": ".head"}
 MAX_HEADER = 2**24  # bytes: extensions in front of the voxels, and what may follow them in a compressed file
+FORMS_APART = 0.01   # of a voxel's size: what sform and qform may differ by in silence
 QUATERNION = 1e-3  # what the squared length of a rotation's quaternion may exceed 1 by
 UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}  # of the affine, by NIfTI's code; mm has 2
 MOST_MM = 100.0  # the widest voxel that a header is believed: one of 1 metre is one of 1 mm
@@ -62,6 +63,7 @@ def read_image(path: Path, request: Request) -> Source:
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 0:
         raise DataError(f"its affine {affine[:3].round(3).tolist()} is singular or not finite; repair the "
                         f"header")
+    tell_two_places(image, notes)
     affine[:3] *= to_mm(image, notes)
     count = shape[3] if axes == 4 else 1
     if request.volume is not None and not 0 <= request.volume < count:
@@ -125,6 +127,20 @@ def with_unit_quaternion(path: Path, error: ValueError) -> nib.Nifti1Pair:
         header["quatern_b"], header["quatern_c"], header["quatern_d"] = unit[1:] * (1 - 1e-7)
         return rebuilt(image, kind, header, image.dataobj)
     raise error
+
+
+def tell_two_places(image: nib.spatialimages.SpatialImage, notes: list[Note]) -> None:
+    """A note where a NIfTI's two transforms have voxels of other sizes: not all programs read the same."""
+    if not isinstance(image.header, nib.Nifti1Header):
+        return
+    header = image.header
+    if not (header["sform_code"] > 0 and header["qform_code"] > 0):
+        return
+    found = nib.affines.voxel_sizes(header.get_sform()), np.abs(header["pixdim"][1:4].astype(np.float64))
+    if np.isfinite(found).all() and not np.allclose(*found, rtol=FORMS_APART):
+        sizes = [" x ".join(f"{mm:.4g}" for mm in each) for each in found]
+        notes.append(Note("forms", f"its sform has voxels of {sizes[0]}, its qform of {sizes[1]} (x,y,z); "
+                                   f"the sform is taken"))
 
 
 def to_mm(image: nib.spatialimages.SpatialImage, notes: list[Note]) -> float:

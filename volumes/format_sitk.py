@@ -9,7 +9,9 @@ import contextlib
 import functools
 import os
 import re
+import struct
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +37,12 @@ IO = {**dict.fromkeys(META, "MetaImageIO"), **dict.fromkeys(NRRD, "NrrdImageIO")
 INSTALL = "python -m pip install SimpleITK"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # to RAS, and back
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+SHORT = (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO", b"LT", b"PN", b"SH",
+         b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US")  # kinds of DICOM whose length has 2 bytes, and 4
+LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT",
+        b"UV")
+UNDEFINED = 0xFFFFFFFF                # a length of DICOM: to the delimiter
+ONE_AT_A_TIME = threading.RLock()  # a series is listed while it is read
 UNEVEN = 0.01   # of the distance between slices: what others may differ by in silence
 
 
@@ -55,6 +63,17 @@ def library():
     return SimpleITK
 
 
+def in_utf8(path: str | os.PathLike) -> str:
+    """A path as SimpleITK takes it: with other bytes in it ITK ends the whole process."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError("its name, or that of a folder above it, is not UTF-8, as SimpleITK needs it; rename "
+                        "it") from None
+    return name
+
+
 def is_dicom(path: str | os.PathLike) -> bool:
     """By its ending; or, without one or with one of digits as UIDs have, by the four letters at byte 128."""
     ending = os.path.splitext(os.fspath(path))[1].lower()
@@ -73,13 +92,36 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 # ---------------------------------------------------------------------------------------------- reading
 @contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """MetaIO, NrrdIO and GDCM write to the process's standard error themselves, whatever the display of
+    warnings is set to: meanwhile that goes nowhere. One thread at a time, so that each finds the true one.
+    """
+    with ONE_AT_A_TIME:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
 def errors_of_itk() -> Iterator[None]:
-    """What SimpleITK raises, without the places in its own source that it names."""
+    """What SimpleITK raises, without the places in its own source that it names, and what it prints."""
     try:
-        yield
+        with silenced():
+            yield
     except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", last)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # MetaIO ends with the system's reason even where there is none.
+        told = [line for line in lines if line != "Reason: Success"] or lines
+        why = re.sub(r"^.*ERROR: \w+\(0x[0-9a-f]+\): ", "", told[-1])
         raise DataError(f"SimpleITK cannot read it ({one_line(why, 120)}); repair the file or take it out of "
                         f"the data") from error
 
@@ -88,9 +130,10 @@ def errors_of_itk() -> Iterator[None]:
 def read_file(path: Path, request: Request) -> Source:
     """A .mha, .mhd, .nrrd or .nhdr as (C, D, H, W)."""
     sitk = library()
+    check_counts(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(IO[split_ending(path)[0]])
-    reader.SetFileName(str(path))
+    reader.SetFileName(in_utf8(path))
     reader.ReadImageInformation()
     check_header(sitk, reader, request)
     return as_source(sitk, reader.Execute(), request, [])
@@ -100,7 +143,9 @@ def read_file(path: Path, request: Request) -> Source:
 def read_series(path: Path, request: Request) -> Source:
     """The series of DICOM that a file belongs to, as (1, D, H, W) or with the channels of a colour image."""
     sitk = library()
-    names = parts_of_series(path)
+    names = [in_utf8(name) for name in parts_of_series(path)]
+    for name in names:
+        check_lengths(name)
     first = sitk.ImageFileReader()
     first.SetImageIO("GDCMImageIO")
     first.SetFileName(names[0])
@@ -114,6 +159,60 @@ def read_series(path: Path, request: Request) -> Source:
     reader.MetaDataDictionaryArrayUpdateOn()
     image = reader.Execute()
     return as_source(sitk, image, request, uneven(reader, image, len(names)))
+
+
+def check_counts(path: Path) -> None:
+    """A .mha's numbers of axes and of channels, which MetaIO believes before it looks: absurd ones end the
+    process.
+    """
+    with open(path, "rb") as stream:
+        head = stream.read(2**16)
+    for name, most in ((b"NDims", 10), (b"ElementNumberOfChannels", 2**16)):
+        for match in re.finditer(rb"^\s*" + name + rb"\s*[=:]\s*(.{0,40})", head, re.MULTILINE):
+            value = match.group(1).strip()
+            if not (value.isdigit() and 1 <= int(value) <= most):
+                found = one_line(value.decode("latin-1"), 40)
+                raise DataError(f"its header says {name.decode()} = {found}; numbers from 1 to {most} are "
+                                f"possible: repair it or take it out of the data")
+
+
+def check_lengths(path: str) -> None:
+    """The lengths that the elements of a DICOM file declare (PS3.5, 7.1), since GDCM takes the memory for one
+    before it looks whether the file goes on so far.
+    """
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if stream.read(132)[128:] != b"DICM":
+            stream.seek(0)
+        order, is_explicit, is_meta, syntax, is_encapsulated = "<", True, True, b"", False
+        while len(head := stream.read(8)) == 8:
+            # First how the rest of the file is written, which the meta elements of group 2 say.
+            if is_meta and head[:2] != b"\2\0":
+                is_meta, is_explicit = False, syntax != b"1.2.840.10008.1.2"
+                if syntax == b"1.2.840.10008.1.2.2":
+                    order = ">"
+                if syntax == b"1.2.840.10008.1.2.1.99":  # compressed as a whole
+                    return
+            # Then the length: of 2 bytes behind a kind of two letters, of 4 behind some and behind none.
+            tag = struct.unpack(order + "HH", head[:4])
+            has_kind = is_explicit and tag[0] != 0xFFFE and head[4:6] in SHORT + LONG
+            length = struct.unpack(order + ("H" if has_kind else "I"), head[6 if has_kind else 4:])[0]
+            if has_kind and head[4:6] in LONG:
+                length = int.from_bytes(stream.read(4), "little" if order == "<" else "big")
+            left = size - stream.tell()
+            if length != UNDEFINED and length > left:
+                raise DataError(f"damaged: its element ({tag[0]:04x},{tag[1]:04x}) says that it has {length} "
+                                f"bytes, and the file has {max(0, left)} more; copy it anew or take it out "
+                                f"of the data")
+            # Last to the next one. Sequences and their items are entered, but for the pieces of a picture.
+            if length == UNDEFINED:
+                is_encapsulated = tag == (0x7FE0, 0x10)
+            elif head[4:6] == b"SQ" or (tag[0] == 0xFFFE and not is_encapsulated):
+                pass
+            elif tag == (2, 0x10):
+                syntax = stream.read(length).strip(b"\0 ")
+            else:
+                stream.seek(length, 1)
 
 
 def check_header(sitk, reader, request: Request, count: int = 1) -> None:
@@ -213,24 +312,70 @@ def parts_of_series(path: str | os.PathLike) -> list[str]:
 
 
 def series_in(folder: str) -> list[list[str]]:
-    """The series of DICOM in a folder, each a list of files in the order of their slices."""
+    """The series of DICOM in a folder, each a list of files in the order of their slices. None where ITK
+    cannot open it.
+    """
+    try:
+        in_utf8(folder)
+    except DataError:
+        return []
     return series_at(os.path.abspath(folder), os.stat(folder).st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
 def series_at(folder: str, _: int) -> list[list[str]]:
     """_: when the folder changed, so that what came into it since is seen."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    whole = [name for name in names if is_whole(os.path.join(folder, name))]
+    if len(whole) == len(names):
+        try:
+            return listed(folder)
+        except RuntimeError:  # because of one of them
+            pass
+    # GDCM reads whatever lies in a folder, and a damaged file would cost all of it: it is shown the others.
+    return listed_of(folder, [name for name in whole if is_listed(folder, name)])
+
+
+def listed(folder: str) -> list[list[str]]:
     reader = library().ImageSeriesReader
-    return [list(reader.GetGDCMSeriesFileNames(folder, name)) for name in reader.GetGDCMSeriesIDs(folder)]
+    with silenced():
+        return [list(reader.GetGDCMSeriesFileNames(folder, name)) for name in reader.GetGDCMSeriesIDs(folder)]
+
+
+def listed_of(folder: str, names: Sequence[str]) -> list[list[str]]:
+    """Of some files of a folder, by links to them."""
+    with tempfile.TemporaryDirectory() as place:
+        for name in names:
+            os.symlink(os.path.join(folder, name), os.path.join(place, name))
+        return [[os.path.join(folder, os.path.basename(name)) for name in series] for series in listed(place)]
+
+
+def is_listed(folder: str, name: str) -> bool:
+    try:
+        listed_of(folder, [name])
+        return True
+    except RuntimeError:
+        return False
+
+
+def is_whole(path: str) -> bool:
+    """Whether GDCM can be shown a file."""
+    try:
+        if is_dicom(path):
+            check_lengths(path)
+        return True
+    except (DataError, OSError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- writing
+@errors_of_itk()
 def file_origin(kind: str, path: Path, source: Source, channel_axis: int | None) -> Origin:
     """Of a file that has been read already, from its header."""
     sitk = library()
     reader = sitk.ImageFileReader()
     reader.SetImageIO(IO[split_ending(path)[0]])
-    reader.SetFileName(str(path))
+    reader.SetFileName(in_utf8(path))
     reader.ReadImageInformation()
     shape = (*reader.GetSize(), 1)[:max(3, reader.GetDimension())]
     channels = None

@@ -85,6 +85,7 @@ class DeclaredLabels(NamedTuple):
     """What dataset.json says of labels."""
     names: dict[int, str]      # stored value -> name, but for the ignored one
     ignored: int | None        # the value of nnU-Net's `ignore`
+    regions: dict[str, tuple[int, ...]] = {}  # name -> the values whose union it is
 
     @property
     def count(self) -> int:
@@ -96,7 +97,8 @@ class DeclaredLabels(NamedTuple):
 def declared_labels(path: Path | None) -> DeclaredLabels:
     """The `labels` of a datalist, or of the dataset.json in a folder or beside its imagesTr; else none.
 
-    Version 1 has {"1": "liver"}, version 2 {"liver": 1}. Regions, lists of values, are no classes.
+    Version 1 has {"1": "liver"}, version 2 {"liver": 1}. A list of values is a region: no class, but the
+    union of some. A class that stands in regions alone has no name.
     """
     if path is None:
         return DeclaredLabels({}, None)
@@ -107,15 +109,28 @@ def declared_labels(path: Path | None) -> DeclaredLabels:
             folder = folder.parent
         path = folder / "dataset.json"
     names: dict[int, str] = {}
+    regions: dict[str, tuple[int, ...]] = {}
     labels = json_in(path).get("labels")
     for name, value in labels.items() if isinstance(labels, dict) else ():
         if isinstance(name, str) and name.isdecimal() and isinstance(value, str):
             name, value = value, int(name[:9])
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**15:
+        if is_label(value):
             names.setdefault(value, one_line(name, 40))
+        if isinstance(value, list) and value and all(map(is_label, value)):
+            regions[one_line(name, 40)] = tuple(value)
+            # A region of one value is a class like another.
+            if len(value) == 1:
+                names.setdefault(value[0], one_line(name, 40))
+    regions = {name: values for name, values in regions.items() if len(values) > 1}
+    for value in sorted({value for values in regions.values() for value in values}):
+        names.setdefault(value, str(value))
     ignored = next((value for value, name in names.items() if name.lower() == "ignore"), None)
     names.pop(ignored, None)
-    return DeclaredLabels(names, ignored)
+    return DeclaredLabels(names, ignored, regions)
+
+
+def is_label(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**15
 
 
 def names_no_files(path: Path) -> bool:

@@ -124,7 +124,12 @@ def case_depth(places: Sequence[tuple[tuple[str, ...], str]]) -> tuple[int | Non
         has_digits = most(lasts, re.compile(r"\d").search)
         if not has_digits or most(lasts, OF_MANY.match) or is_numbered(list(groups.values())):
             if is_deepest:
-                return None, True
+                # Folders such as smith and jones are cases where the names in them are of no patient: one
+                # for all, or t1, t2, ct.
+                names = sorted({stem for _, stem in places})
+                is_of_images = len(names) == 1 or most(names, OF_MANY.match)
+                is_of_many = most(lasts, OF_MANY.match) or is_numbered(list(groups.values()))
+                return (depth, False) if is_of_images and not is_of_many else (None, True)
             continue
         return depth, False
     return None, False
