@@ -214,6 +214,7 @@ COLOURS = ("#568cc8", "#e69646", "#5aa469", "#b07aa1")            # of the serie
 LETTER = 7.3                     # pixels a character of 12 pixels' height takes at most, on average
 AXIS = 480                       # pixels of the axis
 LINE, THICK = 20, 15             # pixels from bar to bar within a row, and of a bar
+FARTHEST = 8                     # times the longest bar: marks beyond would leave no room for the bars
 
 
 def bars(
@@ -222,11 +223,16 @@ def bars(
     title: str,
     unit: str = "GiB",
     missing: str = "none",
+    marks: Mapping[str, tuple[float, float]] | None = None,
+    axis: str = "",
 ) -> str:
     """Horizontal bars, one row a label and one bar a series in each, over a labelled axis -> SVG text.
 
     series: name -> one value of 0 or more for each label. A None draws no bar; a row of nothing but None says
     `missing`; a series of nothing but None is left out. The text is a whole file, for a browser.
+    marks: name -> (start, limit): a dashed line at the limit with the name on top, and a grey band from the
+    start to it. The axis reaches every mark but those beyond FARTHEST times the longest bar.
+    axis: the words below the axis, the unit where there are none.
     Raises ValueError where a series does not have as many values as there are labels.
     """
     for name, values in series.items():
@@ -234,11 +240,13 @@ def bars(
             raise ValueError(f"bars: {len(labels)} labels, {len(values)} values of {name}; give one for each")
     shown = {name: values for name, values in series.items() if any(v is not None for v in values)}
     known = [v for values in shown.values() for v in values if v is not None]
-    ticks = axis_ticks(max(known, default=1.0))
+    longest = max(known, default=1.0)
+    marks = {name: ends for name, ends in (marks or {}).items() if ends[1] <= FARTHEST * longest}
+    ticks = axis_ticks(max([longest, *(limit for _, limit in marks.values())]))
 
     # first the places: labels on the left, the axis, room for a figure behind the longest bar
     left = 24 + LETTER * max(map(len, labels), default=0)
-    top = 64
+    top = 84 if marks else 64
     row_height = LINE * max(1, len(shown)) + 12
     bottom = top + row_height * len(labels)
     width = max(left + AXIS + 100, 24 + LETTER * 1.4 * len(title))
@@ -250,11 +258,24 @@ def bars(
         place = 12 + sum(34 + LETTER * len(other) for other in list(shown)[:number])
         parts.append(rectangle(place, 38, 12, 12, COLOURS[number % len(COLOURS)]))
         parts.append(text(place + 18, 48, name))
+    for start, limit in marks.values():
+        wide = scale * (limit - start)
+        parts.append(rectangle(left + scale * start, top - 6, wide, bottom - top + 6, "#eeeeee"))
     for tick in ticks:
         x = left + scale * tick
         parts.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#d8d8d8"/>')
         parts.append(text(x, bottom + 16, f"{tick:g}", 'text-anchor="middle"'))
-    parts.append(text(left + AXIS / 2, bottom + 36, unit, 'text-anchor="middle"'))
+    free = 0.0                                # the end of the last mark's name: names do not overlap
+    for name, (_, limit) in sorted(marks.items(), key=lambda mark: mark[1]):
+        x = left + scale * limit
+        parts.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#a4262c" '
+                     'stroke-dasharray="5 4"/>')
+        if x - LETTER * len(name) / 2 > free:
+            parts.append(text(x, top - 11, name, 'text-anchor="middle" fill="#a4262c"'))
+            free = x + LETTER * len(name) / 2
+    parts.append(text(left + AXIS / 2, bottom + 36, axis or unit, 'text-anchor="middle"'))
+    axes = f"M{left:.1f} {top - 6}V{bottom}H{left + AXIS:.1f}"
+    parts.append(f'<path d="{axes}" fill="none" stroke="#606060"/>')
     for row, label in enumerate(labels):
         y = top + row_height * row
         parts.append(text(left - 10, y + row_height / 2 - 2, label, 'text-anchor="end"'))
