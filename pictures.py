@@ -330,8 +330,8 @@ def text(x: float, y: float, words: str, attributes: str = "") -> str:
 
 Points = Sequence[tuple[float, float | None]]                    # of a curve, in the order of their x
 MOST_POINTS = 500                # of a curve as it is drawn
-PLOT = (560, 300)                # pixels of the whole drawing
-MARGINS = (62, 14, 30, 34)       # of them left, right, above and below the axes
+PLOT = (440, 250)                # pixels of the whole drawing
+MARGINS = (56, 14, 34, 38)       # of them left, right, above and below the axes
 
 
 def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step") -> str:
@@ -347,12 +347,14 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
     left, right, above, below = MARGINS
     rows = legend_rows(list(shown), width) if len(shown) > 1 else []
     above += 18 * len(rows)
+    height += 18 * max(0, len(rows) - 2)                         # a long legend takes no room from the curves
     bottom = height - below
-    parts = [rectangle(0, 0, width, height, "white"), text(12, 18, title, 'font-size="14"')]
+    parts = [rectangle(0, 0, width, height, "white"),
+             text(12, 20, title, 'font-size="14" font-weight="600"')]
     for row, names in enumerate(rows):
         for place, number, name in names:
-            parts.append(rectangle(place, 26 + 18 * row, 12, 12, colour_of(number)))
-            parts.append(text(place + 17, 36 + 18 * row, name))
+            parts.append(rectangle(place, 30 + 18 * row, 12, 12, colour_of(number)))
+            parts.append(text(place + 17, 40 + 18 * row, name))
     if not known:
         parts.append(text(width / 2, height / 2, "no values yet", 'text-anchor="middle"'))
         return drawing(width, height, parts)
@@ -470,7 +472,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from `low` or less to `high` or more; with their 2 and 5 folds where those are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, (last - first) // 6)
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    factors = (1, 2, 5) if high < 500 * low else (1,)
     ticks = [factor * 10.0 ** power for power in range(first, last + every, every) for factor in factors]
     # What lies outside the first tick below and the first above is not needed.
     start = max((n for n, tick in enumerate(ticks) if tick <= low * (1 + 1e-9)), default=0)

@@ -131,7 +131,7 @@ def test_predict_knows_its_own_flags_alone(capsys):
     ("epochs: 3", "did you mean train.epochs?"), ("train: {patch: 32}", "did you mean data.patch?"),
     ("vae: {spatial_dims: 3}", "here: always 3; 2D, by slices: task: seg, preset: unet2d"),
     ("vae: {num_channels: 3}", "here: vae.base_channels: 64, vae.channel_mult: 1,2,4 is their"),
-    ("train: {gpu: 0}", "here: train.device: cuda:0"), ("data: {roi_size: 96}", "here: data.patch: D,H,W, z first"),
+    ("train: {gpu: 0}", "here: train.device: cuda:0"), ("data: {roi_size: 96}", "here: data.patch: D,H,W"),
     ("train: {checkpoint: X}", "here: --resume RUN"), ("optim: {lrr: 1}", "did you mean optim.lr?"),
     ("xyzzy: 1", "known: task, preset, "), ("memory: {xyzzy: 1}", "known: mode, "),
     ("train: {stages: [{steps: 3, lr: 1}]}", "did you mean optim.lr?"),

@@ -37,6 +37,7 @@ COLUMNS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
     "l1": ("L1", "{:.4f}"),
+    "l1_l2": ("L1 + L2", "{:.4f}"),
     "ms_ssim": ("MS-SSIM", "{:.4f}"),
     "mae_hu": ("error", "{:.1f} HU"),
     "sharpness": ("sharpness", "{:.3f}"),
@@ -268,7 +269,7 @@ def column(name: str) -> tuple[str, str]:
         if name.startswith(f"{known}_"):
             first, form = COLUMNS[known]
             return f"{first} {name.removeprefix(known)[1:].replace('_', ' ')}", form
-    return name, "{:.4f}"
+    return name, "{:.4g}"
 
 
 def heading(name: str) -> str:

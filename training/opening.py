@@ -8,7 +8,7 @@ import torch
 
 import peaks
 from training import memory, ranks
-from training.console import shown, tell
+from training.console import shown, tell, unit_of
 from training.devices import pick_precision
 from training.edges import stage_text
 from training.run import Run
@@ -79,7 +79,7 @@ def conclude(run: Run) -> bool:
     """The last line of a finished run. Returns whether its last loss is finite."""
     cfg, state, out = run.cfg, run.state, run.out
     name = metric_of(cfg, state.task)
-    best = f"best {name} {shown(state.best)}"
+    best = f"best {name} {shown(state.best)}{unit_of(name)}"
     if state.best is None:
         best = f"no validation had a finite {name}"
     elif step_of_best(run) == 0:

@@ -56,7 +56,7 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 
 .slices { width: 100%; table-layout: fixed; border-spacing: 6px }
 .slices th { font-weight: 500; color: var(--soft); font-size: 13px }
-.slices th:first-child { width: 68px; text-align: left }
+.slices th:first-child { width: 84px; text-align: left }
 .slices td { background: #000; text-align: center; vertical-align: middle; border-radius: 4px; padding: 0 }
 .slices img { display: block; margin: auto; width: 100%; max-height: 340px; object-fit: contain }
 .bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px;
@@ -99,25 +99,33 @@ def page(title: str, headline: str, notes: Sequence[str], cards: Sequence[tuple[
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], means: int = 0) -> str:
-    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out."""
+    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out.
+
+    Heads that are all empty are left out.
+    """
     lines = []
     for number, row in enumerate(rows):
         kind = ' class="mean"' if number < means else ""
         cells = "".join(f"<td>{value}</td>" for value in row)
         lines.append(f"<tr{kind}>{cells}</tr>")
     top = "".join(f"<th>{head}</th>" for head in heads)
-    return (f'<section class="wide"><table class="figures"><thead><tr>{top}</tr></thead>\n'
+    top = f"<thead><tr>{top}</tr></thead>\n" if any(heads) else ""
+    return (f'<section class="wide"><table class="figures">{top}'
             f'<tbody>{"".join(lines)}</tbody></table></section>')
 
 
-def slices_table(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str]) -> str:
-    """A row for each of `rows`. columns: heading -> pictures (height, width, 3), one a row."""
+def slices_table(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str], width: float = 1.0) -> str:
+    """A row for each of `rows`. columns: heading -> pictures (height, width, 3), one a row.
+
+    width: the share of the page's width that they take together.
+    """
     lines = []
     for number, name in enumerate(rows):
         cells = "".join(picture(images[number], f"{kind}, {name}") for kind, images in columns.items())
         lines.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
     heads = "".join(f"<th>{text(kind)}</th>" for kind in columns)
-    return f'<table class="slices"><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
+    style = f' style="width:{width:.0%}"' if width < 1 else ""
+    return f'<table class="slices"{style}><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
 
 
 def views_html(shown: Views) -> str:
