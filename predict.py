@@ -325,8 +325,8 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, Da
     ready.task.prepare(ready, options, cfg)
     print(describe(ready), flush=True)
     if ready.facts["step"] == 0:
-        print(f"{ready.path}: is of step 0, the untrained network: no later validation of its run was better",
-              flush=True)
+        print(f"{ready.path}: weights of step 0, the untrained network: no later validation of its run was "
+              "better", flush=True)
     return ready, cfg
 
 

@@ -201,7 +201,7 @@ def peaks_of(opened: Sequence[Stage], task: Task, device: torch.device) -> list[
         largest = max(found, key=found.get)
         left_out = " ".join(peaks.LEFT_OUT.split())
         lines.append(f"predicted peak of a step on {device.type}: {found[largest]:.2f} GiB, in stage "
-                     f"{largest}; {left_out}")
+                     f"{largest}. {left_out}")
     return lines
 
 
