@@ -334,18 +334,22 @@ PLOT = (440, 250)                # pixels of the whole drawing
 MARGINS = (56, 14, 34, 38)       # of them left, right, above and below the axes
 
 
-def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step") -> str:
+def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step",
+           looks: Mapping[str, tuple[int, float]] | None = None) -> str:
     """Lines over one pair of axes, a colour and a row of the legend each -> SVG text, a whole file.
 
     A y of None or NaN, or infinite, leaves a gap; on a logarithmic axis one of 0 or less does too. Of a
     long curve each stretch of points is drawn as its least and its largest, so that no peak is lost. Where no
     curve has a point, the drawing says so.
+    looks: name -> number of its colour and opacity (0 to 1), so that several drawings have one colour for one
+    thing; with it even a single curve is named. Else colours go by the order.
     """
     shown = {name: thinned(list(stretches(points, is_log))) for name, points in series.items()}
     known = [point for parts in shown.values() for part in parts for point in part]
     width, height = PLOT
     left, right, above, below = MARGINS
-    rows = legend_rows(list(shown), width) if len(shown) > 1 else []
+    rows = legend_rows(list(shown), width) if len(shown) > 1 or looks else []
+    look = [(looks or {}).get(name, (number, 1.0)) for number, name in enumerate(shown)]
     above += 18 * len(rows)
     height += 18 * max(0, len(rows) - 2)                         # a long legend takes no room from the curves
     bottom = height - below
@@ -353,7 +357,9 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
              text(12, 20, title, 'font-size="14" font-weight="600"')]
     for row, names in enumerate(rows):
         for place, number, name in names:
-            parts.append(rectangle(place, 30 + 18 * row, 12, 12, colour_of(number)))
+            colour, opacity = look[number]
+            box = rectangle(place, 30 + 18 * row, 12, 12, colour_of(colour))
+            parts.append(f'<g opacity="{opacity:g}">{box}</g>' if opacity < 1 else box)
             parts.append(text(place + 17, 40 + 18 * row, name))
     if not known:
         parts.append(text(width / 2, height / 2, "no values yet", 'text-anchor="middle"'))
@@ -388,16 +394,17 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
             parts.append(f'<line {ends} stroke="#808080"/>')
             parts.append(text(x, bottom + 17, f"{tick:.6g}", 'text-anchor="middle"'))
     parts.append(text((left + width - right) / 2, height - 4, x_name, 'text-anchor="middle"'))
-    for number, stretch in enumerate(shown.values()):
+    for (number, opacity), stretch in zip(look, shown.values()):
+        faint = f' opacity="{opacity:g}"' if opacity < 1 else ""
         for points in stretch:
             places = [place_of(x, y) for x, y in points]
             if len(places) == 1:
                 x, y = places[0]
-                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"/>')
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"{faint}/>')
                 continue
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour_of(number)}" '
-                         'stroke-width="1.5"/>')
+                         f'stroke-width="1.5"{faint}/>')
     return drawing(width, height, parts)
 
 

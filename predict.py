@@ -214,7 +214,7 @@ def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence
     called = [str(value) for value in values]
     if names is not None and len(names) == len(values):
         called = [f"{value} {name}" for value, name in zip(values, names)]
-    text = ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
+    text = "share of label " + ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 

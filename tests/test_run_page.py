@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import pictures
 import predict
 from runs import load, resume, run
 from training import run_page
@@ -30,6 +31,11 @@ def test_the_page_of_a_log_holds_its_curves_and_of_two_runs_both(tmp_path):
     assert page.count("<svg") == 6 and not re.search(r"<script|<link|@import|src=.http", page)
     both = run_page.run_page([tmp_path / "a", tmp_path / "b"])
     assert both.count("<svg") == 6 and "a validation" in both and "b validation" in both
+    # A run has one colour in every drawing, the training fainter.
+    for name, colour in zip("ab", pictures.COLOURS):
+        for split, faint in (("training", True), ("validation", False)):
+            boxes = re.findall(rf'(?:<g opacity="0.5">)?<rect [^\n]*\n<text [^>]*>{name} {split}', both)
+            assert boxes and all(colour in box and ("<g" in box) == faint for box in boxes), (name, split)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no rows in its log.jsonl"):
         run_page.run_page([tmp_path / "none"])

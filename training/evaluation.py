@@ -31,6 +31,7 @@ from volumes.config import WINDOWS
 from volumes.files import sizes
 from volumes.find import Item
 from volumes.intensities import Intensity
+from volumes.told import counted
 
 # Key of a row -> heading and format.
 COLUMNS = {
@@ -53,9 +54,9 @@ COLUMNS = {
     "hd95": ("HD95", "{:.2f} mm"),
     "missed": ("classes missed", "{:.2f}"),
     "bits_per_voxel": ("bits/voxel", "{:.3f}"),
-    "compression": ("ratio", "{:.1f}"),
+    "compression": ("compression", "{:.1f}x"),
     "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"),
-    "compression_16": ("ratio, 16-bit", "{:.1f}"),
+    "compression_16": ("compression, 16-bit", "{:.1f}x"),
     "codebook_usage": ("codes used", "{:.1%}"),
     "perplexity": ("perplexity", "{:.1f}"),
 }
@@ -326,7 +327,7 @@ def print_table(result: dict) -> None:
     for c, row in enumerate(means.get("channels", ())):
         figures = ", ".join(f"{heading(name)} {cell(row, name)}" for name in row)
         print(f"{f'channel {c}':{width}}  {figures}")
-    parts = [f"{len(rows)} volumes"]
+    parts = [counted(len(rows), "volume")]
     if result["voxels_per_second"]:
         parts.append(f"{short_number(result['voxels_per_second'])} voxels/s")
     parts.append(f"peak {result['peak_gib']:.2f} GiB")

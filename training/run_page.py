@@ -181,6 +181,10 @@ def curves_of(logs: dict[str, list[dict]], memory: str) -> str:
     names = figure_names(every)
     classes = classes_of(names)
     drawings = []
+    # Of several runs each has its colour in all drawings, fainter for the training.
+    looks = {}
+    for number, run in enumerate(logs if len(logs) > 1 else ()):
+        looks |= {f"{run} training": (number, 0.5), f"{run} validation": (number, 1.0)}
     for name in [*(name for name in names if name not in classes), *SPEEDS]:
         series = {}
         for run, rows in logs.items():
@@ -190,7 +194,7 @@ def curves_of(logs: dict[str, list[dict]], memory: str) -> str:
                 if is_known and not (name in SPEEDS and split == "val"):
                     series[words if len(logs) == 1 else f"{run} {words}"] = points
         if series:
-            drawings.append(drawn(name, series, memory))
+            drawings.append(drawn(name, series, memory, looks))
     if classes:
         few, title = worst_and_best(classes, every)
         of_class = {f"{run} {name}" if len(logs) > 1 else name.replace("dice_", "class "):
@@ -215,14 +219,14 @@ def worst_and_best(classes: Sequence[str], rows: Sequence[dict]) -> tuple[list[s
     return few, f"Dice, the {half} worst and {half} best of {len(classes)} classes"
 
 
-def drawn(name: str, series: dict[str, list], memory: str) -> str:
+def drawn(name: str, series: dict[str, list], memory: str, looks: dict) -> str:
     titles = {
         "lr": "learning rate", "peak_gib": f"{memory} so far (GiB)",
         "voxels_per_second": "voxels a second", "psnr": "PSNR (dB)",
         "sharpness": "sharpness (gradient energy; 1: the input's)", "codebook_usage": "share of codes used",
     }
     is_log = name not in LINEAR and name not in SPEEDS
-    return pictures.curves(series, titles.get(name, heading(name)), is_log)
+    return pictures.curves(series, titles.get(name, heading(name)), is_log, looks=looks)
 
 
 def points_of(rows: Sequence[dict], split: str, name: str) -> list[tuple[float, float | None]]:
