@@ -131,8 +131,11 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
         train, val, patch = with_boxes(train, val, cfg, say)
     channels = train[0].shape[0]
     with_classes = f", {classes} classes" if cfg.labels else ""
-    say(f"data: {counted(len(train), 'training volume')} ({counted(len(training), 'file')}), {len(val)} held "
-        f"out ({len(held_out)}), {counted(channels, 'channel')}, crops of {sizes(patch)}{with_classes}")
+    # Files may have several volumes each.
+    files = f" of {counted(len(training), 'file')}" if len(training) != len(train) else ""
+    others = f" of {counted(len(held_out), 'file')}" if len(held_out) != len(val) else ""
+    say(f"data: {counted(len(train), 'training volume')}{files}, {len(val)} held out{others}, "
+        f"{counted(channels, 'channel')}, crops of {sizes(patch)}{with_classes}")
     return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values, names)
 
 
