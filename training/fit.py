@@ -76,7 +76,7 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
         peak = predicted(cfg, task, device)
     except RuntimeError as error:
         return f"predicted peak: none, {line_of(error)}"
-    left_out = f". {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
+    left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
     return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
 
 
