@@ -59,7 +59,7 @@ from volumes.points import choose_point
 from volumes.seeds import seeded
 from volumes.splits import NONE_HELD_OUT, in_turn, split, tell_shared, with_patients
 from volumes.synthetic import synthetic_entries
-from volumes.told import tell_guesses, tell_notes, tell_scales
+from volumes.told import counted, tell_guesses, tell_notes, tell_scales
 
 # The largest crop where data.patch is not given, voxels D H W.
 PATCH, PATCH_OF_SYNTHETIC, PATCH_OF_PICTURES = (32, 64, 64), (16, 48, 48), (32, 256, 256)
@@ -131,10 +131,12 @@ def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) 
     if cfg.points:
         train, val, patch = with_boxes(train, val, cfg, say)
     channels = train[0].shape[0]
-    plural = "s" if channels > 1 else ""
     with_classes = f", {classes} classes" if cfg.labels else ""
-    say(f"data: {len(train)} training volumes ({len(training)} files), {len(val)} held out "
-        f"({len(held_out)}), {channels} channel{plural}, crops of {sizes(patch)}{with_classes}")
+    # Files may have several volumes each.
+    files = f" of {counted(len(training), 'file')}" if len(training) != len(train) else ""
+    others = f" of {counted(len(held_out), 'file')}" if len(held_out) != len(val) else ""
+    say(f"data: {counted(len(train), 'training volume')}{files}, {len(val)} held out{others}, "
+        f"{counted(channels, 'channel')}, crops of {sizes(patch)}{with_classes}")
     return Data(train, val, channels, patch, train[0].intensity.background, cfg, classes, label_values, names)
 
 

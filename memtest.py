@@ -225,13 +225,15 @@ def print_table(rows: Sequence[Row], file=None) -> None:
 
 
 def picture(rows: Sequence[Row], title: str) -> str:
-    """Bars of the predicted and of the measured peaks, as the text of an SVG file."""
-    labels = [f"{row.label} x{row.batch}" for row in rows]
+    """Bars of the predicted and of the measured peaks beside CARDS, as the text of an SVG file."""
+    labels = [f"{row.label}, batch {row.batch}" for row in rows]
     series = {
         "predicted": [row.predicted_gib for row in rows],
         "measured": [row.measured_gib for row in rows],
     }
-    return pictures.bars(labels, series, title, "GiB", missing="no prediction")
+    marks = {f"{gib} GiB": (gib * (1 - SPARE), gib) for gib in CARDS}
+    axis = f"GiB; dashed: cards, grey: the {100 * SPARE:.0f} % of them to keep free"
+    return pictures.bars(labels, series, title, "GiB", "no prediction", marks, axis)
 
 
 # -------------------------------------------------------------------------------- the plan

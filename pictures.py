@@ -214,6 +214,7 @@ COLOURS = ("#568cc8", "#e69646", "#5aa469", "#b07aa1")            # of the serie
 LETTER = 7.3                     # pixels a character of 12 pixels' height takes at most, on average
 AXIS = 480                       # pixels of the axis
 LINE, THICK = 20, 15             # pixels from bar to bar within a row, and of a bar
+FARTHEST = 8                     # times the longest bar: marks beyond would leave no room for the bars
 
 
 def bars(
@@ -222,11 +223,16 @@ def bars(
     title: str,
     unit: str = "GiB",
     missing: str = "none",
+    marks: Mapping[str, tuple[float, float]] | None = None,
+    axis: str = "",
 ) -> str:
     """Horizontal bars, one row a label and one bar a series in each, over a labelled axis -> SVG text.
 
     series: name -> one value of 0 or more for each label. A None draws no bar; a row of nothing but None says
     `missing`; a series of nothing but None is left out. The text is a whole file, for a browser.
+    marks: name -> (start, limit): a dashed line at the limit with the name on top, and a grey band from the
+    start to it. The axis reaches every mark but those beyond FARTHEST times the longest bar.
+    axis: the words below the axis, the unit where there are none.
     Raises ValueError where a series does not have as many values as there are labels.
     """
     for name, values in series.items():
@@ -234,11 +240,13 @@ def bars(
             raise ValueError(f"bars: {len(labels)} labels, {len(values)} values of {name}; give one for each")
     shown = {name: values for name, values in series.items() if any(v is not None for v in values)}
     known = [v for values in shown.values() for v in values if v is not None]
-    ticks = axis_ticks(max(known, default=1.0))
+    longest = max(known, default=1.0)
+    marks = {name: ends for name, ends in (marks or {}).items() if ends[1] <= FARTHEST * longest}
+    ticks = axis_ticks(max([longest, *(limit for _, limit in marks.values())]))
 
     # first the places: labels on the left, the axis, room for a figure behind the longest bar
     left = 24 + LETTER * max(map(len, labels), default=0)
-    top = 64
+    top = 84 if marks else 64
     row_height = LINE * max(1, len(shown)) + 12
     bottom = top + row_height * len(labels)
     width = max(left + AXIS + 100, 24 + LETTER * 1.4 * len(title))
@@ -250,11 +258,24 @@ def bars(
         place = 12 + sum(34 + LETTER * len(other) for other in list(shown)[:number])
         parts.append(rectangle(place, 38, 12, 12, COLOURS[number % len(COLOURS)]))
         parts.append(text(place + 18, 48, name))
+    for start, limit in marks.values():
+        wide = scale * (limit - start)
+        parts.append(rectangle(left + scale * start, top - 6, wide, bottom - top + 6, "#eeeeee"))
     for tick in ticks:
         x = left + scale * tick
         parts.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#d8d8d8"/>')
         parts.append(text(x, bottom + 16, f"{tick:g}", 'text-anchor="middle"'))
-    parts.append(text(left + AXIS / 2, bottom + 36, unit, 'text-anchor="middle"'))
+    free = 0.0                                # the end of the last mark's name: names do not overlap
+    for name, (_, limit) in sorted(marks.items(), key=lambda mark: mark[1]):
+        x = left + scale * limit
+        parts.append(f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{bottom}" stroke="#a4262c" '
+                     'stroke-dasharray="5 4"/>')
+        if x - LETTER * len(name) / 2 > free:
+            parts.append(text(x, top - 11, name, 'text-anchor="middle" fill="#a4262c"'))
+            free = x + LETTER * len(name) / 2
+    parts.append(text(left + AXIS / 2, bottom + 36, axis or unit, 'text-anchor="middle"'))
+    axes = f"M{left:.1f} {top - 6}V{bottom}H{left + AXIS:.1f}"
+    parts.append(f'<path d="{axes}" fill="none" stroke="#606060"/>')
     for row, label in enumerate(labels):
         y = top + row_height * row
         parts.append(text(left - 10, y + row_height / 2 - 2, label, 'text-anchor="end"'))
@@ -309,29 +330,37 @@ def text(x: float, y: float, words: str, attributes: str = "") -> str:
 
 Points = Sequence[tuple[float, float | None]]                    # of a curve, in the order of their x
 MOST_POINTS = 500                # of a curve as it is drawn
-PLOT = (560, 300)                # pixels of the whole drawing
-MARGINS = (62, 14, 30, 34)       # of them left, right, above and below the axes
+PLOT = (440, 250)                # pixels of the whole drawing
+MARGINS = (56, 14, 34, 38)       # of them left, right, above and below the axes
 
 
-def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step") -> str:
+def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_name: str = "step",
+           looks: Mapping[str, tuple[int, float]] | None = None) -> str:
     """Lines over one pair of axes, a colour and a row of the legend each -> SVG text, a whole file.
 
     A y of None or NaN, or infinite, leaves a gap; on a logarithmic axis one of 0 or less does too. Of a
     long curve each stretch of points is drawn as its least and its largest, so that no peak is lost. Where no
     curve has a point, the drawing says so.
+    looks: name -> number of its colour and opacity (0 to 1), so that several drawings have one colour for one
+    thing; with it even a single curve is named. Else colours go by the order.
     """
     shown = {name: thinned(list(stretches(points, is_log))) for name, points in series.items()}
     known = [point for parts in shown.values() for part in parts for point in part]
     width, height = PLOT
     left, right, above, below = MARGINS
-    rows = legend_rows(list(shown), width) if len(shown) > 1 else []
+    rows = legend_rows(list(shown), width) if len(shown) > 1 or looks else []
+    look = [(looks or {}).get(name, (number, 1.0)) for number, name in enumerate(shown)]
     above += 18 * len(rows)
+    height += 18 * max(0, len(rows) - 2)                         # a long legend takes no room from the curves
     bottom = height - below
-    parts = [rectangle(0, 0, width, height, "white"), text(12, 18, title, 'font-size="14"')]
+    parts = [rectangle(0, 0, width, height, "white"),
+             text(12, 20, title, 'font-size="14" font-weight="600"')]
     for row, names in enumerate(rows):
         for place, number, name in names:
-            parts.append(rectangle(place, 26 + 18 * row, 12, 12, colour_of(number)))
-            parts.append(text(place + 17, 36 + 18 * row, name))
+            colour, opacity = look[number]
+            box = rectangle(place, 30 + 18 * row, 12, 12, colour_of(colour))
+            parts.append(f'<g opacity="{opacity:g}">{box}</g>' if opacity < 1 else box)
+            parts.append(text(place + 17, 40 + 18 * row, name))
     if not known:
         parts.append(text(width / 2, height / 2, "no values yet", 'text-anchor="middle"'))
         return drawing(width, height, parts)
@@ -365,16 +394,17 @@ def curves(series: Mapping[str, Points], title: str, is_log: bool = False, x_nam
             parts.append(f'<line {ends} stroke="#808080"/>')
             parts.append(text(x, bottom + 17, f"{tick:.6g}", 'text-anchor="middle"'))
     parts.append(text((left + width - right) / 2, height - 4, x_name, 'text-anchor="middle"'))
-    for number, stretch in enumerate(shown.values()):
+    for (number, opacity), stretch in zip(look, shown.values()):
+        faint = f' opacity="{opacity:g}"' if opacity < 1 else ""
         for points in stretch:
             places = [place_of(x, y) for x, y in points]
             if len(places) == 1:
                 x, y = places[0]
-                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"/>')
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour_of(number)}"{faint}/>')
                 continue
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour_of(number)}" '
-                         'stroke-width="1.5"/>')
+                         f'stroke-width="1.5"{faint}/>')
     return drawing(width, height, parts)
 
 
@@ -449,7 +479,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from `low` or less to `high` or more; with their 2 and 5 folds where those are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, (last - first) // 6)
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    factors = (1, 2, 5) if high < 500 * low else (1,)
     ticks = [factor * 10.0 ** power for power in range(first, last + every, every) for factor in factors]
     # What lies outside the first tick below and the first above is not needed.
     start = max((n for n, tick in enumerate(ticks) if tick <= low * (1 + 1e-9)), default=0)

@@ -214,7 +214,7 @@ def shares_text(found: Sequence[np.ndarray], values: np.ndarray, names: Sequence
     called = [str(value) for value in values]
     if names is not None and len(names) == len(values):
         called = [f"{value} {name}" for value, name in zip(values, names)]
-    text = ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
+    text = "share of label " + ", ".join(f"{called[k]}: {100 * shares[k]:.3g} %" for k in largest)
     more = int(np.count_nonzero(shares[1:])) - len(largest)
     return f"{text} and {more} smaller" if more else text
 
@@ -325,8 +325,8 @@ def open_checkpoint(options: argparse.Namespace, *needs: str) -> tuple[Ready, Da
     ready.task.prepare(ready, options, cfg)
     print(describe(ready), flush=True)
     if ready.facts["step"] == 0:
-        print(f"{ready.path}: is of step 0, the untrained network: no later validation of its run was better",
-              flush=True)
+        print(f"{ready.path}: weights of step 0, the untrained network: no later validation of its run was "
+              "better", flush=True)
     return ready, cfg
 
 

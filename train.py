@@ -408,9 +408,9 @@ def set_rates(cfg: TrainConfig, state: State, rate: float) -> None:
 
 
 def files_of(run: Run, micro_batches: Sequence[MicroBatch]) -> list[str]:
-    """The files whose crops all ranks have in these micro-batches."""
+    """The files whose crops all ranks have in these micro-batches; synthetic volumes by their names."""
     volumes = ranks.gathered([v for m in micro_batches for v in m.volumes])
-    return sorted({str(run.dataset.train[v].path) for v in volumes})
+    return sorted({str(run.dataset.train[v].path or run.dataset.train[v].name) for v in volumes})
 
 
 def note_bad_step(run: Run, loss: float, files: Sequence[str]) -> None:

@@ -180,6 +180,14 @@ def figures(sums: dict[str, Tensor]) -> dict[str, float]:
     return row
 
 
+def class_text(k: int, stored: tuple[int, ...] | None) -> str:
+    """A class by its number, and by the value that it has in the files where that is another.
+
+    stored: the values of class 0, 1, ...; None: the numbers themselves.
+    """
+    return f"class {k}" if stored is None or stored[k] == k else f"class {k} (value {stored[k]})"
+
+
 def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
     """Slices of the crop with contours of its label and of the classes found, and Dice in this crop."""
     found = predicted_classes(out.logits).cpu().to(torch.int16)
@@ -193,7 +201,8 @@ def picture(cfg: TrainConfig, crop: data.Crop, out: unet.UNetOutput) -> Picture:
     # Dice of the classes that occur in the label or were found, for the legend.
     pair = found.long(), crop.label[None]
     scores = dice_row(torch.stack(losses.dice_scores(*pair, classes(cfg), cfg.data.ignore_label)))
-    names = {k: f"class {k}: Dice {scores[f'dice_{k}']:.3f}" for k in range(1, classes(cfg))}
+    names = {k: f"{class_text(k, crop.entry.label_values)}: Dice {scores[f'dice_{k}']:.3f}"
+             for k in range(1, classes(cfg))}
     shown = views.of_labels(crop.image, {"Label": label, "Found": found[0]}, crop.entry.spacing, intensity,
                             window, is_picture, names)
     figures = f"mean Dice {scores['dice']:.4f}"

@@ -9,6 +9,7 @@ import train
 from runs import ROOT, load_config
 from tasks import TASKS
 from training import spellings
+from training.config import SECTIONS
 from training.flags import EVERYDAY, build_parser
 
 KNOWN = build_parser(TASKS)._option_string_actions
@@ -118,3 +119,32 @@ def test_strides_that_are_given_stay(tmp_path):
 def test_predict_knows_its_own_flags_alone(capsys):
     assert predict.main(["segment", "--checkpoint", "x", "--input", "y", "--num_channels", "3"]) == 2
     assert "base_channels" not in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- keys of a config file
+
+@pytest.mark.parametrize("text, says", [
+    ("learning_rate: 1e-3", "unknown key learning_rate; did you mean optim.lr?"),
+    ("batch_size: 4", "did you mean train.batch?"), ("data_dir: X", "did you mean data.path?"),
+    ("vae: {latent_channels: 8}", "unknown key vae.latent_channels; did you mean vae.z_channels?"),
+    ("optim: {learning-rate: 1}", "did you mean optim.lr?"), ("train: {lr: 1}", "did you mean optim.lr?"),
+    ("epochs: 3", "did you mean train.epochs?"), ("train: {patch: 32}", "did you mean data.patch?"),
+    ("vae: {spatial_dims: 3}", "here: always 3; 2D, by slices: task: seg, preset: unet2d"),
+    ("vae: {num_channels: 3}", "here: vae.base_channels: 64, vae.channel_mult: 1,2,4 is their"),
+    ("train: {gpu: 0}", "here: train.device: cuda:0"), ("data: {roi_size: 96}", "here: data.patch: D,H,W"),
+    ("train: {checkpoint: X}", "here: --resume RUN"), ("optim: {lrr: 1}", "did you mean optim.lr?"),
+    ("xyzzy: 1", "known: task, preset, "), ("memory: {xyzzy: 1}", "known: mode, "),
+    ("train: {stages: [{steps: 3, lr: 1}]}", "did you mean optim.lr?"),
+    ("train: {stages: [{steps: 3, batch_size: 1}]}", "did you mean train.batch?")])
+def test_wrong_keys_of_a_file_are_answered_as_flags_are(text, says, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    said = error_of("--config", str(path))
+    assert "unknown key" in said and says in said and "\n" not in said, said
+
+
+def test_keys_that_hints_name_are_there():
+    sections = {f.name: f.default_factory().__dataclass_fields__ for f in SECTIONS}
+    for text in spellings.INSTEAD:
+        for key in re.findall(r"\b([a-z]+)\.([a-z_]+)", spellings.in_file(text)):
+            assert key == ("train", "py") or key[1] in sections[key[0]], key

@@ -147,7 +147,7 @@ def test_labels_of_dataset_json_have_names_and_an_ignored_one(labels, place, nnu
     assert sum("0 background, 1 liver, 2 tumour" in line for line in said) == 1
     assert sum("`ignore` label: 3" in line for line in said) == 1
     shares = predict.shares_text([label % 3], np.arange(3), dataset.class_names)
-    assert shares == "1 liver: 20 %", shares
+    assert shares == "share of label 1 liver: 20 %", shares
 
 
 def test_regions_of_dataset_json_are_told_and_their_values_are_classes(nnunet, tmp_path):

@@ -84,12 +84,19 @@ def test_json_rows_have_their_keys_and_the_picture_is_an_svg(quick, tmp_path, ca
     for row in rows:                                             # a label and a figure each
         mode = {"none": "all kept", "checkpoint": "checkpointed", "tile": "tiled"}[row["mode"]]
         precision = "bf16 AMP" if row["amp"] else "float32"
-        assert f"{precision}, {mode} x{row['batch']}" in words, words
+        assert f"{precision}, {mode}, batch {row['batch']}" in words, words
         assert f"{pictures.figure(row['predicted_gib'])} GiB" in words, words
     bars = [
         element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"
     ]
     assert len(bars) == len(rows)
+
+
+def test_the_picture_marks_the_cards():
+    row = memtest.Row("fast", (64, 64, 64), 1, True, "none", None, 7, predicted_gib=4.0)
+    words = [e.text for e in ElementTree.fromstring(memtest.picture([row], "t")).iter(f"{SVG}text")]
+    assert {"8 GiB", "12 GiB", "24 GiB", "4.00 GiB", "bf16 AMP, all kept, batch 1"} <= set(words)
+    assert any("cards" in word and "10 %" in word for word in words)
 
 
 def test_the_plan_is_yaml_that_train_takes(quick, tmp_path, capsys):

@@ -188,6 +188,26 @@ def test_few_tiny_and_missing_values_draw(values):
     assert len(bars) == sum(value is not None for value in values)
 
 
+def test_marks_of_bars_stand_at_their_values_and_far_ones_are_left_out():
+    marks = {"card of 8": (7.2, 8.0), "card of 12": (10.8, 12.0), "beyond": (32.0, 33.0)}
+    svg = pictures.bars(["a"], {"s": [4.0]}, "t", "GiB", marks=marks, axis="GiB; dashed: cards")
+    texts, lines, bars = drawn(svg)
+    words = [word for word, _, _ in texts]
+    assert "GiB; dashed: cards" in words and "beyond" not in words and "GiB" not in words
+    zero = bars[0][0]
+    per_unit = bars[0][2] / 4.0
+    for name, (start, limit) in list(marks.items())[:2]:
+        x = next(x for word, x, _ in texts if word == name)
+        assert x in lines and x - zero == pytest.approx(limit * per_unit, abs=0.2)
+        bands = [e for e in ElementTree.fromstring(svg).iter(f"{SVG}rect") if e.get("fill") == "#eeeeee"
+                 and float(e.get("x")) - zero == pytest.approx(start * per_unit, abs=0.2)]
+        assert float(bands[0].get("width")) == pytest.approx((limit - start) * per_unit, abs=0.2)
+    # Names do not overlap: the second of two marks at nearly one place has none.
+    close = {"12 GiB": (10.8, 12.0), "12.1 GiB": (11.0, 12.1)}
+    words = [word for word, _, _ in drawn(pictures.bars(["a"], {"s": [400.0]}, "t", marks=close))[0]]
+    assert "12 GiB" in words and "12.1 GiB" not in words
+
+
 @pytest.mark.parametrize("most", [0.003, 0.09, 1, 3.99, 4, 7.2, 9.99, 10, 23.9, 100, 12345])
 def test_axis_ticks_are_few_round_and_reach_the_largest_value(most):
     ticks = pictures.axis_ticks(most)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import pictures
 import predict
 from runs import load, resume, run
 from training import run_page
@@ -31,6 +32,11 @@ def test_the_page_of_a_log_holds_its_curves_and_of_two_runs_both(tmp_path):
     assert page.count("<svg") == 6 and not re.search(r"<script|<link|@import|src=.http", page)
     both = run_page.run_page([tmp_path / "a", tmp_path / "b"])
     assert both.count("<svg") == 6 and "a validation" in both and "b validation" in both
+    # A run has one colour in every drawing, the training fainter.
+    for name, colour in zip("ab", pictures.COLOURS):
+        for split, faint in (("training", True), ("validation", False)):
+            boxes = re.findall(rf'(?:<g opacity="0.5">)?<rect [^\n]*\n<text [^>]*>{name} {split}', both)
+            assert boxes and all(colour in box and ("<g" in box) == faint for box in boxes), (name, split)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no rows in its log.jsonl"):
         run_page.run_page([tmp_path / "none"])
@@ -74,3 +80,24 @@ def test_a_run_that_ends_in_nan_says_so_and_that_its_best_is_the_untrained_netwo
     lines = capsys.readouterr().out.splitlines()
     assert "not finite at the end" in lines[-1] and "at step 0 (the untrained network)" in lines[-2]
     assert load(out / "best.pt")["step"] == 0
+
+
+def test_many_classes_are_drawn_by_the_worst_and_the_best_and_listed_below_the_table(tmp_path):
+    scores = {f"dice_{k}": 1 - k / 100 for k in range(1, 31)}
+    write_log(tmp_path / "a", [{"step": s, "split": "val", "dice": 0.5, **scores} for s in (0, 1)])
+    page = run_page.run_page([tmp_path / "a"])
+    drawing = next(svg for svg in page.split("<svg")[1:] if "4 worst and 4 best of 30 classes" in svg)
+    named = re.findall(r"class (\d+)<", drawing)
+    assert named == ["1", "2", "3", "4", "27", "28", "29", "30"]
+    assert "<th>Dice 17</th>" not in page and "Dice 17: 0.8300" in page and "<th>Dice</th>" in page
+
+
+def test_memory_is_named_as_the_process_s_on_a_cpu_alone(tmp_path):
+    write_log(tmp_path / "a", [{"step": 1, "split": "train", "loss": 1.0, "peak_gib": 1.5}])
+    for device, words in (("cpu, processes: 1", "peak memory of the process"), ("cuda:0", "peak memory")):
+        row = {"step": 0, "command": "python train.py --train.val_every 2", "device": device}
+        (tmp_path / "a" / "commands.jsonl").write_text(json.dumps(row) + "\n")
+        page = run_page.run_page([tmp_path / "a"])
+        assert f"<span>{words}</span>" in page and f"{words} so far (GiB)" in page
+    # No line of the page ends within a flag.
+    assert '<span class="key">--train.val_every</span>' in page

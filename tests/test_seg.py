@@ -31,6 +31,22 @@ def segmenter(logits_of, out_channels=3, patch=(4, 8, 8)):
     return Ready(Path(), cfg, named(TASKS, "seg"), model, {}, None, "float32", "")
 
 
+def test_the_legend_names_the_value_that_a_class_has_in_the_files(tmp_path):
+    image, label = pair_like((9, 10, 11))
+    save(tmp_path / "in" / "a_image.nii.gz", image)
+    save(tmp_path / "in" / "a_label.nii.gz", np.array([0, 1, 5, 9], np.uint8)[label])
+    fields = {"path": str(tmp_path / "in"), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
+    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    cfg, dataset = open_data(cfg, named(TASKS, "seg"), quiet, None)
+    entry = dataset.train[0]
+    crop = types.SimpleNamespace(image=torch.from_numpy(entry.read()), entry=entry,
+                                 label=torch.from_numpy(entry.read_label()))
+    right = torch.nn.functional.one_hot(crop.label, 4).movedim(-1, 0)[None].float()
+    legend = seg.picture(cfg, crop, types.SimpleNamespace(logits=right)).note["legend"]
+    assert [name for name, _ in legend] == [
+        "class 1: Dice 1.000", "class 2 (value 5): Dice 1.000", "class 3 (value 9): Dice 1.000"]
+
+
 def test_a_run_from_before_gaps_were_closed_goes_on_with_its_classes(tmp_path):
     image, label = pair_like((9, 10, 11))
     save(tmp_path / "in" / "a_image.nii.gz", image)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from training.config import CondConfig, closest
+from training.config import CondConfig
+from training.spellings import closest
 
 REGIONS = ("head", "chest", "abdomen", "pelvis")
 SAME_REGION = {"head_neck": "head", "neck": "head", "thorax": "chest", "lung": "chest", "lower": "pelvis"}

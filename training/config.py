@@ -10,7 +10,6 @@ A config is what the user asked for, and is never changed: what the data says is
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import types
 import typing
@@ -26,6 +25,7 @@ from diffusion import DiffusionConfig
 from losses import LossConfig
 from sparse import SparseConfig
 from training.console import line_of
+from training.spellings import key_advice
 from unet import UNetConfig
 from vae3d import VAEConfig
 from volumes.config import WINDOWS, DataConfig
@@ -354,10 +354,11 @@ def convert_to_single(value: Any, kind: type, name: str) -> Any:
 def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
     """`base` with {section: {field: value}} put over it.
 
-    source: where the values were found, for errors. Raises ValueError for an unknown key, naming the
-    closest one.
+    source: where the values were found, for errors. Raises ValueError for an unknown key, naming the one
+    that it means here or is most like it.
     """
     result = {}
+    fields_of = {f.name: [each.name for each in dataclasses.fields(f.default_factory)] for f in SECTIONS}
     for key, value in values.items():
         if key in ("task", "preset"):
             result[key] = convert(value, str, f"{source}: {key}")
@@ -365,8 +366,8 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
 
         # All other keys are sections, which hold fields.
         if key not in [f.name for f in SECTIONS]:
-            known = [f.name for f in dataclasses.fields(base)]
-            raise ValueError(f"{source}: unknown key {one_line(key)}{closest(str(key), known, '')}")
+            near = key_advice(str(key), "", fields_of, ("task", "preset"))
+            raise ValueError(f"{source}: unknown key {one_line(key)}{near}")
         if value is None:                                        # a section without any line
             continue
         if not isinstance(value, dict):
@@ -377,22 +378,11 @@ def config_from(values: dict, base: TrainConfig, source: str) -> TrainConfig:
         hints = typing.get_type_hints(type(current))
         for name in value:
             if name not in hints:
-                near = closest(str(name), hints, f"{key}.")
+                near = key_advice(str(name), key, fields_of)
                 raise ValueError(f"{source}: unknown key {key}.{one_line(name)}{near}")
         fields = {name: convert(v, hints[name], f"{key}.{name}") for name, v in value.items()}
         result[key] = dataclasses.replace(current, **fields)
     return dataclasses.replace(base, **result)
-
-
-def closest(word: str, words, prefix: str) -> str:
-    """The end of an error about an unknown word: the known one that is most like it, else all of them."""
-    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    known = ", ".join(map(str, words))
-    if len(known) > 300:
-        known = known[:300].rpartition(", ")[0] + ", ..."
-    return f"; known: {known}"
 
 
 # -------------------------------------------------------------------------------- YAML

@@ -32,6 +32,11 @@ def shown(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4g}"
 
 
+def unit_of(figure: str) -> str:
+    """What stands behind its number."""
+    return " dB" if figure == "psnr" else ""
+
+
 def clear_line() -> None:
     """Of a line that is written over again and again; nothing in a pipe."""
     if sys.stdout.isatty():

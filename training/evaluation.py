@@ -31,12 +31,14 @@ from volumes.config import WINDOWS
 from volumes.files import sizes
 from volumes.find import Item
 from volumes.intensities import Intensity
+from volumes.told import counted
 
 # Key of a row -> heading and format.
 COLUMNS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
     "l1": ("L1", "{:.4f}"),
+    "l1_l2": ("L1 + L2", "{:.4f}"),
     "ms_ssim": ("MS-SSIM", "{:.4f}"),
     "mae_hu": ("error", "{:.1f} HU"),
     "sharpness": ("sharpness", "{:.3f}"),
@@ -52,9 +54,9 @@ COLUMNS = {
     "hd95": ("HD95", "{:.2f} mm"),
     "missed": ("classes missed", "{:.2f}"),
     "bits_per_voxel": ("bits/voxel", "{:.3f}"),
-    "compression": ("ratio", "{:.1f}"),
+    "compression": ("compression", "{:.1f}x"),
     "bits_per_voxel_16": ("bits/voxel, 16-bit", "{:.3f}"),
-    "compression_16": ("ratio, 16-bit", "{:.1f}"),
+    "compression_16": ("compression, 16-bit", "{:.1f}x"),
     "codebook_usage": ("codes used", "{:.1%}"),
     "perplexity": ("perplexity", "{:.1f}"),
 }
@@ -268,7 +270,7 @@ def column(name: str) -> tuple[str, str]:
         if name.startswith(f"{known}_"):
             first, form = COLUMNS[known]
             return f"{first} {name.removeprefix(known)[1:].replace('_', ' ')}", form
-    return name, "{:.4f}"
+    return name, "{:.4g}"
 
 
 def heading(name: str) -> str:
@@ -325,7 +327,7 @@ def print_table(result: dict) -> None:
     for c, row in enumerate(means.get("channels", ())):
         figures = ", ".join(f"{heading(name)} {cell(row, name)}" for name in row)
         print(f"{f'channel {c}':{width}}  {figures}")
-    parts = [f"{len(rows)} volumes"]
+    parts = [counted(len(rows), "volume")]
     if result["voxels_per_second"]:
         parts.append(f"{short_number(result['voxels_per_second'])} voxels/s")
     parts.append(f"peak {result['peak_gib']:.2f} GiB")

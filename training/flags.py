@@ -18,15 +18,11 @@ from training import guide_json
 from training.config import SECTIONS, TrainConfig, config_from, convert, one_of, read_yaml, with_optimizer
 from training.console import tell
 from training.foreign import foreign_init
-from training.spellings import advice, spelled
+from training.spellings import SHORT_FLAGS, advice, spelled
 from training.stages import stage_configs, without
 from training.task import named, of
 
 DESCRIPTION = "Train a 3D VAE, VQ-VAE or U-Net with one command."
-# Short flag -> section.field. All other fields have their long flag alone.
-IN_TRAIN = ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")
-SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"}
-SHORT_FLAGS |= {f"--{name}": f"train.{name}" for name in IN_TRAIN}
 # What --help says; the flags' own texts are in --help-all.
 EVERYDAY = """\
 Train a 3D VAE, VQ-VAE or U-Net.
@@ -40,16 +36,17 @@ Train a 3D VAE, VQ-VAE or U-Net.
   torchrun --nproc_per_node 4 train.py --data FOLDER                4 GPUs
 
 What    --data PATH              folder, file or datalist; none: synthetic volumes
-        --task vae|seg|features  an autoencoder; a U-Net on pairs; features for the perceptual loss
+        --task vae|seg|features|diffusion|sparse    an autoencoder; a U-Net on pairs; features for the
+                                 perceptual loss; latent diffusion; a sparse VQ-VAE of points near a surface
         --preset NAME            the network's size: ultra_lightweight, lightweight, base, standard, high_res,
                                  fast, sharp, thick; unet3d, unet_light, unet2d ... for seg
         --config YAML            an experiment file; flags beat it
-        --out FOLDER             run folder [runs/PRESET]
+        --out FOLDER             run folder [runs/NAME_DATE, NAME of the data]
         --resume RUN, --init RUN_OR_FILE    go on with a run; start from weights
 How     --patch D,H,W            crop in voxels, z first; 96 is 96,96,96
         --batch N, --accum N     crops at a time, and how many times an update [2, 1]
         --steps N, --epochs N    how long; whichever ends first
-        --optim.lr 5e-4, --optim.schedule cosine, --optim.warmup 0.05
+        --optim.lr 1e-3, --optim.optimizer muon|adamw, --optim.schedule cosine, --optim.warmup 0.05
         --seed N, --device auto|cuda|cuda:1|cpu, --workers N, --amp, --compile
 Memory  --fit [GIB]              the cheapest memory settings that fit
         --memory.mode none|checkpoint|tile

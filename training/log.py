@@ -20,7 +20,7 @@ from torch import Tensor
 import losses
 from training import ranks
 from training.config import TrainConfig, config_dict
-from training.console import shown, tell
+from training.console import shown, tell, unit_of
 from training.state import State
 from volumes.files import naming, write_atomic
 
@@ -111,8 +111,7 @@ class Log:
         figures = []
         for name in VAL_SHOWN:
             if name in row:
-                unit = " dB" if name == "psnr" else ""
-                figures.append(f"{name} {shown(row[name])}{unit}")
+                figures.append(f"{name} {shown(row[name])}{unit_of(name)}")
         self.last_validation = f"validation {figures[0]}" if figures else ""
         return f"step {row['step']}/{self.total}  validation  {'  '.join(figures)}"
 

@@ -8,7 +8,7 @@ import torch
 
 import peaks
 from training import memory, ranks
-from training.console import shown, tell
+from training.console import shown, tell, unit_of
 from training.devices import pick_precision
 from training.edges import stage_text
 from training.run import Run
@@ -17,6 +17,7 @@ from training.task import metric_of
 from volumes.cache import cache_folder
 from volumes.files import show
 from volumes.splits import patient_of
+from volumes.told import counted
 
 MOSTLY = 0.5                                  # share of a crop that is padding; more is told
 
@@ -46,14 +47,14 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
     if cfg.data.path is not None:
         log.say(f"cache of the prepared volumes: {show(cache_folder(cfg.data))} (data.cache_dir)")
     of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
-    where = f"run folder {run.out}, its curves and pictures: {run.out / NAME}"
+    where = f"run folder {run.out} (curves and pictures: its {NAME})"
     if run.stage.name:
         names = ", ".join(f"{stage.name} to {stage.end}" for stage in run.stages)
         log.say(f"{run.total} steps in {len(run.stages)} stages{of_ranks}: {names}; {where}")
         log.say(stage_text(run))
     else:
-        log.say(f"{run.total} steps of {run.stage.global_batch} crops{of_ranks}, {run.stage.per_epoch} an "
-                f"epoch; {where}")
+        log.say(f"{run.total} steps of {counted(run.stage.global_batch, 'crop')}{of_ranks}, "
+                f"{run.stage.per_epoch} an epoch; {where}")
     note_command(run)
 
 
@@ -79,15 +80,16 @@ def conclude(run: Run) -> bool:
     """The last line of a finished run. Returns whether its last loss is finite."""
     cfg, state, out = run.cfg, run.state, run.out
     name = metric_of(cfg, state.task)
-    best = f"best {name} {shown(state.best)}"
+    best = f"best {name} {shown(state.best)}{unit_of(name)}"
     if state.best is None:
         best = f"no validation had a finite {name}"
     elif step_of_best(run) == 0:
         best += " at step 0 (the untrained network)"
-    places = [f"weights in {out / 'best.pt'}"] if (out / "best.pt").is_file() else []
+    # What there is, by names: the folder's path is said once.
+    places = ["best.pt (weights)"] if (out / "best.pt").is_file() else []
     if (out / "samples").is_dir():
-        places.append(f"pictures in {out / 'samples'}")
-    where = ", ".join([*places, f"curves in {out / NAME}"])
+        places.append("samples (pictures)")
+    where = f"in {out}: {', '.join([*places, f'{NAME} (curves)'])}"
 
     def ends_finite() -> bool:
         rows = [row for row in read_rows(out / "log.jsonl") if row.get("split") in ("train", "val")]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import pictures
 from training.console import short_number
-from training.evaluation import FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
+from training.evaluation import COLUMNS, FIDELITY, FIRST, cell, columns_of, heading, means_of, ranked_by
 from training.ready import Ready, describe
 from training.views import Views
 from volumes.files import show
+from volumes.told import counted
 
 MOST_CARDS = 8                                                   # figures on top of the page
 
@@ -35,7 +36,7 @@ p { margin: 0 0 6px; color: var(--soft) }
 .bad { color: #a4262c }
 
 .cards { display: grid; gap: 12px; margin-top: 20px;
-         grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)) }
+         grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px }
 .card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; white-space: nowrap }
 .card span { color: var(--soft); font-size: 13px }
@@ -49,14 +50,14 @@ section h3 { margin: 0; font-size: 16px; color: var(--accent) }
 .figures { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px }
 .figures th, .figures td { padding: 6px 12px; text-align: right; white-space: nowrap;
                            border-bottom: 1px solid var(--line) }
-.figures th:first-child, .figures td:first-child { text-align: left; min-width: 180px;
+.figures th:first-child, .figures td:first-child { text-align: left; min-width: 220px;
                                                    white-space: normal; overflow-wrap: anywhere }
 .figures thead th { background: #eef1f5 }
 .figures .mean td { font-weight: 600; background: #f8fafc }
 
 .slices { width: 100%; table-layout: fixed; border-spacing: 6px }
 .slices th { font-weight: 500; color: var(--soft); font-size: 13px }
-.slices th:first-child { width: 68px; text-align: left }
+.slices th:first-child { width: 84px; text-align: left }
 .slices td { background: #000; text-align: center; vertical-align: middle; border-radius: 4px; padding: 0 }
 .slices img { display: block; margin: auto; width: 100%; max-height: 340px; object-fit: contain }
 .bar { display: inline-block; width: 160px; height: 10px; vertical-align: middle; margin: 0 6px;
@@ -99,25 +100,33 @@ def page(title: str, headline: str, notes: Sequence[str], cards: Sequence[tuple[
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], means: int = 0) -> str:
-    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out."""
+    """Rows of cells under their heads, all of it HTML; the first `means` rows stand out.
+
+    Heads that are all empty are left out.
+    """
     lines = []
     for number, row in enumerate(rows):
         kind = ' class="mean"' if number < means else ""
         cells = "".join(f"<td>{value}</td>" for value in row)
         lines.append(f"<tr{kind}>{cells}</tr>")
     top = "".join(f"<th>{head}</th>" for head in heads)
-    return (f'<section class="wide"><table class="figures"><thead><tr>{top}</tr></thead>\n'
+    top = f"<thead><tr>{top}</tr></thead>\n" if any(heads) else ""
+    return (f'<section class="wide"><table class="figures">{top}'
             f'<tbody>{"".join(lines)}</tbody></table></section>')
 
 
-def slices_table(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str]) -> str:
-    """A row for each of `rows`. columns: heading -> pictures (height, width, 3), one a row."""
+def slices_table(columns: Mapping[str, Sequence[Tensor]], rows: Sequence[str], width: float = 1.0) -> str:
+    """A row for each of `rows`. columns: heading -> pictures (height, width, 3), one a row.
+
+    width: the share of the page's width that they take together.
+    """
     lines = []
     for number, name in enumerate(rows):
         cells = "".join(picture(images[number], f"{kind}, {name}") for kind, images in columns.items())
         lines.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
     heads = "".join(f"<th>{text(kind)}</th>" for kind in columns)
-    return f'<table class="slices"><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
+    style = f' style="width:{width:.0%}"' if width < 1 else ""
+    return f'<table class="slices"{style}><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
 
 
 def views_html(shown: Views) -> str:
@@ -169,10 +178,10 @@ def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: s
     """
     names, means, volumes = columns_of(result), means_of(result), result["volumes"]
 
-    # First the cards: means, speed, memory.
+    # First the cards: means, speed, memory. Figures of classes and of HU windows are for the table.
     cards = []
     for name in names:
-        if not name.endswith("_16"):
+        if name in COLUMNS and not name.endswith("_16"):
             what = f"mean {heading(name)}" if name in result["mean"] else heading(name)
             cards.append((cell(means, name), what))
     cards = cards[:MOST_CARDS]
@@ -204,4 +213,4 @@ def evaluation_page(ready: Ready, result: dict, parts: dict[str, str], source: s
     notes = [f"<p>{text(describe(ready))}</p>", f"<p>Data: {text(source)}</p>"]
     notes += [f'<p class="bad">{text(row["error"])}</p>' for row in result["failed"]]
     title = f"{html.escape(ready.cfg.preset)}: evaluation"
-    return page(title, f"{what} of {len(volumes)} volumes", notes, cards, "\n".join(body))
+    return page(title, f"{what} of {counted(len(volumes), 'volume')}", notes, cards, "\n".join(body))

@@ -30,6 +30,8 @@ STRIP = 8                                     # pictures of the same slice over 
 OTHER = ("step", "epoch", "split", "lr", "grad_norm", "seconds", "voxels_per_second", "peak_gib", "skipped",
          "files", "gpu_percent", "gpu_reserved_gib")
 FIRST = ("psnr", "ssim", "l1", "dice", "iou", "explained")     # figures, in this order, before the terms
+MOST_CLASSES = 8                              # whose Dice is drawn, and stands in the table
+SPEEDS = ("lr", "peak_gib", "voxels_per_second")
 LINEAR = ("psnr", "ssim", "dice", "iou", "explained", "sharpness", "codebook_usage", "perplexity")
 
 
@@ -78,7 +80,7 @@ def run_page(folders: Sequence[Path]) -> str:
     for folder, rows in zip(folders, logs.values()):
         if not rows:
             raise DataError(f"{folder}: no rows in its log.jsonl; name run folders of train.py")
-    body = ["<h2>Curves</h2>", curves_of(logs)]
+    body = ["<h2>Curves</h2>", curves_of(logs, memory_words(folders))]
 
     # Then pictures, the last validation, and what each run was told, run by run.
     for (name, rows), folder in zip(logs.items(), folders):
@@ -87,9 +89,17 @@ def run_page(folders: Sequence[Path]) -> str:
         found = last_validation(rows)
         if found:
             names = figure_names([found])
+            classes = classes_of(names)
+            # Many classes would make a table wider than any page.
+            if len(classes) > MOST_CLASSES:
+                names = [name for name in names if name not in classes]
+            else:
+                classes = []
             table = report.table(["", *map(heading, names)], [[f"step {found['step']}",
                                                                *(cell(found, key) for key in names)]])
             body.append(f"<h2>Last validation{title}</h2>{table}")
+            words = [f'<span class="key">{heading(key)}: {cell(found, key)}</span>' for key in classes]
+            body.append(f"<p>{' &ensp; '.join(words)}</p>" if words else "")
         body.append(settings_of(folder, title))
 
     first = next(iter(logs.values()))
@@ -97,7 +107,7 @@ def run_page(folders: Sequence[Path]) -> str:
     if len(folders) > 1:
         headline = f"{len(folders)} runs side by side"
     notes = [f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}; a page that needs nothing beside it.</p>"]
-    cards = cards_of(first) if len(folders) == 1 else []
+    cards = cards_of(first, memory_words(folders)) if len(folders) == 1 else []
     return report.page(report.text(folders[0]), headline, notes, cards, "\n".join(body))
 
 
@@ -132,8 +142,15 @@ def figure_names(rows: Iterable[dict]) -> list[str]:
     return [key for key in FIRST if key in found] + [key for key in found if key not in FIRST]
 
 
-def cards_of(rows: Sequence[dict]) -> list[tuple[str, str]]:
-    """How far the run is, its best figure, its memory."""
+def memory_words(folders: Sequence[Path]) -> str:
+    """What the figure of memory is: on a CPU it is that of the whole process."""
+    devices = [row.get("device", "") for folder in folders for row in read_rows(folder / COMMANDS)]
+    on_cpu = bool(devices) and all(str(device).startswith("cpu") for device in devices)
+    return "peak memory of the process" if on_cpu else "peak memory"
+
+
+def cards_of(rows: Sequence[dict], memory: str) -> list[tuple[str, str]]:
+    """How far the run is, its best figure, its memory, by the name that is given."""
     steps = [row for row in rows if row.get("split") in ("train", "val")]
     if not steps:
         return []
@@ -146,7 +163,7 @@ def cards_of(rows: Sequence[dict]) -> list[tuple[str, str]]:
             cards.append((cell(best, name), f"best {heading(name)}, step {best['step']}"))
     peaks = [row["peak_gib"] for row in steps if row.get("peak_gib") is not None]
     if peaks:
-        cards.append((f"{max(peaks):.2f} GiB", "peak memory"))
+        cards.append((f"{max(peaks):.2f} GiB", memory))
     bad = sum(bool(row.get("skipped")) for row in rows)
     if bad:
         cards.append((str(bad), "steps without update"))
@@ -155,35 +172,61 @@ def cards_of(rows: Sequence[dict]) -> list[tuple[str, str]]:
 
 # -------------------------------------------------------------------------------- curves
 
-def curves_of(logs: dict[str, list[dict]]) -> str:
-    """A drawing for each figure and term; of one run training and validation, of several a curve each."""
+def curves_of(logs: dict[str, list[dict]], memory: str) -> str:
+    """A drawing for each figure and term; of one run training and validation, of several a curve each.
+
+    memory: what the figure of memory is called.
+    """
     every = [row for rows in logs.values() for row in rows if row.get("split") in ("train", "val")]
     names = figure_names(every)
-    classes = [name for name in names if re.fullmatch(r"dice_\d+", name)]
+    classes = classes_of(names)
     drawings = []
-    for name in [name for name in names if name not in classes] + ["lr", "peak_gib", "voxels_per_second"]:
+    # Of several runs each has its colour in all drawings, fainter for the training.
+    looks = {}
+    for number, run in enumerate(logs if len(logs) > 1 else ()):
+        looks |= {f"{run} training": (number, 0.5), f"{run} validation": (number, 1.0)}
+    for name in [*(name for name in names if name not in classes), *SPEEDS]:
         series = {}
         for run, rows in logs.items():
             for split, words in (("train", "training"), ("val", "validation")):
                 points = points_of(rows, split, name)
-                is_speed = name in ("lr", "peak_gib", "voxels_per_second")
                 is_known = any(y is not None for _, y in points)
-                if is_known and not (is_speed and split == "val"):
+                if is_known and not (name in SPEEDS and split == "val"):
                     series[words if len(logs) == 1 else f"{run} {words}"] = points
         if series:
-            drawings.append(drawn(name, series))
+            drawings.append(drawn(name, series, memory, looks))
     if classes:
+        few, title = worst_and_best(classes, every)
         of_class = {f"{run} {name}" if len(logs) > 1 else name.replace("dice_", "class "):
-                    points_of(rows, "val", name) for run, rows in logs.items() for name in classes}
-        drawings.insert(1, pictures.curves(of_class, "Dice of each class"))
+                    points_of(rows, "val", name) for run, rows in logs.items() for name in few}
+        drawings.insert(1, pictures.curves(of_class, title))
     return f'<div class="curves">{"".join(drawings)}</div>'
 
 
-def drawn(name: str, series: dict[str, list]) -> str:
-    titles = {"lr": "learning rate", "peak_gib": "peak memory so far (GiB)", "voxels_per_second": "voxels/s",
-              "psnr": "PSNR (dB)"}
-    is_log = name not in LINEAR and name not in ("peak_gib", "voxels_per_second")
-    return pictures.curves(series, titles.get(name, heading(name)), is_log)
+def classes_of(names: Iterable[str]) -> list[str]:
+    return [name for name in names if re.fullmatch(r"dice_\d+", name)]
+
+
+def worst_and_best(classes: Sequence[str], rows: Sequence[dict]) -> tuple[list[str], str]:
+    """All classes where they are few, else as many of the worst and of the best at the end; and a title."""
+    if len(classes) <= MOST_CLASSES:
+        return list(classes), "Dice of each class"
+    last = last_validation(rows) or {}
+    half = MOST_CLASSES // 2
+    order = sorted(classes, key=lambda name: last.get(name) or 0.0)
+    chosen = {*order[:half], *order[-half:]}
+    few = [name for name in classes if name in chosen]
+    return few, f"Dice, the {half} worst and {half} best of {len(classes)} classes"
+
+
+def drawn(name: str, series: dict[str, list], memory: str, looks: dict) -> str:
+    titles = {
+        "lr": "learning rate", "peak_gib": f"{memory} so far (GiB)",
+        "voxels_per_second": "voxels a second", "psnr": "PSNR (dB)",
+        "sharpness": "sharpness (gradient energy; 1: the input's)", "codebook_usage": "share of codes used",
+    }
+    is_log = name not in LINEAR and name not in SPEEDS
+    return pictures.curves(series, titles.get(name, heading(name)), is_log, looks=looks)
 
 
 def points_of(rows: Sequence[dict], split: str, name: str) -> list[tuple[float, float | None]]:
@@ -244,20 +287,27 @@ def strip_of(steps: Sequence[tuple[int, Path]]) -> str:
             columns[f"step {step}"] = shown[kind][:1]
     if len(columns) < 2:
         return ""
-    return f"<h4>The first of these over the training</h4>{report.slices_table(columns, [''])}"
+    width = min(1.0, (len(columns) + 0.5) / 6)                   # few pictures are not larger than many
+    return f"<h4>The first of these over the training</h4>{report.slices_table(columns, [''], width)}"
 
 
 # -------------------------------------------------------------------------------- words
 
 def settings_of(folder: Path, title: str) -> str:
     """Command, data, versions and config."""
-    rows = [(f"from step {row.get('step')}", row.get("command", "")) for row in read_rows(folder / COMMANDS)]
+    rows = [(f"command, from step {row.get('step')}", row.get("command", ""))
+            for row in read_rows(folder / COMMANDS)]
     last: dict = next(iter(reversed(read_rows(folder / COMMANDS))), {})
     rows += [(key, last[key]) for key in ("data", "device", "versions") if key in last]
-    table = report.table(["", ""], [[report.text(key), f"<code>{report.text(value)}</code>"]
-                                    for key, value in rows]) if rows else ""
+    table = report.table(["", ""], [[report.text(key), code(value)] for key, value in rows]) if rows else ""
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     lines = "\n".join(report.text(line) for line in text.splitlines())
     return (f'<h2>Command, data and config{title}</h2><div class="words">{table}</div>'
             f"<details><summary>config.yaml</summary><pre>{lines}</pre></details>")
+
+
+def code(value: object) -> str:
+    """Words that no line ends within: a browser would break a line behind the dashes of a flag."""
+    words = [f'<span class="key">{report.text(word)}</span>' for word in str(value).split(" ")]
+    return f"<code>{' '.join(words)}</code>"

@@ -1,14 +1,19 @@
 """Flags by the names that they have elsewhere: those that mean the same are taken, the others named.
 
 docs/COMING_FROM.md tells at length what this says in a line. A name is looked up without its dashes, with `_`
-for `-`, and without the section in front of it. Version 0.1 (2026-11).
+for `-`, and without the section in front of it. Keys of a config file get the same hints, in the words of the
+file; none is taken by another name, since a file is read again later. Version 0.2 (2026-11).
 """
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+# Short flag -> section.field. All other fields have their long flag alone.
+IN_TRAIN = ("out", "init", "amp", "accum", "batch", "steps", "epochs", "seed", "device", "compile")
+SHORT_FLAGS = {"--data": "data.path", "--patch": "data.patch", "--workers": "data.workers"}
+SHORT_FLAGS |= {f"--{name}": f"train.{name}" for name in IN_TRAIN}
 # Ours -> what others call the same, with the same values.
 SAME = {
     "--optim.lr": "lr learning_rate l",
@@ -128,3 +133,54 @@ def advice(flag: str, known: Collection[str]) -> str:
     if near:
         return f"; did you mean {names[near[0]]}?"
     return "; --help has the everyday flags, --help-all the others"
+
+
+# -------------------------------------------------------------------------------- keys of a config file
+
+def key_of(flag: str) -> str:
+    """The key that a flag is in a file: data.patch of --patch, vae.z_channels of --vae.z_channels."""
+    return SHORT_FLAGS.get(flag, flag.removeprefix("--"))
+
+
+def in_file(text: str) -> str:
+    """A hint with `key: value` for its flags, but for those that are about the command alone."""
+    def key(found: re.Match) -> str:
+        flag, value = found[1], found[2]
+        if "." not in flag and flag not in SHORT_FLAGS and flag not in ("--task", "--preset"):
+            return found[0]
+        return f"{key_of(flag)}: {value}" if value else key_of(flag)
+    # Flags one after the other are a command; keys stand apart.
+    text = re.sub(r"(--[a-z][\w.-]* [\w.,]*\w) (?=--)", r"\1, ", text)
+    return re.sub(r"(--[a-z][\w.-]*\w)(?: (?=[\w])(?!or )(\S*\w))?", key, text)
+
+
+def key_advice(name: str, section: str, sections: Mapping[str, Collection[str]],
+               others: Collection[str] = ()) -> str:
+    """The end of an error about an unknown key of a file: what to write instead, else what there is.
+
+    section: where the key stands; "" at the top of the file. sections: section -> its fields. others: what
+    may stand at the top besides sections.
+    """
+    # First what the flag of that name would be told: a hint, a field of that name elsewhere, our name for it.
+    word = name.replace("-", "_").lower()
+    if word in HINTS:
+        return f"; here: {in_file(HINTS[word])}"
+    places = [f"{other}.{word}" for other, fields in sections.items() if word in fields and other != section]
+    if places:
+        return f"; did you mean {' or '.join(places)}?"
+    if word in ALIASES:
+        return f"; did you mean {key_of(ALIASES[word])}?"
+    # Then the name that is most like it of its own section, else all of that section.
+    known = sections[section] if section else [*others, *sections]
+    return closest(name, known, f"{section}." if section else "")
+
+
+def closest(word: str, words: Collection[str], prefix: str = "") -> str:
+    """The end of an error about an unknown word: the known one that is most like it, else all of them."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    known = ", ".join(map(str, words))
+    if len(known) > 300:
+        known = known[:300].rpartition(", ")[0] + ", ..."
+    return f"; known: {known}"

@@ -25,12 +25,12 @@ from training.config import (
     OptimConfig,
     TrainConfig,
     changed,
-    closest,
     config_from,
     convert,
 )
 from training.facts import open_data, told_by
 from training.order import crops_of_step, steps_per_epoch
+from training.spellings import key_advice
 from training.task import Task
 from volumes.config import DataConfig
 from volumes.files import DataError, brief, one_line
@@ -113,7 +113,7 @@ def check_keys(asked: Mapping[str, Any], where: str) -> None:
             if key in whole:
                 raise ValueError(f"{where}: {key} cannot change between stages; set it for the whole run")
             raise ValueError(f"{where}: unknown key {one_line(key)}"
-                             f"{closest(str(key), (*OWN, *MAY_CHANGE), '')}")
+                             f"{key_advice(str(key), '', MAY_CHANGE, OWN)}")
         # Unknown fields, and sections that hold none, are config_from's to tell.
         known = [f.name for f in dataclasses.fields(getattr(TrainConfig(), key))]
         for name in fields if isinstance(fields, dict) else ():

@@ -89,7 +89,8 @@ def grey_words(window: Window | None, intensity: Intensity) -> str:
         return f"Black to white: {low:g} to {high:g} HU ({name.replace('_', ' ')})."
     if intensity.modality == "voxel":
         high = ", ".join(f"{value:.4g}" for value in intensity.high)
-        return f"Black to white: magnitude 0 to {high} (1 of the network's range)."
+        of_channels = f" of channels 0 to {len(intensity.high) - 1}" if len(intensity.high) > 1 else ""
+        return f"Black: 0; white: magnitude {high} as stored{of_channels} (1 of the network's range)."
     low, high = (", ".join(f"{value:.4g}" for value in ends) for ends in (intensity.low, intensity.high))
     return f"Black to white: {low} to {high} as stored (-1 to 1 of the network's range)."
 

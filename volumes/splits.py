@@ -51,7 +51,7 @@ def with_patients(training: Groups, held_out: Groups, cfg: DataConfig, say: Say)
 def patients_of(files: Sequence[Entry], cfg: DataConfig) -> tuple[list[str], str]:
     """The patient of each file, and how they were found, in words. files: an entry of each."""
     if cfg.patient == "file":
-        return [entry.file for entry in files], "each file its own"
+        return [entry.file for entry in files], "each file a patient of its own"
     if cfg.patient not in ("auto", "folder"):
         return by_expression(files, cfg.patient), "by the expression"
 
@@ -75,7 +75,7 @@ def patients_of(files: Sequence[Entry], cfg: DataConfig) -> tuple[list[str], str
         elif by_name:
             rule, patient = "by names that repeat in several folders", f"name {stem}"
         else:
-            rule, patient = "each file its own", entry.file
+            rule, patient = "each file a patient of its own", entry.file
         rules[rule] = rules.get(rule, 0) + 1
         patients.append(patient)
     if len(rules) == 1:

@@ -5,6 +5,11 @@ from volumes.entries import Entry
 from volumes.files import Say, show
 
 
+def counted(number: int, thing: str) -> str:
+    """1 file, 2 files."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
     """A line for each modality that was guessed. entries: one of each file."""
     guesses: dict[str, list[Entry]] = {}
@@ -12,11 +17,10 @@ def tell_guesses(entries: Sequence[Entry], say: Say) -> None:
         if entry.guessed:
             guesses.setdefault(entry.intensity.rule, []).append(entry)
     for modality, guessed in guesses.items():
-        plural = "s" if len(guessed) > 1 else ""
         names = ", ".join(entry.name for entry in guessed[:4])
         more = ", ..." if len(guessed) > 4 else ""
-        say(f"data: guessed {modality} from the values of {len(guessed)} file{plural} ({names}{more}); "
-            f"data.modality or a datalist's class says it")
+        say(f"data: guessed {modality} from the values of {counted(len(guessed), 'file')} ({names}{more}); "
+            f"if that is wrong, set data.modality or a datalist's class")
 
 
 def tell_notes(entries: Sequence[Entry], say: Say) -> None:
