@@ -124,6 +124,51 @@ def test_conditions_reach_the_network_and_are_dropped(tmp_path):
     assert all(torch.equal(row, told) for row, told, gone in zip(vector, label, wanted) if not gone)
 
 
+CONCAT = [*TOLD, "--unet.in_channels", "6", "--unet.out_channels", "4", "--cond.concat", "x",
+          "--cond.concat_channels", "2", "--unet.zero_head", "false"]
+
+
+def micro(count, seed=0):
+    """`count` crops of a latent and one beside, with conditions; crop k is the same in any micro-batch."""
+    image, label = torch.empty(count, 6, 4, 8, 8), torch.empty(count, 8)
+    for number in range(count):
+        generator = torch.Generator().manual_seed(seed + number)
+        image[number] = torch.randn(6, 4, 8, 8, generator=generator)
+        label[number] = torch.randn(8, generator=generator)
+    return MicroBatch(image, list(range(seed, seed + count)), [0] * count, label)
+
+
+def step_of(batches, *flags, dtype=None):
+    """One optimizer step from the same start -> (result, all weights)."""
+    cfg = load_config([*NET, *CONCAT, "--optim.optimizer", "sgd", "--optim.lr", "1", "--optim.warmup", "0",
+                       *flags])
+    state = new_state(cfg)
+    state.latent = {"mean": torch.zeros(4), "std": torch.ones(4)}
+    state.amp_dtype = dtype
+    result = train_step(cfg, state, batches)
+    return result, torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    """Noise, level and lost conditions belong to a crop's place in the step, however the step is cut."""
+    whole, weights = step_of([micro(4)])
+    for parts in ([micro(2), micro(2, 2)], [micro(1, k) for k in range(4)]):
+        result, found = step_of(parts, "--accum", str(len(parts)))
+        assert abs(float(result.terms["loss"] - whole.terms["loss"])) < 1e-5
+        assert (found - weights).abs().max() < 1e-5 * weights.abs().max()
+
+
+def test_an_autocast_step_stays_near_float32():
+    """bf16 on the CPU stands in for CUDA's: the loss is float32, the update finite and near."""
+    exact, weights = step_of([micro(4)])
+    with torch.backends.mkldnn.flags(enabled=False):             # tiny bf16 kernels: docs/LOG.md
+        near, rough = step_of([micro(4)], dtype=torch.bfloat16)
+    assert near.updated and near.terms["loss"].dtype == torch.float32
+    assert abs(float(near.terms["loss"] / exact.terms["loss"]) - 1) < 0.02
+    apart = (rough - weights).norm() / (weights - step_of([micro(4)], "--optim.lr", "1e-9")[1]).norm()
+    assert 0 < apart < 0.1, apart
+
+
 @pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_run_that_was_left_alone(tmp_path):
     write_set(tmp_path / "z", kind="ct")
@@ -154,9 +199,16 @@ def test_out_of_memory_turns_the_dial_and_repeats_the_step(tmp_path, monkeypatch
             with RunsOut([5]):
                 return train_step(cfg, state, batches)
         return train_step(cfg, state, batches)
+    flags = ["--steps", "2", "--train.ema", "0.5"]
+    assert run(tmp_path / "z", *flags, out=tmp_path / "whole") == 0
     monkeypatch.setattr(train, "train_step", short_of_memory)
-    assert run(tmp_path / "z", "--steps", "2", out=tmp_path / "r") == 0
+    assert run(tmp_path / "z", *flags, out=tmp_path / "r") == 0
     assert again == ["none", "checkpoint", "checkpoint"]
+    # the step that was repeated is the step that it would have been
+    for name in ("model", "ema"):
+        one, other = (load(tmp_path / folder / "last.pt")[name] for folder in ("whole", "r"))
+        one, other = (part[0] if name == "ema" else part for part in (one, other))
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-6
 
 
 @pytest.mark.slow
