@@ -27,7 +27,7 @@ from runs import (
 from tasks import TASKS
 from tasks import diffusion as task
 from train import main
-from training import fit
+from training import fit, ready
 from training.order import MicroBatch
 from training.step import train_step
 from training.task import of
@@ -243,6 +243,46 @@ def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_pat
     copied = [name for name in theirs if name.startswith("encoder.")]
     apart = [float((ours[f"beside.encoder.{name}"] - theirs[name]).abs().max()) for name in copied]
     assert max(apart) < 0.01                                     # of two steps, not of another start
+
+
+def halves(axis, side):
+    """A label map (8, 16, 16), 1 in one half along an axis; and its share of 1 by elements of a latent."""
+    label = np.zeros((8, 16, 16), np.float32)
+    label.swapaxes(0, axis)[label.shape[axis] // 2:] = 1
+    label = label if side else 1 - label
+    return label, label.reshape(4, 2, 4, 4, 4, 4).mean((1, 3, 5))
+
+
+@pytest.mark.slow
+def test_a_control_net_learns_to_follow_label_maps(tmp_path):
+    """Latents are 1 where the map is 1, and -1 elsewhere. The denoiser alone makes any half; with the map of
+    one, from the same noise, its ControlNet raises that one.
+    """
+    rng = np.random.default_rng(0)
+    (tmp_path / "labels").mkdir()
+    for number in range(16):
+        label, share = halves(number % 3, number // 3 % 2)
+        latent = 0.3 * rng.standard_normal((1, 2, 4, 4, 4)) + 2 * share - 1
+        write_latent(tmp_path / f"z/case{number}_latent.npz", latent)
+        np.save(tmp_path / f"labels/case{number}.npy", label.T)
+    flags = ["--unet.channels", "16,32", "--unet.norm_groups", "1", "--patch", "4,4,4", "--batch", "8",
+             "--data.crops_per_volume", "8", "--diffusion.shift", "2", "--diffusion.steps", "4",
+             "--optim.lr", "2e-3", "--train.ema", "0.9"]
+    assert run(tmp_path / "z", *flags, "--steps", "60", out=tmp_path / "base") == 0
+    beside = ["--init", str(tmp_path / "base"), "--cond.control", str(tmp_path / "labels")]
+    assert run(tmp_path / "z", *flags, *beside, "--steps", "120", out=tmp_path / "control") == 0
+
+    found = ready.load(tmp_path / "control", TASKS, device="cpu")
+    noise, raised = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(5)), []
+    told = torch.zeros(1, found.cfg.unet.vector_channels)
+    for axis in range(3):
+        for side in range(2):
+            label, share = halves(axis, side)
+            cond = {"vector": told, "hint": torch.from_numpy(label)[None, None]}
+            x = diffusion.sample(found.cfg.diffusion, task.denoise(found), noise, cond)[0]
+            inside = torch.from_numpy(share).expand(2, 4, 4, 4) == 1
+            raised.append(float(x[inside].mean() - x[~inside].mean()))
+    assert min(raised) > 0.3, raised
 
 
 def test_what_cannot_be_meant_is_told_in_one_line(tmp_path, capsys):
