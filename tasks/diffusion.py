@@ -38,7 +38,7 @@ from training.run import Run, stop_if_signalled
 from training.state import State
 from training.task import Objective, Picture
 from unet import UNet, UNetConfig
-from volumes.files import DataError, Say
+from volumes.files import DataError, Say, sizes
 
 PRESETS = unet.DENOISERS
 METRICS = {"loss": False, "explained": True}
@@ -108,7 +108,13 @@ def dataset(cfg: TrainConfig, say: Say) -> LatentData:
                                                 "high")}
         kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
         cfg = changed(cfg, cond=kept)
-    return latent_data.open_latents(cfg, say)
+    found = latent_data.open_latents(cfg, say)
+    shift = diffusion.resolution_shift(cfg.diffusion, found.patch)
+    if cfg.diffusion.kind == "rflow" and cfg.diffusion.shift is None and shift < 1:
+        say(f"diffusion.shift auto is {shift:.2g} for latents of {sizes(found.patch)}, below the 1 of "
+            f"{sizes(cfg.diffusion.base_size)}: most steps have little noise, and small latents of simple "
+            f"content did better with --diffusion.shift 2 to 6")
+    return found
 
 
 def checkpoint_of(path: str) -> dict:

@@ -84,11 +84,13 @@ def test_mean_and_std_are_numpys_over_the_whole_set(tmp_path):
     assert torch.equal(load(tmp_path / "tuned/best.pt")["latent"]["mean"], known["mean"])
 
 
-def test_validation_is_at_fixed_levels(tmp_path):
+def test_validation_is_at_fixed_levels(tmp_path, capsys):
     """Eight of them, rising in noise; the mean is the loss; what is explained is 0 for linear knowledge."""
     write_set(tmp_path / "z", kind="ct")
     out = tmp_path / "r"
     assert run(tmp_path / "z", "--steps", "30", "--train.val_every", "15", "--optim.lr", "1e-2", out=out) == 0
+    said = capsys.readouterr().out
+    assert "diffusion.shift auto is 0.2 " in said and "cache of the prepared" not in said
     first, *_, last = rows(out, "val")
     levels = [first[f"level_{k}"] for k in range(1, 9)]
     # the network begins at 0, so every level has the mean square of eps - x, about 2
