@@ -27,7 +27,7 @@ from runs import (
 from tasks import TASKS
 from tasks import diffusion as task
 from train import main
-from training import fit, ready
+from training import conditions, fit, ready
 from training.order import MicroBatch
 from training.step import train_step
 from training.task import of
@@ -285,6 +285,38 @@ def test_a_control_net_learns_to_follow_label_maps(tmp_path):
             inside = torch.from_numpy(share).expand(2, 4, 4, 4) == 1
             raised.append(float(x[inside].mean() - x[~inside].mean()))
     assert min(raised) > 0.3, raised
+
+
+@pytest.mark.slow
+def test_class_and_latent_beside_are_followed(tmp_path):
+    """The latent beside says which half differs, the class in which direction; guidance drives it further."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        share = halves(number % 3, number // 3 % 2)[1]
+        kind, sign = ("up", 1) if number // 6 % 2 else ("down", -1)
+        latent = 0.3 * rng.standard_normal((1, 2, 4, 4, 4)) + sign * (2 * share - 1)
+        write_latent(tmp_path / f"z/case{number}_latent.npz", latent, kind=kind)
+        write_latent(tmp_path / f"beside/case{number}_latent.npz", share[None, None], weights="b" * 16)
+    flags = ["--unet.channels", "16,32", "--unet.norm_groups", "1", "--patch", "4,4,4", "--batch", "8",
+             "--data.crops_per_volume", "8", "--diffusion.shift", "2", "--diffusion.steps", "4",
+             "--optim.lr", "3e-3", "--train.ema", "0.9", "--cond.concat", str(tmp_path / "beside")]
+    assert run(tmp_path / "z", *flags, "--steps", "300", out=tmp_path / "r") == 0
+    found = ready.load(tmp_path / "r", TASKS, device="cpu")
+    noise = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    moved = {1.0: [], 2.0: []}
+    for guidance, into in moved.items():
+        cfg = dataclasses.replace(found.cfg.diffusion, guidance=guidance)
+        for number in range(12):
+            share = torch.from_numpy(halves(number % 3, number // 3 % 2)[1])
+            kind, sign = ("up", 1) if number >= 6 else ("down", -1)
+            vector = conditions.vector(found.cfg.cond, (2.5, 2, 1.5), (8, 16, 16), kind, None)
+            cond = {"vector": torch.from_numpy(vector)[None], "concat": share[None, None]}
+            none = {name: torch.zeros_like(value) for name, value in cond.items()}
+            x = diffusion.sample(cfg, task.denoise(found), noise, cond, none)[0]
+            inside = share.expand(2, 4, 4, 4) == 1
+            into.append(sign * float(x[inside].mean() - x[~inside].mean()))
+    assert min(moved[1.0]) > 0.3, (min(moved[1.0]), np.mean(moved[1.0]))
+    assert np.mean(moved[2.0]) > np.mean(moved[1.0]), moved
 
 
 def test_what_cannot_be_meant_is_told_in_one_line(tmp_path, capsys):

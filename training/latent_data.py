@@ -287,7 +287,8 @@ def tell_smallest(patch: tuple[int, int, int], entries: list[LatentEntry], say: 
         edges = sorted(entry.shape[axis] for entry in entries)
         usual = edges[len(edges) // 2]
         if 2 * least < usual:
-            names = sorted({show(entry.name) for entry in entries if 2 * entry.shape[axis] < usual})
+            thin = [entry for entry in entries if 2 * entry.shape[axis] < usual and not entry.variant]
+            names = sorted(show(entry.name) for entry in thin)
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             say(f"data: crops have {least} elements along {' DHW'[axis]}, where most latents have {usual}, "
                 f"for {', '.join(names[:2])}{more}; without those they would be larger")
