@@ -1,4 +1,4 @@
-"""Volumes that a small denoiser makes up: single balls of 16^3 voxels, of the right radii.
+"""What a small denoiser learns: single balls of 16^3 voxels, of the right radii, and one latent by heart.
 
 Training balls have a radius of U(3, 7) and lie anywhere inside. What a sample is, is measured here: one piece
 of voxels above 0 that share faces, and nearly the ball of its volume. docs/LOG.md has what other settings do.
@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import diffusion
 from diffusion import DiffusionConfig
@@ -77,20 +78,14 @@ def test_what_is_measured():
     assert kolmogorov_smirnov(np.arange(4.0), np.arange(4.0) + 1) == 0.25
 
 
-@pytest.mark.slow
-def test_a_denoiser_makes_single_balls_of_the_right_radii():
-    """At least 90 % single balls, and a Kolmogorov-Smirnov distance of the radii of at most .15.
+def learned(cfg, channels, widths, draw, steps, generator, lr=3e-3, batch=8):
+    """A small denoiser's averaged weights after `steps` of Muon, as a function of (x, t). draw gives a batch.
 
-    A radius is a mean over the volume, which much noise decides and a norm over each channel would take away:
-    hence the shift, and one group of channels in group norm.
+    One group of channels in group norm: a norm over each channel alone takes away the mean over a volume,
+    which is what tells a radius where there is much noise.
     """
-    steps, batch, lr, count = 330, 8, 3e-3, 128
-    generator = torch.Generator().manual_seed(0)
-    real = balls(4096, generator)
-    mean, std = real.mean(), real.std()
-    cfg = DiffusionConfig(shift=6.0, steps=8)
     torch.manual_seed(0)
-    network = UNet(UNetConfig(1, 1, (16, 32, 64), num_convs=1, residual=True, downsampling="conv",
+    network = UNet(UNetConfig(channels, channels, widths, num_convs=1, residual=True, downsampling="conv",
                               norm_groups=1, act="silu", time_channels=64, attention_levels=1,
                               zero_head=True))
     average = copy.deepcopy(network).eval()
@@ -99,7 +94,7 @@ def test_a_denoiser_makes_single_balls_of_the_right_radii():
         rate = lr * min(1, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x = (balls(batch, generator) - mean) / std
+        x = draw()
         eps = torch.randn(x.shape, generator=generator)
         # one level of each eighth, so that no step has little noise alone
         u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
@@ -111,10 +106,42 @@ def test_a_denoiser_makes_single_balls_of_the_right_radii():
         with torch.no_grad():
             for kept, live in zip(average.parameters(), network.parameters()):
                 kept.lerp_(live, 1 - decay)
+    return lambda x, t: average(x, t).logits
 
-    noise = torch.randn(count, 1, EDGE, EDGE, EDGE, generator=generator)
-    found = torch.cat([diffusion.sample(cfg, lambda x, t: average(x, t).logits, part)
-                       for part in noise.split(32)]) * std + mean
+
+@pytest.mark.slow
+def test_a_denoiser_makes_single_balls_of_the_right_radii():
+    """At least 90 % single balls, and a Kolmogorov-Smirnov distance of the radii of at most .15. A radius is
+    decided in much noise, hence the shift.
+    """
+    generator = torch.Generator().manual_seed(0)
+    real = balls(4096, generator)
+    mean, std = real.mean(), real.std()
+    cfg = DiffusionConfig(shift=6.0, steps=8)
+
+    def draw():
+        return (balls(8, generator) - mean) / std
+    network = learned(cfg, 1, (16, 32, 64), draw, 330, generator)
+    noise = torch.randn(128, 1, EDGE, EDGE, EDGE, generator=generator)
+    found = torch.cat([diffusion.sample(cfg, network, part) for part in noise.split(32)]) * std + mean
     single = np.mean([is_a_ball(volume) for volume in found])
     distance = kolmogorov_smirnov(radii(found), radii(real))
     assert single >= 0.9 and distance <= 0.15, (single, distance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [
+    dict(shift=2.0), dict(kind="edm", p_mean=0.5, p_std=1.5), dict(kind="ddpm")
+], ids=["rflow", "edm", "ddpm"])
+def test_one_latent_is_learnt_by_heart(fields):
+    """Every noise ends at it: 30 dB of its range at least; found: 34 to 40."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 4, 3, 3, 3, generator=generator)
+    latent = nn.functional.interpolate(coarse, (8, 8, 8), mode="trilinear", align_corners=True)
+    latent = (latent - latent.mean((2, 3, 4), True)) / latent.std((2, 3, 4), keepdim=True)
+    cfg = DiffusionConfig(steps=12, **fields)
+    network = learned(cfg, 4, (32, 64), lambda: latent.expand(8, -1, -1, -1, -1), 120, generator)
+    found = diffusion.sample(cfg, network, torch.randn(4, 4, 8, 8, 8, generator=generator))
+    error = (found - latent).square().mean((1, 2, 3, 4))
+    decibels = 10 * ((latent.max() - latent.min()).square() / error).log10()
+    assert decibels.min() >= 30, decibels

@@ -102,7 +102,11 @@ def test_validation_is_at_fixed_levels(tmp_path, capsys):
     linear = [diffusion.linear_loss(cfg, diffusion.Level(1 - t, t, t)) for t in times]
     by_hand = np.mean([1 - level / each for level, each in zip(levels, linear)])
     assert first["explained"] == pytest.approx(by_hand, abs=1e-3) and last["explained"] > first["explained"]
-    assert load(out / "best.pt")["config"]["train"]["ema"] == [task.EMA]
+    # what is validated, shipped and so sampled from is the average, by default
+    best, end = load(out / "best.pt"), load(out / "last.pt")
+    assert best["config"]["train"]["ema"] == [task.EMA] and best["step"] == 30
+    assert all(torch.equal(best["model"][name], end["ema"][0][name]) for name in best["model"])
+    assert any(not torch.equal(best["model"][name], end["model"][name]) for name in best["model"])
 
 
 def test_conditions_reach_the_network_and_are_dropped(tmp_path):
