@@ -138,6 +138,7 @@ def figures_of(found: dict[str, list[Traits]], is_trained: np.ndarray,
         "samples": len(samples),
         "real": len(real),
         "kid": sample_figures.kid_beside_real(features["samples"], features["real"]),
+        "frechet": sample_figures.frechet_beside_real(features["samples"], features["real"]),
         "diversity": {"ms_ssim_samples": alike["samples"], "ms_ssim_real": alike["real"],
                       "difference": alike["samples"] - alike["real"]},
         "memorisation": copies,
@@ -155,6 +156,10 @@ def lines_of(result: dict) -> list[str]:
             part = kid[name]
             lines.append(f"KID of {kid['subset']}, {what}: {part['mean']:.4g} ({part['low']:.4g} to "
                          f"{part['high']:.4g})")
+    if "value" in result["frechet"]:
+        halves = result["frechet"].get("real")
+        beside = "" if halves is None else f"; halves of the real ones {halves:.4g}"
+        lines.append(f"Frechet distance {result['frechet']['value']:.4g}{beside}")
     lines.append(f"MS-SSIM of pairs: samples {diversity['ms_ssim_samples']:.3f}, real "
                  f"{diversity['ms_ssim_real']:.3f}; more than real: less diverse")
     lines.append(f"copies: AUC {copies['auc']:.3f} (.5: as far from training cases as new ones, 1: copies), "
