@@ -52,12 +52,12 @@ class Denoiser(UNet):
 
     x (B, Z ..., d, h, w), t (B,), vector (B, V) or None, hint (B, PLANES, D, H, W) or None -> UNetOutput.
     """
-    def __init__(self, cfg: UNetConfig, hint_stride: Sequence[int] | None = None):
+    def __init__(self, cfg: UNetConfig, hint_stride: Sequence[int] | None = None, hint_width: int = 32):
         super().__init__(cfg)
         self.beside = None
         if hint_stride is not None:
             self.requires_grad_(False)
-            self.beside = ControlNet(self, PLANES, halvings(hint_stride))
+            self.beside = ControlNet(self, PLANES, halvings(hint_stride), hint_width)
 
     def memory(self, mode: str) -> Denoiser:
         super().memory(mode)
@@ -144,7 +144,9 @@ def channels(cfg: TrainConfig) -> int:
 
 
 def build(cfg: TrainConfig) -> Denoiser:
-    return Denoiser(cfg.unet, cfg.cond.stride if cfg.cond.control is not None else None)
+    if cfg.cond.control is None:
+        return Denoiser(cfg.unet)
+    return Denoiser(cfg.unet, cfg.cond.stride, cfg.cond.control_width)
 
 
 def describe(cfg: TrainConfig) -> str:

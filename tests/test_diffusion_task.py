@@ -218,11 +218,17 @@ def test_out_of_memory_turns_the_dial_and_repeats_the_step(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_prediction_is_what_a_step_takes(tmp_path, capsys):
-    cfg = load_config([*NET, *TOLD])
+@pytest.mark.parametrize("beside", ["", "concat", "control"])
+def test_a_prediction_is_what_a_step_takes(beside, capsys):
+    """Also of a ControlNet, which copies the denoiser: the copy once could not be predicted."""
+    flags = [*NET, *TOLD]
+    if beside:
+        flags += [f"--cond.{beside}", "x"]
+    flags += {"concat": CONCAT, "control": ["--init", "x", "--cond.stride", "2,4,4"]}.get(beside, [])
+    cfg = load_config(flags)
     predicted = fit.predicted(cfg, of(TASKS, cfg), CPU).bytes
     assert predicted == peaks.count(lambda device: make_step(cfg, device)).bytes > 0
-    assert memtest.main([*NET, *TOLD, "--resolution", "4,8,8"]) == 0
+    assert memtest.main([*flags, "--resolution", "4,8,8"]) == 0
     assert "AMP, checkpointed" in capsys.readouterr().out
 
 
