@@ -112,8 +112,8 @@ def dataset(cfg: TrainConfig, say: Say) -> LatentData:
     shift = diffusion.resolution_shift(cfg.diffusion, found.patch)
     if cfg.diffusion.kind == "rflow" and cfg.diffusion.shift is None and shift < 1:
         say(f"diffusion.shift auto is {shift:.2g} for latents of {sizes(found.patch)}, below the 1 of "
-            f"{sizes(cfg.diffusion.base_size)}: most steps have little noise, and small latents of simple "
-            f"content did better with --diffusion.shift 2 to 6")
+            f"{sizes(cfg.diffusion.base_size)}: most steps have little noise; docs/DIFFUSION.md says what "
+            f"--diffusion.shift 2 changes")
     return found
 
 
