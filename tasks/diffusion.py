@@ -164,6 +164,8 @@ def start(run: Run) -> None:
     else:
         state.latent = statistics(run)
     if cfg.cond.control is not None:
+        run.log.say("cond.control: the ControlNet's encoder begins as a copy of the denoiser's, which stays "
+                    "as it is")
         for network in (state.model, *state.emas):
             wanted = network.beside.encoder.state_dict()
             theirs = network.state_dict()

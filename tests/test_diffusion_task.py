@@ -232,7 +232,7 @@ def test_a_prediction_is_what_a_step_takes(beside, capsys):
     assert "AMP, checkpointed" in capsys.readouterr().out
 
 
-def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_path, monkeypatch):
+def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_path, capsys):
     """Label maps beside a frozen denoiser; its copy of the encoder begins as the trained one."""
     write_set(tmp_path / "z", 3)
     base = tmp_path / "base"
@@ -245,6 +245,10 @@ def test_a_control_changes_nothing_before_its_first_step_and_then_learns(tmp_pat
     out = tmp_path / "control"
     flags = ["--init", str(base), "--cond.control", str(tmp_path / "labels"), "--steps", "2", "--seed", "1"]
     assert run(tmp_path / "z", *flags, out=out) == 0
+    said = capsys.readouterr().out
+    assert "begins as a copy of the denoiser's" in said
+    (line,) = [line for line in said.splitlines() if "left as new" in line]
+    assert line.count(";") == 4 and line.endswith(" more") and len(line) < 300     # of some 60 weights
     theirs, ours = load(base / "best.pt")["model"], load(out / "last.pt")["model"]
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     # the first validation is of the base as it was shipped: the ControlNet adds 0
