@@ -7,14 +7,13 @@
 Follows ControlNet (arXiv:2302.05543): a copy of the denoiser's encoder, made when it is built, sees the noisy
 input and the image, and adds to each level that the decoder takes from the frozen encoder. Everything that
 it adds passes a 1x1x1 convolution that starts at zero, so it changes nothing before its first step. The
-denoiser is a unet.UNet, or has the same parts.
+denoiser is a unet.UNet, or has the same parts and is built by its class from its `cfg` alone.
 
 Shapes: B batch, C channels, D H W depth height width of the denoiser's input.
 Version 0.1 (2026-11).
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +30,10 @@ def bit_planes(label: Tensor, planes: int = 8) -> Tensor:
     """
     if label.dim() != 5 or label.shape[1] != 1:
         raise ValueError(f"bit_planes: a label map is (B, 1, D, H, W), got {tuple(label.shape)}")
-    places = torch.arange(planes, device=label.device).view(1, -1, 1, 1, 1)
-    return (label.long() >> places & 1).float()
+    # Whole numbers of as few bytes as hold them: int64 would take 8 bytes a voxel and plane.
+    whole = label.long() & (1 << planes) - 1
+    whole = whole.to(torch.uint8 if planes <= 8 else torch.int32)
+    return torch.cat([(whole >> place & 1).float() for place in range(planes)], 1)
 
 
 class ControlNet(nn.Module):
@@ -45,7 +46,7 @@ class ControlNet(nn.Module):
                  hint_width: int = 32):
         super().__init__()
         # the way down as it is now, to be trained on
-        self.encoder = copy.deepcopy(base).requires_grad_(True)
+        self.encoder = twin(base).requires_grad_(True)
         self.encoder.decoder = nn.ModuleList()
         self.encoder.deep_heads = nn.ModuleList()
         self.encoder.up_attention = nn.ModuleDict()
@@ -63,7 +64,7 @@ class ControlNet(nn.Module):
         self.outputs = nn.ModuleList(zero_conv(width, width) for width in level_widths(base))
 
     def forward(self, x: Tensor, t: Tensor, hint: Tensor, vector: Tensor | None = None) -> list[Tensor]:
-        entered = self.hint(hint)
+        entered = self.encoder._run(self.hint, hint)              # as the memory dial of the encoder says
         if entered.shape[0] != x.shape[0] or entered.shape[2:] != x.shape[2:]:
             raise ValueError(f"ControlNet: the strides take the hint {tuple(hint.shape)} to "
                              f"{tuple(entered.shape[2:])}, while the input is {tuple(x.shape)}")
@@ -88,6 +89,19 @@ class Controlled(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, hint: Tensor, vector: Tensor | None = None):
         return self.base(x, t, vector, control=self.control(x, t, hint, vector))
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A network of the same class, config and weights, by its own constructor.
+
+    Not copy.deepcopy, which also copies what a tensor belongs to, such as the mode of simulated ones. The
+    caller's random numbers go on as they were.
+    """
+    like = next(base.parameters())
+    with torch.random.fork_rng(devices=[]):
+        network = type(base)(base.cfg)
+    network.load_state_dict(base.state_dict())
+    return network.to(like.device, like.dtype)
 
 
 def zero_conv(in_channels: int, out_channels: int) -> nn.Conv3d:

@@ -81,6 +81,7 @@ class Data:
     label_values: tuple[int, ...] | None = None  # stored values of class 0, 1, ...; None: as stored.
                                                  # Keep it to read more data alike
     class_names: tuple[str, ...] = ()            # of dataset.json; empty: not known
+    cached: bool = True                          # whether prepared volumes lie in data.cache_dir
 
 
 def open_data(cfg: DataConfig, seed: int, say: Say = print, processes: int = 1) -> Data:

@@ -13,7 +13,7 @@ recovery     a step out of memory that is repeated; a killed run that goes on, c
 repeat       two equal runs, compared by their bytes
 whole        one volume, exact tiles beside MONAI's sliding window
 sparse       one submanifold convolution, forward and backward
-diffusion    a denoiser's step, and a sample of a latent
+diffusion    a denoiser's step; a volume of 512^3 sampled, decoded and written (gpu_sample.py)
 
 Each row is printed, and written where there is a file to write, as soon as it is known. A part that cannot
 run here is one row that says why (`skipped`), a row that failed has `error`. Exit codes: 0 every row is
@@ -45,16 +45,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import diffusion  # noqa: E402
 import peaks  # noqa: E402
 import quantize  # noqa: E402
 import sparse_conv  # noqa: E402
 import tiles  # noqa: E402
 import train  # noqa: E402
 import vae3d  # noqa: E402
+from bench import gpu_sample  # noqa: E402
 from runs import RunsOut  # noqa: E402
 from tasks import TASKS  # noqa: E402
-from tasks import diffusion as tasks_diffusion  # noqa: E402
 from tasks import vae as tasks_vae  # noqa: E402
 from training import config, devices, fit  # noqa: E402
 from training.console import line_of  # noqa: E402
@@ -506,20 +505,7 @@ def denoiser(options: argparse.Namespace) -> Rows:
     task = of(TASKS, cfg)
     row = {"latent": (cfg.unet.in_channels, *size)}
     yield {"what": "a step"} | row | timed(options, lambda device: fit.make_step(cfg, task, device))
-
-    def make(device: torch.device) -> Callable[[], Tensor]:
-        state = begin(cfg, task, device)
-        state.model.eval()
-        network = tasks_diffusion.caller(state, state.model)
-        noise = devices.to_device(torch.randn(1, cfg.unet.in_channels, *size), device)
-
-        def once() -> Tensor:
-            with torch.no_grad():
-                return diffusion.sample(cfg.diffusion, network, noise)
-        return once
-    found = peaks.measure(make, options.device, 1)
-    yield {"what": "a sample", "steps": cfg.diffusion.steps, "solver": cfg.diffusion.solver} | row | {
-        "seconds": round(found.seconds, 3), "peak_gib": peak_gib(found)}
+    yield from gpu_sample.rows(options.device, options.tiny)
 
 
 PARTS = {"correctness": correctness, "peaks": peaks_of_steps, "times": step_times, "race": race,

@@ -38,7 +38,7 @@ from training.run import Run, stop_if_signalled
 from training.state import State
 from training.task import Objective, Picture
 from unet import UNet, UNetConfig
-from volumes.files import DataError, Say
+from volumes.files import DataError, Say, sizes
 
 PRESETS = unet.DENOISERS
 METRICS = {"loss": False, "explained": True}
@@ -52,12 +52,12 @@ class Denoiser(UNet):
 
     x (B, Z ..., d, h, w), t (B,), vector (B, V) or None, hint (B, PLANES, D, H, W) or None -> UNetOutput.
     """
-    def __init__(self, cfg: UNetConfig, hint_stride: Sequence[int] | None = None):
+    def __init__(self, cfg: UNetConfig, hint_stride: Sequence[int] | None = None, hint_width: int = 32):
         super().__init__(cfg)
         self.beside = None
         if hint_stride is not None:
             self.requires_grad_(False)
-            self.beside = ControlNet(self, PLANES, halvings(hint_stride))
+            self.beside = ControlNet(self, PLANES, halvings(hint_stride), hint_width)
 
     def memory(self, mode: str) -> Denoiser:
         super().memory(mode)
@@ -108,7 +108,13 @@ def dataset(cfg: TrainConfig, say: Say) -> LatentData:
                                                 "high")}
         kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
         cfg = changed(cfg, cond=kept)
-    return latent_data.open_latents(cfg, say)
+    found = latent_data.open_latents(cfg, say)
+    shift = diffusion.resolution_shift(cfg.diffusion, found.patch)
+    if cfg.diffusion.kind == "rflow" and cfg.diffusion.shift is None and shift < 1:
+        say(f"diffusion.shift auto is {shift:.2g} for latents of {sizes(found.patch)}, below the 1 of "
+            f"{sizes(cfg.diffusion.base_size)}: most steps have little noise; docs/DIFFUSION.md says what "
+            f"--diffusion.shift 2 changes")
+    return found
 
 
 def checkpoint_of(path: str) -> dict:
@@ -138,7 +144,9 @@ def channels(cfg: TrainConfig) -> int:
 
 
 def build(cfg: TrainConfig) -> Denoiser:
-    return Denoiser(cfg.unet, cfg.cond.stride if cfg.cond.control is not None else None)
+    if cfg.cond.control is None:
+        return Denoiser(cfg.unet)
+    return Denoiser(cfg.unet, cfg.cond.stride, cfg.cond.control_width)
 
 
 def describe(cfg: TrainConfig) -> str:
@@ -156,6 +164,8 @@ def start(run: Run) -> None:
     else:
         state.latent = statistics(run)
     if cfg.cond.control is not None:
+        run.log.say("cond.control: the ControlNet's encoder begins as a copy of the denoiser's, which stays "
+                    "as it is")
         for network in (state.model, *state.emas):
             wanted = network.beside.encoder.state_dict()
             theirs = network.state_dict()

@@ -1,4 +1,5 @@
 """The commands of docs/DIFFUSION.md run in their order, with sizes and steps cut; its links exist."""
+import inspect
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from volumes.synthetic import synthetic_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs/DIFFUSION.md").read_text()
+GUIDE = (ROOT / "docs/COMING_FROM.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
             for line in block.splitlines()]
 COMMON = ["--steps", "1", "--device", "cpu", "--accum", "1", "--train.val_crops", "1"]
@@ -27,6 +29,28 @@ def test_links_lead_somewhere_and_commands_are_ours():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (ROOT / "docs" / target).exists(), target
     assert len(COMMANDS) == 10 and {command.split()[1] for command in COMMANDS} == {"train.py", "predict.py"}
+
+
+def test_every_option_of_monais_diffusion_is_answered():
+    """By name in docs/COMING_FROM.md, as the installed MONAI spells it."""
+    networks = pytest.importorskip("monai.networks.nets", reason="reads MONAI's signatures")
+    import monai.inferers as inferers
+    from monai.networks import schedulers
+    table = [networks.DiffusionModelUNet, networks.ControlNet, schedulers.DDPMScheduler,
+             schedulers.DDIMScheduler, schedulers.PNDMScheduler, schedulers.RFlowScheduler,
+             inferers.DiffusionInferer, inferers.LatentDiffusionInferer,
+             inferers.ControlNetDiffusionInferer, inferers.ControlNetLatentDiffusionInferer]
+    general = {"self", "args", "kwargs", "spatial_dims"}
+    lacking, asked = [], 0
+    for each in table:
+        methods = [each.__init__]
+        if each.__name__.endswith("Inferer"):
+            methods += [each.__call__, each.sample, each.get_likelihood]
+        for method in methods:
+            names = set(inspect.signature(method).parameters) - general
+            asked += len(names)
+            lacking += [f"{method.__qualname__}: {name}" for name in names if f"`{name}`" not in GUIDE]
+    assert asked > 100 and not lacking, lacking
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ import pytest
 import torch
 
 import quantize
+import tasks.diffusion
 import tasks.vae
 import train
+from latent_files import write_set
 from processes import free_port
 from runs import CODES, CPU, ROOT, TIMES, load, rows
 from runs import TINY as TINY_OF_ONE
@@ -52,7 +54,7 @@ def session(flags, out, double=False, spoil=None):
         stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         if double:
-            for room in ("training.order", "tasks.vae"):
+            for room in ("training.order", "tasks.vae", "tasks.diffusion"):
                 patch.setattr(f"{room}.to_device", lambda image, device: to_device(image.double(), device))
             torch.set_default_dtype(torch.float64)
         try:
@@ -202,6 +204,36 @@ def test_two_ranks_segment_and_validate_like_one(pool, tmp_path):
     assert session([*flags, "--accum", "2"], tmp_path / "one", double=True)[0] == 0
     assert codes_of(pool(2, session, flags, tmp_path / "two", True)) == {0}
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+DENOISER = ["--task", "diffusion", "--unet.channels", "8,16", "--unet.time_channels", "16",
+            "--unet.norm_groups", "4", "--patch", "4,4,4", "--diffusion.steps", "2",
+            "--data.crops_per_volume", "3", "--train.ema", "0.5,0.9", "--data.val_fraction", "0.4"]
+
+
+@pytest.mark.parametrize("beside", ["concat", "control"])
+def test_two_ranks_denoise_like_one(pool, tmp_path, beside):
+    """Noise, level and lost conditions are a crop's own wherever it is trained on; mean and std of latents
+    are those of the whole set on each rank; a frozen denoiser has no gradients to share.
+    """
+    write_set(tmp_path / "z", kind="ct")
+    write_set(tmp_path / "beside", seed=1, weights="b" * 16)
+    base = [*DENOISER, "--data", str(tmp_path / "z")]
+    flags = [*base, "--cond.concat", str(tmp_path / "beside")]
+    if beside == "control":
+        (tmp_path / "labels").mkdir()
+        for number in range(6):
+            label = np.random.default_rng(number).integers(0, 9, (32, 32, 8)).astype(np.float32)
+            np.save(tmp_path / f"labels/case{number}.npy", label)
+        assert session([*base, "--steps", "2"], tmp_path / "base")[0] == 0
+        flags = [*base, "--init", str(tmp_path / "base"), "--cond.control", str(tmp_path / "labels")]
+    flags += ["--steps", "8", "--train.val_every", "4", "--train.save_every", "8"]
+    assert session([*flags, "--accum", "6"], tmp_path / "one", double=True)[0] == 0
+    ended = pool(2, session, [*flags, "--accum", "3", "--log.ddp_check", "4"], tmp_path / "two", True)
+    assert codes_of(ended) == {0} and ended[1][1:] == ("", "")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    known = [torch.load(tmp_path / name / "last.pt", weights_only=True)["latent"] for name in ("one", "two")]
+    assert torch.equal(known[0]["mean"], known[1]["mean"]) and torch.equal(known[0]["std"], known[1]["std"])
 
 
 def test_resuming_on_other_numbers_of_ranks_is_the_same_run(pool, tmp_path):

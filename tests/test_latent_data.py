@@ -67,6 +67,21 @@ def test_patch_is_the_smallest_latent_and_variants_are_not_held_out(tmp_path):
         opened(tmp_path, "--patch", "5,8,6")
 
 
+def test_a_thin_latent_among_large_ones_is_named(tmp_path):
+    """Its edge is that of every crop; nothing is said where most are alike, or where the crop was chosen."""
+    for number, depth in enumerate((8, 8, 9, 3)):
+        write_latent(tmp_path / f"c{number}_latent.npz", np.zeros((1, 4, depth, 8, 8)))
+    told = []
+    assert opened(tmp_path, say=told.append).patch == (3, 8, 8)
+    (line,) = [line for line in told if "without those" in line]
+    assert "3 elements along D" in line and "most latents have 8, for c3;" in line
+    told.clear()
+    opened(tmp_path, "--patch", "3,8,8", say=told.append)
+    (tmp_path / "c3_latent.npz").unlink()
+    opened(tmp_path, say=told.append)
+    assert not any("without those" in line for line in told)
+
+
 def test_what_stands_beside_is_cut_at_the_same_place(tmp_path):
     write_set(tmp_path / "dense", 3)
     write_set(tmp_path / "sparse", 3, shape=(2, 4, 8, 8), seed=1, weights="f" * 16)

@@ -15,7 +15,7 @@ import peaks
 import pictures
 import runs
 import vae3d
-from bench import gpu
+from bench import gpu, gpu_sample
 from peaks import GIB
 from tasks import TASKS
 from training import fit
@@ -238,6 +238,40 @@ def test_the_gpu_bench_is_right_here_and_sees_what_is_not(tmp_path, monkeypatch,
 
 SHALLOW = {"seg": ["--unet.channels", "4,8"], "diffusion": ["--unet.channels", "32,64"],
            "sparse": ["--preset", "sparse_light", "--sparse.num_blocks", "1"]}
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_samples_decodes_and_writes(tmp_path):
+    """Small on this machine; what 512^3 takes on a card is predicted, 16 GiB at most."""
+    found = tmp_path / "gpu.json"
+    flags = ["--device", "cpu", "--tiny", "--only", "diffusion", "--json", str(found)]
+    assert gpu.main(flags) == 0
+    rows = json.loads(found.read_text())["diffusion"]
+    assert [row["what"] for row in rows[:5]] == ["a step", "sampled", "decoded", "written", "all three"]
+    parts = sum(row["seconds"] for row in rows[1:4])
+    assert rows[4]["seconds"] == pytest.approx(parts, abs=0.01) and rows[1]["latent"] == [4, 4, 8, 8]
+
+    peaks_of = gpu_sample.predicted((512, 512, 512), 30)
+    guided = gpu_sample.predicted((512, 512, 512), 30, guidance=2.0)
+    # the latent alone takes 32 MiB in float32, the volume 512 MiB
+    assert 0.5 < peaks_of["sampled"] <= guided["sampled"] <= 16 and 0.5 < peaks_of["decoded"] <= 16
+
+
+@pytest.mark.slow
+def test_the_larger_denoiser_trains_on_latents_of_512_within_8_gib(capsys):
+    """128,128,128 x 4, batch 1, AMP; a network of MAISI's size (180 M), checkpointed, within 20 GiB."""
+    flags = ["--one", "--task", "diffusion", "--preset", "denoiser", "--resolution", "128,128,128", "--amp"]
+    lean = ["--memory.mode", "checkpoint"]
+    large = ["--unet.channels", "128,256,512,928", "--unet.num_convs", "2"]
+    for more, millions, most in (([], 25.5, 8), (lean, 25.5, 5), ([*lean, *large], 179, 20)):
+        assert memtest.main([*flags, *more]) == 0
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert row["params"] / 1e6 == pytest.approx(millions, rel=0.02), row
+        assert 1 < row["predicted_gib"] <= most, row
+    # a ControlNet beside the smaller one, whose label maps have 512^3 voxels; it took 36 GiB
+    beside = ["--preset", "denoiser_light", "--cond.control", "x", "--init", "x", "--cond.control_width", "8"]
+    assert memtest.main([*flags, *beside, *lean]) == 0
+    assert 8 < json.loads(capsys.readouterr().out.splitlines()[-1])["predicted_gib"] <= 14
 
 
 @pytest.mark.slow

@@ -32,6 +32,30 @@ def test_kid_of_one_law_is_around_0_and_like_real_against_real():
     assert again["value"] == pytest.approx(shifted["value"], rel=1e-6)
 
 
+def test_frechet_distance_of_normal_sets():
+    """Against scipy's root of a matrix, and its closed form for normal laws; the noise of few is shrunk."""
+    linalg = pytest.importorskip("scipy.linalg", reason="its matrix root is the reference")
+    rng = np.random.default_rng(3)
+    mixing = np.diag([1.0, 2, 0.5, 1.5]) + 0.3 * rng.standard_normal((4, 4))
+    x, y = rng.standard_normal((4000, 4)) @ mixing, 2 * rng.standard_normal((4000, 4)) + 1
+    s_x, s_y = sample_figures.shrunk_covariance(x), sample_figures.shrunk_covariance(y)
+    wanted = np.square(x.mean(0) - y.mean(0)).sum()
+    wanted += np.trace(s_x + s_y - 2 * linalg.sqrtm(s_x @ s_y).real)
+    assert sample_figures.frechet(x, y) == pytest.approx(wanted, abs=1e-9)
+    axes = np.sqrt(np.linalg.eigvalsh(mixing.T @ mixing))        # of normal laws N(0, M^T M) and N(1, 4)
+    assert sample_figures.frechet(x, y) == pytest.approx(4 + np.square(axes - 2).sum(), rel=0.05)
+    # many volumes: the plain covariance; few of an even law: nearly all of the unevenness is noise
+    assert np.allclose(s_x, np.cov(x.T, bias=True), atol=0.01)
+    few = sample_figures.shrunk_covariance(rng.standard_normal((30, 20)))
+    plain = rng.standard_normal((30, 20))
+    assert np.linalg.cond(few) < 4 < np.linalg.cond(np.cov(plain.T))
+    # only where there are more than twice as many volumes as features, of the halves too
+    assert sample_figures.frechet_beside_real(x[:8], y) == {}
+    assert set(sample_figures.frechet_beside_real(x[:9], y[:16])) == {"value"}
+    found = sample_figures.frechet_beside_real(y[:100], y[100:])
+    assert abs(found["real"]) < 0.02 and abs(found["value"]) < 0.2
+
+
 def test_copies_are_found_and_new_ones_are_not():
     rng = np.random.default_rng(2)
     training, new, fresh = (rng.standard_normal((60, 30)) for _ in range(3))

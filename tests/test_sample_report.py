@@ -44,6 +44,7 @@ def test_samples_of_the_same_kind_are_like_real_ones_and_others_are_not(folders,
     assert found["same"]["kid"]["samples"]["mean"] < real["high"] + 0.5 * (real["high"] - real["low"])
     assert found["noisy"]["kid"]["samples"]["mean"] > 3 * real["high"]
     assert found["noisy"]["tissue"]["gradient_energy"] > 1.2
+    assert text.count("too few to judge by") == 3               # 8, 8 and 6 samples
     assert found["copies"]["memorisation"]["auc"] == 1 and found["same"]["memorisation"]["auc"] < 0.9
     assert found["same"]["samples"] == 8 and found["same"]["real"] == 16
 

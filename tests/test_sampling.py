@@ -10,7 +10,7 @@ import diffusion
 import predict
 import train
 from predictions import TINY, ct_file, use
-from tasks import TASKS
+from tasks import TASKS, vae
 from tasks import diffusion as task
 from training import sampling
 from training.ready import load
@@ -75,6 +75,34 @@ def test_a_sample_is_what_the_networks_make_of_its_noise(made, tmp_path, runs):
     with torch.no_grad():
         hu = vae.model.decode(z, (10, 20, 14))[0, 0].numpy() * 1000
     assert np.abs(np.asarray(image.dataobj).transpose(2, 1, 0) - hu).max() <= 0.51
+
+
+def test_tiles_of_decoding_leave_no_seams(made, tmp_path, runs, monkeypatch):
+    """In one piece and in tiles the HU are the same, all over the volume: nothing is blended."""
+    asked, set_tiles = [], vae.set_tiles
+
+    def noted(network, tile, budget):
+        asked.append(tile)
+        return set_tiles(network, tile, budget)
+    monkeypatch.setattr(vae, "set_tiles", noted)
+    for name, tile in (("whole", "none"), ("tiles", "8,16,8")):
+        flags = ["--size", "16,32,24", "--tile", tile, "--output", tmp_path / name]
+        assert sample(made, runs, *flags) == 0
+    found = [np.asarray(nib.load(tmp_path / name / "sample_0000.nii.gz").dataobj).astype(int)
+             for name in ("whole", "tiles")]
+    assert asked == ["none", (8, 16, 8)] and found[0].std() > 1
+    # rounding to whole HU may fall either way
+    assert np.abs(found[0] - found[1]).max() <= 1 and (found[0] != found[1]).mean() < 0.01
+
+
+def test_a_denoiser_that_knows_no_scale_is_refused(made, tmp_path, runs, capsys):
+    """Elsewhere such a checkpoint samples on with a scale factor of 1."""
+    content = torch.load(made / "run/best.pt", weights_only=True)
+    torch.save(content | {"latent": None}, tmp_path / "unscaled.pt")
+    words = ["--checkpoint", tmp_path / "unscaled.pt", "--output", tmp_path / "o"]
+    assert sample(made, runs, *words) == 2
+    error = capsys.readouterr().err
+    assert "no mean and std" in error and error.count("\n") == 1, error
 
 
 def test_what_is_there_is_kept_unless_it_is_of_other_flags(made, tmp_path, runs, capsys):

@@ -153,6 +153,8 @@ class CondConfig:
                                               # sparse radar for dense; pairs have one name
     control: str | None = None                # folder of label maps on the volumes' grids, for a ControlNet
                                               # beside the frozen denoiser of train.init
+    control_width: int = 32                   # channels that take label maps to the latents' grid, the first
+                                              # at full size: 8 for label maps of 512^3
     vae: str | None = None                    # autoencoder (run or checkpoint) that decodes pictures of
                                               # samples; none: the latent's first channel is shown
     autoencoder: str | None = None            # digest of the weights that encoded the latents
@@ -167,6 +169,8 @@ class CondConfig:
     def __post_init__(self):
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"cond.classes names one twice: {', '.join(self.classes)}")
+        if self.control_width < 1:
+            raise ValueError(f"cond.control_width must be at least 1, got {self.control_width}")
 
 
 @dataclass(frozen=True)

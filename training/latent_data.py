@@ -189,9 +189,12 @@ def open_latents(cfg: TrainConfig, say: Say) -> LatentData:
     train = [entry for group in training for entry in group]
     val = [entry for group in held_out for entry in group if not entry.variant]
     patch = patch_of(cfg, train + val)
+    if cfg.data.patch is None:
+        tell_smallest(patch, train + val, say)
     say(f"data: latents of {len(train)} training volumes, {len(val)} held out, {train[0].shape[0]} channels, "
         f"crops of {sizes(patch)}, conditions: {conditions.width(cond)} numbers")
-    return LatentData(train, val, train[0].shape[0], patch, 0.0, cfg.data, cond=cond)
+    return LatentData(train, val, train[0].shape[0], patch, 0.0, cfg.data, cached=False,
+                      cond=cond)
 
 
 def cond_of(cond: CondConfig, headers: dict[Path, Header]) -> CondConfig:
@@ -276,6 +279,19 @@ def coarser(stride: tuple[int, int, int]) -> np.ndarray:
     scale = np.diag([x, y, z, 1.0]).astype(np.float64)
     scale[:3, 3] = (np.array([x, y, z]) - 1) / 2
     return scale
+
+
+def tell_smallest(patch: tuple[int, int, int], entries: list[LatentEntry], say: Say) -> None:
+    """Names latents that keep all crops below half of what most have along an axis, as a thin slab does."""
+    for axis, least in zip((1, 2, 3), patch):
+        edges = sorted(entry.shape[axis] for entry in entries)
+        usual = edges[len(edges) // 2]
+        if 2 * least < usual:
+            thin = [entry for entry in entries if 2 * entry.shape[axis] < usual and not entry.variant]
+            names = sorted(show(entry.name) for entry in thin)
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            say(f"data: crops have {least} elements along {' DHW'[axis]}, where most latents have {usual}, "
+                f"for {', '.join(names[:2])}{more}; without those they would be larger")
 
 
 def patch_of(cfg: TrainConfig, entries: list[LatentEntry]) -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
             log.say(f"warning: {text}")
     if not cfg.data.points:                   # whose boxes are placed on points
         tell_padding(run)
-    if cfg.data.path is not None:
+    if cfg.data.path is not None and run.dataset.cached:
         log.say(f"cache of the prepared volumes: {show(cache_folder(cfg.data))} (data.cache_dir)")
     of_ranks = f" on {ranks.world()} ranks" if ranks.world() > 1 else ""
     where = f"run folder {run.out} (curves and pictures: its {NAME})"

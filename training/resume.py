@@ -19,6 +19,7 @@ from training.foreign import load_foreign
 from training.state import State
 from volumes.files import brief
 
+NAMED = 4                                     # weights that a line of --init names at most
 # Fields of State that last.pt holds under their own name.
 COUNTERS = (
     "step",
@@ -271,7 +272,8 @@ def start_from(state: State, path: Path, hints: str | None = None) -> tuple[list
     }
     for what, names in left_out.items():
         if names:
-            lines.append(f"init: {len(names)} {what}: {'; '.join(names)}")
+            more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"init: {len(names)} {what}: {'; '.join(names[:NAMED])}{more}")
     return lines, any(name.startswith("quantizer.") and name.endswith("codebook") for name in fits)
 
 

@@ -100,6 +100,50 @@ def kid_beside_real(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> dic
     return result | {"samples": spread(made), "real": spread(halves)}
 
 
+def frechet_beside_real(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> dict:
+    """Frechet distance (arXiv:1706.08500, Eq. 6) of all samples to all real ones, and of two halves of the
+    real ones, of features as in KID. Empty where there are not more than 2 F of each, since the distance is
+    mostly chance then; so `real` needs more than 2 F a half.
+    """
+    n, m, f = len(samples), len(real), samples.shape[1]
+    if min(n, m) <= 2 * f:
+        return {}
+    scale = np.sqrt(np.square(real).mean(0))
+    scale = np.where(scale > 0, scale, 1.0)
+    samples, real = samples / scale, real / scale
+    found = {"value": frechet(samples, real)}
+    if m // 2 > 2 * f:
+        order = np.random.default_rng(seed).permutation(m)
+        found["real"] = frechet(real[order[:m // 2]], real[order[m // 2:2 * (m // 2)]])
+    return found
+
+
+def frechet(x: np.ndarray, y: np.ndarray) -> float:
+    """|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), of shrunk covariances, in float64."""
+    s_x, s_y = shrunk_covariance(x), shrunk_covariance(y)
+    # The roots of the eigenvalues of S_x S_y are those of the symmetric S_x^(1/2) S_y S_x^(1/2).
+    values, vectors = np.linalg.eigh(s_x)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ s_y @ root), 0)).sum()
+    apart = np.square(x.mean(0) - y.mean(0)).sum()
+    return float(apart + np.trace(s_x) + np.trace(s_y) - 2 * both)
+
+
+def shrunk_covariance(x: np.ndarray) -> np.ndarray:
+    """(N, F) -> (F, F): the covariance drawn towards a multiple of the unit matrix, by its share of noise
+    (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices").
+    """
+    n, f = x.shape
+    x = x - x.mean(0)
+    covariance = x.T @ x / n
+    target = np.trace(covariance) / f * np.eye(f)
+    apart = np.square(covariance - target).sum()
+    # The mean of |x_k x_k^T - S|^2, over n: how far a covariance of n volumes is from the true one.
+    noise = (np.square(np.square(x).sum(1)).mean() - np.square(covariance).sum()) / n
+    share = min(noise / apart, 1.0) if apart > 0 else 0.0
+    return share * target + (1 - share) * covariance
+
+
 def spread(values: Sequence[float]) -> dict:
     low, high = np.percentile(values, (2.5, 97.5))
     return {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}

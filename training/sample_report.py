@@ -27,6 +27,7 @@ from volumes.find import Item
 from volumes.loading import Loaded, load
 
 PAIRS_SHOWN, SAMPLES_SHOWN = 4, 6
+FEW = 10                                      # samples or new cases below which an AUC is mostly chance
 
 
 def prepared_like(ready: Ready | None, changes: dict) -> DataConfig:
@@ -129,6 +130,7 @@ def figures_of(found: dict[str, list[Traits]], is_trained: np.ndarray,
     if not alone:
         near = near._replace(index=np.flatnonzero(is_trained)[near.index])
     copies = sample_figures.memorisation(near, near_new)
+    copies["few"] = min(len(samples), len(new)) < FEW
     copies["new_cases"] = "each real volume against the others" if alone else f"{len(new)} held out"
 
     low, high = intensity.low[0], intensity.high[0]
@@ -136,6 +138,7 @@ def figures_of(found: dict[str, list[Traits]], is_trained: np.ndarray,
         "samples": len(samples),
         "real": len(real),
         "kid": sample_figures.kid_beside_real(features["samples"], features["real"]),
+        "frechet": sample_figures.frechet_beside_real(features["samples"], features["real"]),
         "diversity": {"ms_ssim_samples": alike["samples"], "ms_ssim_real": alike["real"],
                       "difference": alike["samples"] - alike["real"]},
         "memorisation": copies,
@@ -153,11 +156,17 @@ def lines_of(result: dict) -> list[str]:
             part = kid[name]
             lines.append(f"KID of {kid['subset']}, {what}: {part['mean']:.4g} ({part['low']:.4g} to "
                          f"{part['high']:.4g})")
+    if "value" in result["frechet"]:
+        halves = result["frechet"].get("real")
+        beside = "" if halves is None else f"; halves of the real ones {halves:.4g}"
+        lines.append(f"Frechet distance {result['frechet']['value']:.4g}{beside}")
     lines.append(f"MS-SSIM of pairs: samples {diversity['ms_ssim_samples']:.3f}, real "
                  f"{diversity['ms_ssim_real']:.3f}; more than real: less diverse")
     lines.append(f"copies: AUC {copies['auc']:.3f} (.5: as far from training cases as new ones, 1: copies), "
-                 f"suspicious {copies['suspicious']:.1%}; new: {copies['new_cases']}")
-    lines.append(f"intensities: W1 {result['tissue']['histogram_w1']:.4g}, gradient energy "
+                 f"suspicious {copies['suspicious']:.1%}; new: {copies['new_cases']}"
+                 f"{'; too few to judge by' if copies['few'] else ''}")
+    unit = " HU" if "tissues" in result["tissue"] else ""
+    lines.append(f"intensities: W1 {result['tissue']['histogram_w1']:.4g}{unit}, gradient energy "
                  f"{result['tissue']['gradient_energy']:.3f} of the real")
     for name, part in result["tissue"].get("tissues", {}).items():
         lines.append(f"  {name}: samples {part['samples']:.1%}, real {part['real']:.1%}")
