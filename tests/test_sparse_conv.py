@@ -84,7 +84,7 @@ def test_gradcheck_and_chunks(monkeypatch):
     weight = torch.randn(3, 2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
-    monkeypatch.setattr(sc, "CHUNK", 4)
+    monkeypatch.setattr(sc, "CHUNK", 4 * 27 * 2)       # four points forward, two backward
     for activate in (False, True):
         def conv(*tensors, activate=activate):
             return sc.SubmanifoldConv.apply(*tensors, table, activate)
