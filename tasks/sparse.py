@@ -115,9 +115,8 @@ def tables_of(model: SparseVAE, points: PointBatch, generators: Sequence[torch.G
 def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device, rehearsal: bool) -> PointBatch:
     """Points of a prediction: as many as a batch may hold, on shells, with all tables.
 
-    rehearsal: tensors without data take the place of them.
-
-    data.max_points a crop; without it those of data.patch at the fill that surfaces have.
+    In a prediction tensors without data take their place. data.max_points a crop; without it those of
+    data.patch at the fill that surfaces have.
     """
     size = tuple(-(-n // sparse_tables.TOKEN) * sparse_tables.TOKEN for n in cfg.data.patch or (BOX,) * 3)
     wanted = cfg.data.max_points or math.ceil(FILL * math.prod(size))
@@ -134,7 +133,7 @@ def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device, rehears
             return x
         if id(x) not in made:
             made[id(x)] = torch.empty(x.shape, dtype=x.dtype, device=device)
-            if not rehearsal:
+            if type(made[id(x)]) is Tensor:                      # and none of a prediction, without data
                 made[id(x)].copy_(x)
         return made[id(x)]
     tables = tree_map(placed, tables)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import memtest
 import peaks
 import predict
 import train
+from data import open_data
 from runs import (
     CPU,
     RunsOut,
@@ -224,6 +226,31 @@ def test_flipped_signs_are_learnt_through_the_latent():
     assert min(found) > .65, found
 
 
+def predicted(*words):
+    """Of a step of a preset as it is."""
+    cfg = load_config(["--task", "sparse", "--device", "cpu", "--batch", "1", *words])
+    return fit.predicted(cfg, of(TASKS, cfg), CPU)
+
+
+@pytest.mark.slow
+def test_tiles_of_a_quarter_take_a_third_of_the_peak():
+    """Of 500,000 points in a ball of some 24 tokens across; with the tables, which are of all points."""
+    points = ["--preset", "sparse_light", "--data.max_points", "500000", "--patch", "256,256,256"]
+    whole = predicted(*points)
+    for edge in (64, 32):
+        tiled = predicted(*points, "--memory.mode", "tile", "--memory.tile", f"{edge},{edge},{edge}")
+        assert tiled.bytes <= whole.bytes / 3, (edge, tiled.bytes / whole.bytes)
+
+
+@pytest.mark.slow
+def test_the_guides_network_takes_what_the_docs_page_says():
+    """sparse_512 on 500,000 points in bf16: 3 GiB, checkpointed 2."""
+    points = ["--preset", "sparse_512", "--data.max_points", "500000", "--patch", "256,256,256"]
+    for words, gib in (([], 3), (["--memory.mode", "checkpoint"], 2)):
+        cfg = load_config(["--task", "sparse", "--amp", "--batch", "1", *points, *words])
+        assert fit.predicted(cfg, of(TASKS, cfg), "cuda").bytes <= gib * peaks.GIB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--memory.mode", "checkpoint"],
                                    ["--memory.mode", "tile", "--memory.tile", "16,16,16"]])
@@ -232,6 +259,22 @@ def test_the_predicted_peak_is_the_counted_one(words):
     predicted = fit.predicted(cfg, of(TASKS, cfg), CPU).bytes
     counted = peaks.count(lambda device: make_step(cfg, device)).bytes
     assert abs(predicted - counted) <= .1 * counted
+
+
+def test_memtest_takes_the_points_of_a_number_or_of_a_data_set(folder):
+    """The densest crop of the set is what a step is predicted for."""
+    flags = [*NETWORK, "--patch", "24,24,24", "--data.smooth", "0"]
+    of_set = ["--data", str(folder), "--data.cache_dir", str(folder / "cache")]
+
+    def points(*words):
+        return memtest.asked_for([*flags, *words]).cfg.data.max_points
+    dataset = open_data(load_config([*flags, *of_set, "--data.points", "true"]).data, 0, lambda text: None)
+    most = max(int((entry.read((slice(d, d + 24), slice(h, h + 24), slice(w, w + 24))) != 0).sum())
+               for entry in (*dataset.train, *dataset.val)
+               for d in (0, 8, 16) for h in (0, 8, 16) for w in (0, 8, 16))
+    assert points(*of_set) == most > 1000
+    assert points(*of_set, "--data.max_points", "500") == points("--data.max_points", "500") == 500
+    assert points(*of_set, "--data.max_points", "50000") == most
 
 
 def test_weights_of_16_bits_make_a_step():
@@ -290,6 +333,13 @@ def test_tokens_alone_decode_to_the_reconstruction_to_the_bit(tmp_path, folder, 
     assert written.shape == original.shape and np.allclose(written.affine, original.affine)
     values = written.get_fdata()
     assert np.abs(values).max() <= 2.01                         # voxels; beyond the band its width
+
+    # And the inside as a mask, of either.
+    assert predict.main(["decode", *use, *tokens, "--output", str(tmp_path / "m"), "--mask"]) == 0
+    assert predict.main(["reconstruct", *use, *source, "--output", str(tmp_path / "n"), "--mask"]) == 0
+    mask, same = (nib.load(tmp_path / name / "ball1.nii.gz") for name in "mn")
+    assert np.array_equal(mask.get_fdata(), values < 0) and np.array_equal(same.get_fdata(), values < 0)
+    assert mask.get_data_dtype() == np.uint8 and np.allclose(mask.affine, original.affine)
 
     found = tmp_path / "e.json"
     assert predict.main(["evaluate", *use, "--data", str(folder / "ball1.nii.gz"), "--json", str(found)]) == 0
