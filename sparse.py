@@ -471,7 +471,8 @@ class Decoder(nn.Module):
             self.out.bias.zero_()
 
     def mix(self, z: Tensor, tables: Tables, mode: str) -> Tensor:
-        return run_blocks(self, self.stem(z), tables, mode)
+        # Codes are float32 or wider, also where the weights have 16 bits.
+        return run_blocks(self, self.stem(z.to(self.stem.weight.dtype)), tables, mode)
 
     def grow(self, h: Tensor, value: Tensor, tables: Tables,
              mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:

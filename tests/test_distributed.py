@@ -137,8 +137,9 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(pool, tmp_path, 
 
 POINTS = ["--task", "sparse", "--preset", "sparse_light", "--sparse.model_channels", "32",
           "--sparse.head_channels", "8", "--sparse.num_blocks", "1", "--sparse.num_codes", "8",
-          "--sparse.codebooks", "2", "--data.synthetic", "radar", "--data.surface", "none", "--data.min_points", "1",
-          "--data.synthetic_size", "16,32,32", "--patch", "8,16,16", "--optim.optimizer", "adamw"]
+          "--sparse.codebooks", "2", "--data.synthetic", "radar", "--data.surface", "none",
+          "--data.min_points", "1", "--data.synthetic_size", "16,32,32", "--patch", "8,16,16",
+          "--optim.optimizer", "adamw"]
 
 
 @pytest.mark.parametrize("flags", [

@@ -177,7 +177,8 @@ def test_out_of_memory_turns_the_dial_down_to_the_least_tile(tmp_path, folder, m
 
 @pytest.mark.slow
 def test_it_trains_is_stopped_and_resumed_to_the_bit(tmp_path, folder):
-    flags = ["--train.val_every", "4", "--train.ema", "0.9", "--accum", "2", "--optim.lr", "3e-3"]
+    flags = ["--train.val_every", "4", "--train.ema", "0.9", "--accum", "2", "--optim.lr", "3e-3",
+             "--optim.clip_percentile", "90", "--optim.clip_window", "3"]
     assert run(folder, tmp_path / "whole", "--steps", "12", *flags) == 0
     val = rows(tmp_path / "whole", "val")
     assert val[-1]["l1"] < val[0]["l1"] and val[-1]["iou"] > val[0]["iou"]
@@ -277,12 +278,32 @@ def test_memtest_takes_the_points_of_a_number_or_of_a_data_set(folder):
     assert points(*of_set, "--data.max_points", "50000") == most
 
 
-def test_weights_of_16_bits_make_a_step():
-    cfg, state = state_of("--train.precision", "master16", "--sparse.bottleneck", "kl")
+@pytest.mark.parametrize("words", [[], ["--sparse.codebooks", "1", "--sparse.codebook_update", "gradient"],
+                                   ["--sparse.bottleneck", "kl"],
+                                   ["--sparse.bottleneck", "fsq", "--sparse.fsq_levels", "5,5,5"]])
+def test_weights_of_16_bits_make_a_step(words):
+    cfg, state = state_of("--train.precision", "master16", *words)
     before = flat(state.model).clone()
     result = train_step(cfg, state, [micro(crops(1))])
     assert result.updated and state.model.lin_in.weight.dtype == torch.float16
     assert not torch.equal(before, flat(state.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--memory.mode", "tile", "--memory.tile", "8,8,8"]])
+def test_a_step_in_bfloat16_has_about_the_gradient_of_float32(mode):
+    """Weights, latents and what the linear path gives stay in float32."""
+    whole, _, _ = gradient_of("--sparse.bottleneck", "kl")
+    cfg, state = state_of("--optim.grad_clip", "0", "--sparse.bottleneck", "kl", *mode)
+    state.model.start_linear(sparse.sparse.patches(*patches_input(state.model, crops(2))))
+    state.amp_dtype = torch.bfloat16
+    result = train_step(cfg, state, [micro(crops(2))])
+    found = gradients(state.model)
+    assert result.updated and found.dtype == torch.float32 and not torch.equal(found, whole)
+    assert torch.nn.functional.cosine_similarity(found, whole, 0) > .99
+    with torch.autocast("cpu", torch.bfloat16):
+        feats, tables = patches_input(state.model, crops(2))
+        assert state.model(feats, tables).recon.dtype == torch.float32
 
 
 def test_surface_dice_by_hand():
