@@ -395,7 +395,11 @@ def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable
 
 
 def tokens_in(ready: Ready, latent: np.ndarray, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What `encode` gave -> codes of the tokens (T,), ascending, and their latents (T, Z)."""
+    """What `encode` gave -> codes of the tokens (T,), ascending, and their latents (T, Z).
+
+    Of residual codebooks the first ones alone may be given: a coarser latent of fewer bits.
+    """
+    cfg = ready.cfg.sparse
     grid = torch.from_numpy(latent).to(ready.device)
     is_token = grid[-1] > 0
     coords = is_token.nonzero()
@@ -403,7 +407,10 @@ def tokens_in(ready: Ready, latent: np.ndarray, size: Sequence[int]) -> tuple[Te
     code, order = sparse_tables.encode_coords(coords, 0, token_bits(size)).sort()
     rows = rows[order]
     if ready.model.quantizer is not None:
-        rows = (rows - 1).squeeze(1) if rows.shape[1] == 1 else rows - 1
+        rows = rows - 1
+        is_residual = cfg.bottleneck == "vq" and cfg.codebooks > 1
+        if not is_residual:
+            rows = rows.squeeze(1)
     else:
         rows = rows[:, :-1]
     with precision_of(ready):
