@@ -76,6 +76,7 @@ def test_convolution_equals_the_masked_dense_one(sizes, fill):
     assert (y - want).abs().max() <= 1e-12
     for mine, theirs in zip(found, (flat.grad, conv.weight.grad, conv.bias.grad)):
         assert (mine - theirs).abs().max() <= 1e-12
+    assert (conv.float()(flat.float(), table) - want).norm() <= 1e-5 * want.norm()
 
 
 def test_gradcheck_and_chunks(monkeypatch):
