@@ -247,7 +247,8 @@ def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor,
 
     iou: of decoded and true points. l1 and sign (share of equal signs): on the true coordinates; l1_decoded:
     on those that both have. l1_constant and l1_pca: of the median and of the principal components.
-    surface_dice: of the voxels at a change of sign, within one voxel. L1 is in units of the band.
+    surface_dice: of the voxels at a change of sign, within one voxel, mean over the channels. L1 is in units
+    of the band.
     """
     feats, recon = points.feats.float(), recon.float().clamp(-1, 1)
     if not len(feats):
@@ -264,8 +265,10 @@ def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor,
     if shared:
         truth = feats[torch.isin(points.code, code)]
         found["l1_decoded"] = (values.float()[both] - truth).abs().mean()
-    mine, theirs = (grid_of(c, v, points.size)[0] for c, v in ((code, values), (points.code, feats)))
-    found["surface_dice"] = surface_dice(mine, theirs)
+    mine, theirs = (grid_of(c, v, points.size) for c, v in ((code, values), (points.code, feats)))
+    dice = [surface_dice(a, b) for a, b in zip(mine, theirs)]
+    known = [value for value in dice if not math.isnan(value)]
+    found["surface_dice"] = sum(known) / len(known) if known else math.nan
     return {name: float(value) for name, value in found.items()}
 
 

@@ -373,6 +373,22 @@ def test_tokens_alone_decode_to_the_reconstruction_to_the_bit(tmp_path, folder, 
         assert row["bits_per_voxel"] == pytest.approx((where + tokens * each) / (40 * 36 * 32))
 
 
+@pytest.mark.slow
+def test_two_surfaces_are_two_channels_from_the_file_to_the_masks(tmp_path, folder):
+    two = ["--data.surface=-500,0", "--data.window", "none"]
+    assert run(folder, tmp_path / "r", "--steps", "2", *two) == 0
+    assert "in_channels: 2" in (tmp_path / "r" / "config.yaml").read_text()
+    use = ["--checkpoint", str(tmp_path / "r"), "--device", "cpu"]
+    source = ["--input", str(folder / "ball1.nii.gz")]
+    assert predict.main(["reconstruct", *use, *source, "--output", str(tmp_path / "a")]) == 0
+    assert predict.main(["encode", *use, *source, "--output", str(tmp_path / "z")]) == 0
+    tokens = ["--input", str(tmp_path / "z"), "--output", str(tmp_path / "m"), "--mask"]
+    assert predict.main(["decode", *use, *tokens]) == 0
+    distance, mask = (nib.load(tmp_path / name / "ball1.nii.gz") for name in "am")
+    assert distance.shape == mask.shape == (*nib.load(folder / "ball1.nii.gz").shape, 2)
+    assert np.array_equal(mask.get_fdata(), distance.get_fdata() < 0)
+
+
 def test_stage_1_trains_the_codebook_alone():
     cfg, state = state_of("--train.stage", "1", "--train.init", "x")
     assert not any(p.requires_grad for p in state.model.parameters())

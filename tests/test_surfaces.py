@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from volumes import surfaces
+from volumes.config import DataConfig
 from volumes.files import DataError
 from volumes.surfaces import Surface
 
@@ -48,6 +49,22 @@ def test_a_plane_by_hand():
     np.testing.assert_allclose(window, -found)        # inside of a window: the other side
     with pytest.raises(DataError, match="no surface at 300 HU"):
         surfaces.surface_points(array, (1, 1, 1), Surface(300, np.inf, 2, 0))
+
+
+def test_several_surfaces_are_channels_of_the_same_points():
+    """HU rise along an axis; 300 is crossed five voxels after -500."""
+    hu = np.broadcast_to(np.linspace(-1000, 1000, 21, dtype=np.float32), (1, 4, 4, 21))
+    cfg = DataConfig(surface="-500,300", smooth=0.0, modality="ct")
+    assert cfg.surface_of().more == (300.0,)
+    found = surfaces.surface_points(hu, (1, 1, 1), cfg.surface_of())
+    assert found.shape == (2, 4, 4, 21)
+    low, high = found[:, 0, 0]
+    # Inside lies above: from voxel 6 (-400) and from voxel 14 (400); a band of 2 to either side.
+    assert np.allclose(low[4:8], [.75, .25, -.25, -.75]) and np.allclose(high[12:16], [.75, .25, -.25, -.75])
+    assert np.allclose(high[4:8], 1) and np.allclose(low[12:16], -1)
+    assert not found[..., 8:12].any() and not found[..., :4].any() and not found[..., 16:].any()
+    with pytest.raises(ValueError, match="or several such as -500,300"):
+        DataConfig(surface="-500,x")
 
 
 def test_smoothing_is_a_gaussian_with_repeated_borders():
