@@ -25,7 +25,7 @@ import peaks
 import pictures
 from peaks import GIB, LEFT_OUT, SPARE, MakeStep, Size
 from tasks import TASKS
-from training import capacity, fit
+from training import capacity, facts, fit
 from training.config import TrainConfig, changed, to_yaml
 from training.console import clear_line
 from training.devices import set_backend
@@ -35,6 +35,7 @@ from training.flags import build_parser as train_parser
 from training.memory import modes_of
 from training.spellings import spelled
 from training.task import Task, of
+from volumes.boxes import most_points
 from volumes.files import DataError
 
 CARDS = (8, 12, 24)          # GiB of cards; the table says into which of them a setting fits
@@ -310,7 +311,9 @@ def build_parser(parser_class) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Peak memory of a training step: predicted without a GPU, measured on one.\n" + LEFT_OUT,
         epilog="Besides: every flag of train.py (--preset, --batch, --vae.norm group ...; "
-        "see train.py --help-all).\nDevice: cuda, present or not, unless --device cpu.",
+        "see train.py --help-all).\n"
+        "Of points: as many as --data.max_points says, or as the densest crop of --data holds.\n"
+        "Device: cuda, present or not, unless --device cpu.",
     )
     add = parser.add_argument
     add("--resolution", metavar="D,H,W", help="the volume (train.py's --patch) [64,256,256]")
@@ -353,6 +356,8 @@ def asked_for(argv: Sequence[str]) -> Asked:
     cfg = load_config(flags, TASKS)
     # Off: a rank's peak is that of one process, and modes without tiles are tried too.
     cfg = changed(cfg, memory={"tile_parallel": False})
+    if of(TASKS, cfg).POINTS and cfg.data.path is not None:
+        cfg = densest(cfg)
 
     # Then the device, and whether it can be measured.
     device = cfg.train.device
@@ -371,6 +376,13 @@ def asked_for(argv: Sequence[str]) -> Asked:
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: no such folder {Path(path).absolute().parent}; make it first")
     return Asked(own, cfg, device, measured, budget)
+
+
+def densest(cfg: TrainConfig) -> TrainConfig:
+    """The config with as many points in a crop as the densest box of its data set has."""
+    cfg, found = facts.open_data(cfg, of(TASKS, cfg), tell_progress)
+    most = most_points([*found.train, *found.val], found.patch)
+    return changed(cfg, data={"max_points": min(most, cfg.data.max_points or most)})
 
 
 def budget_bytes(text: str | None, device: str, on_card: bool) -> float | None:

@@ -60,13 +60,14 @@ from volumes import formats
 from volumes.config import DataConfig
 from volumes.files import DataError, bare_name, short_digest, show, write_atomic
 from volumes.grids import resample_label
-from volumes.results import with_blank, write_result
+from volumes.results import with_blank, write_mask, write_result
 
 EXIT_DONE, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 MOST_CLASSES = 12                                                # whose share of the voxels is printed
 
 # Flags, besides those of `data`, with which a result is another one.
-FLAGS_OF_RESULTS = ("amp", "sample", "seed", "window", "overlap", "mask_threshold", "viz")
+FLAGS_OF_RESULTS = ("amp", "sample", "seed", "window", "overlap", "mask_threshold", "viz",
+                    "mask")
 
 # Fields of the section `data` that a file may ask for, or that a foreign checkpoint does not know.
 DATA_FLAGS = ("modality", "nan", "max_gib", "channel_axis", "select_channel", "four_d",
@@ -81,6 +82,7 @@ AUGMENTATIONS = ("flip", "jitter")                               # of the varian
 def reconstruct(options: argparse.Namespace) -> bool:
     """Volumes -> what the network gives back of them, in files like their sources."""
     ready, cfg = open_checkpoint(options, "reconstruct")
+    write = writer(options, cfg)
 
     def work(job: Job) -> str:
         case, tick = read_case(job.item, ready, cfg), jobs.show_progress(job.item.path)
@@ -90,12 +92,24 @@ def reconstruct(options: argparse.Namespace) -> bool:
             recon = ready.task.reconstruct(ready, volume, tick)
             results.append((recon, intensity))
         speed = jobs.speed(case.arrays, started)
-        write_result(job.output, results, case.affine, case.origin)
+        write(job.output, results, case.affine, case.origin)
         return f"{speed} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
     todo = jobs.make_jobs(items, options.output, formats.ending_out, made_by(options, ready, cfg))
     return jobs.run_jobs(todo, work, options.overwrite)
+
+
+def writer(options: argparse.Namespace, cfg: DataConfig) -> Callable:
+    """What writes a result: write_result or, with --mask, write_mask.
+
+    Raises ValueError where the checkpoint knows no surface.
+    """
+    if not options.mask:
+        return write_result
+    if cfg.surface == "none":
+        raise ValueError("--mask: the inside of a surface; this checkpoint was trained without data.surface")
+    return write_mask
 
 
 def encode(options: argparse.Namespace) -> bool:
@@ -133,6 +147,7 @@ def encode(options: argparse.Namespace) -> bool:
 def decode(options: argparse.Namespace) -> bool:
     """Latent files -> volumes, in files like the sources that were encoded."""
     ready, cfg = open_checkpoint(options, "decode")
+    write = writer(options, cfg)
 
     def work(job: Job) -> str:
         found, tick = latents.read(job.item.path, ready), jobs.show_progress(job.item.path)
@@ -142,7 +157,7 @@ def decode(options: argparse.Namespace) -> bool:
         volumes = [ready.task.decode(ready, array, found.size, tick) for array in found.arrays]
         speed = jobs.speed(volumes, started)
         results = list(zip(volumes, found.intensities))
-        write_result(job.output, results, found.affine, found.origin)
+        write(job.output, results, found.affine, found.origin)
         return f"{speed} -> {job.output}"
 
     items = jobs.list_latents(options.input)
@@ -423,6 +438,9 @@ def add_flags(command: str, add: Callable) -> None:
         add("--memory", type=number_between("--memory", 0, math.inf), default=BUDGET, metavar="GIB",
             help=f"budget for which tile auto chooses, counted as for training: inference takes less "
                  f"[{BUDGET:g}]")
+    if command in ("reconstruct", "decode"):
+        add("--mask", action="store_true",
+            help="of distances from a surface (--task sparse): 1 inside, 0 outside, instead of the distances")
     if command == "encode":
         add("--sample", action="store_true", help="a sample of the latent instead of its mean (kl)")
         add("--variants", type=whole_number("--variants"), default=1, metavar="K",

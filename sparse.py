@@ -43,6 +43,8 @@ MEMORY = ("none", "checkpoint", "tile")
 START = 0.1                          # of the deep path's last layers, so that the linear path leads at first
 ENCODER_CONVOLUTIONS = (0, 2, 2, 2)  # one after another at each level, points first
 DECODER_CONVOLUTIONS = (1, 1, 1, 0)
+ENCODER_TABLES = tuple(level for level, count in enumerate(ENCODER_CONVOLUTIONS) if count)
+DECODER_TABLES = tuple(level for level, count in enumerate(DECODER_CONVOLUTIONS) if count)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class SparseVAE(nn.Module):
 
         # Tile by tile, each computed again in backward: what is kept is what the tokens hold.
         def one(z: Tensor, h: Tensor, tile: sparse_tables.Tile) -> tuple[Tensor, ...]:
-            part, rows = restricted(tables, tile), tile.rows[-1]
+            part, rows = restricted(tables, tile, DECODER_TABLES), tile.rows(LEVELS)
             values, logits = self.decoder.grow(h[rows], self.linear_values(z[rows], part.place), part, "none")
             levels = values, *reversed(logits)                   # of levels 0, 1, 2, 3
             return tuple(x[low:high] for x, (low, high) in zip(levels, tile.own))
@@ -341,7 +343,7 @@ def likely(logits: Tensor) -> Tensor:
 
 def owned_rows(tiles: Sequence[sparse_tables.Tile], level: int) -> Tensor:
     """Rows of a level for which the tiles are responsible (n,)."""
-    return torch.cat([tile.rows[level][slice(*tile.own[level])] for tile in tiles])
+    return torch.cat([tile.rows(level)[slice(*tile.own[level])] for tile in tiles])
 
 
 def maybe_checkpoint(active: bool, run: Callable, *inputs):
@@ -437,7 +439,7 @@ class Encoder(nn.Module):
     def forward(self, feats: Tensor, tables: Tables, mode: str) -> Tensor:
         if mode == "tile" and tables.encoder_tiles:
             def one(feats: Tensor, tile: sparse_tables.Tile) -> Tensor:
-                part = self.pooled(feats[tile.rows[0]], restricted(tables, tile), "none")
+                part = self.pooled(feats[tile.rows(0)], restricted(tables, tile, ENCODER_TABLES), "none")
                 return part[slice(*tile.own[-1])]
             h = torch.cat([maybe_checkpoint(True, one, feats, tile) for tile in tables.encoder_tiles])
         else:
@@ -469,7 +471,8 @@ class Decoder(nn.Module):
             self.out.bias.zero_()
 
     def mix(self, z: Tensor, tables: Tables, mode: str) -> Tensor:
-        return run_blocks(self, self.stem(z), tables, mode)
+        # Codes are float32 or wider, also where the weights have 16 bits.
+        return run_blocks(self, self.stem(z.to(self.stem.weight.dtype)), tables, mode)
 
     def grow(self, h: Tensor, value: Tensor, tables: Tables,
              mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 16384                        # points whose neighbours are gathered at a time
+CHUNK = 2 ** 22                      # numbers that are gathered at a time: 16 MiB of float32
 MAX_BITS = 20                        # of a coordinate: 3 x 20 of them and those of the sample fit int64
 OFFSETS = [(d, h, w) for d in (-1, 0, 1) for h in (-1, 0, 1) for w in (-1, 0, 1)]  # as a 3x3x3 kernel lies
 
@@ -172,6 +172,11 @@ def take(x: Tensor, there: Tensor, back: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------- convolution
 
+def chunk_of(channels: int) -> int:
+    """Points whose neighbours are gathered at a time."""
+    return max(1, CHUNK // (27 * channels))
+
+
 def gather_rows(x: Tensor, table: Tensor) -> Tensor:
     """x (N + 1, C) and some rows of a table (n, 27) -> (n, 27 C)."""
     return x.index_select(0, table.flatten()).view(len(table), 27 * x.shape[1])
@@ -182,7 +187,7 @@ class SubmanifoldConv(torch.autograd.Function):
 
     With 26 - k the offset opposite to k, a point i is the neighbour at 26 - k of its neighbour at k. So
     dx[i] = sum_k dy[table[i, k]] W_(26-k)^T is a gather too, and dW_k = sum_i x[table[i, k]]^T dy[i].
-    Only x and W are kept for backward, and SiLU computed again; the gathered rows exist for CHUNK points at a
+    Only x and W are kept for backward, and SiLU computed again; of the gathered rows CHUNK numbers exist at a
     time.
     """
     @staticmethod
@@ -193,7 +198,8 @@ class SubmanifoldConv(torch.autograd.Function):
         kernel = weight.flatten(2).permute(2, 1, 0).flatten(0, 1)        # (27 C, O)
         padded = with_nothing(F.silu(x) if activate else x)
         y = x.new_empty(len(x), len(weight))
-        for rows, out in zip(table.split(CHUNK), y.split(CHUNK)):
+        chunk = chunk_of(x.shape[1])
+        for rows, out in zip(table.split(chunk), y.split(chunk)):
             torch.mm(gather_rows(padded, rows), kernel, out=out)
             if bias is not None:
                 out += bias
@@ -212,7 +218,8 @@ class SubmanifoldConv(torch.autograd.Function):
             turned = weight.flatten(2).flip(2).permute(2, 0, 1).flatten(0, 1)   # (27 O, C)
             padded = with_nothing(grad)
             grad_x = torch.empty_like(x)
-            for rows, out in zip(table.split(CHUNK), grad_x.split(CHUNK)):
+            chunk = chunk_of(grad.shape[1])
+            for rows, out in zip(table.split(chunk), grad_x.split(chunk)):
                 torch.mm(gather_rows(padded, rows), turned, out=out)
             if ctx.activate:
                 # d silu(x) / dx = s (1 + x (1 - s)), with s = sigmoid(x).
@@ -224,7 +231,8 @@ class SubmanifoldConv(torch.autograd.Function):
             wide = torch.promote_types(weight.dtype, torch.float32)
             total = torch.zeros(27 * x.shape[1], grad.shape[1], dtype=wide, device=x.device)   # (27 C, O)
             padded = with_nothing(F.silu(x) if ctx.activate else x)
-            for rows, part in zip(table.split(CHUNK), grad.split(CHUNK)):
+            chunk = chunk_of(x.shape[1])
+            for rows, part in zip(table.split(chunk), grad.split(chunk)):
                 total += gather_rows(padded, rows).T @ part
             kernel = total.view(27, x.shape[1], grad.shape[1]).permute(2, 1, 0)
             grad_weight = kernel.reshape(weight.shape).to(weight.dtype)

@@ -31,9 +31,21 @@ VOLUME = TOKEN ** 3                  # voxels of a token
 
 
 class Tile(NamedTuple):
-    """A cube of tokens and what lies around it."""
-    rows: tuple[Tensor, ...]         # of each level, from the points to the tokens: (n_l,) int64, ascending
+    """A cube of tokens and what lies around it: of each level, from the points to the tokens, R stretches of
+    consecutive rows. The rows themselves are made where they are used: all tiles' together would take more
+    memory than the points.
+    """
+    first: tuple[Tensor, ...]        # (R,) int64, where each stretch begins
+    length: tuple[Tensor, ...]       # (R,) int64, at least 1
+    counts: tuple[int, ...]          # n_l, their sum
     own: tuple[tuple[int, int], ...]  # first and end, among them, of those that the tile is responsible for
+
+    def rows(self, level: int) -> Tensor:
+        """(n_l,) int64, ascending."""
+        first, length, count = self.first[level], self.length[level], self.counts[level]
+        jump = first - (length.cumsum(0) - length)               # row - its number among the tile's
+        jump = torch.repeat_interleave(jump, length, output_size=count)
+        return jump + torch.arange(count, device=first.device)
 
 
 class Tables(NamedTuple):
@@ -179,35 +191,54 @@ def tile_of(tables: Tables, first: int, end: int, edge: int, halo: int) -> Tile:
     near = (tables.coords >= corner - halo) & (tables.coords < corner + edge + halo)
     inside = near.all(1) & (sample == sample[first])
 
-    # Then at each level what belongs to them, and what of it is the tile's own.
-    rows, own = [inside.nonzero()[:, 0]], []
-    bounds = [(first, end)]
-    for kin in reversed(tables.families):
-        inside = inside[kin.slot // 8]
-        rows.append(inside.nonzero()[:, 0])
-        edges = torch.searchsorted(kin.slot, torch.tensor(bounds[-1], device=kin.slot.device) * 8)
-        bounds.append(tuple(edges.tolist()))
-    for some, (low, high) in zip(rows, bounds):
-        edges = torch.searchsorted(some, torch.tensor([low, high], device=some.device))
-        own.append(tuple(edges.tolist()))
-    return Tile(tuple(reversed(rows)), tuple(reversed(own)))
+    # First and end of each stretch of them. The tile's own tokens, the rows first to end, lie in one.
+    edges = torch.nonzero(torch.diff(inside.long(), prepend=inside.new_zeros(1).long(),
+                                     append=inside.new_zeros(1).long()))[:, 0]
+    bounds = torch.cat([edges, edges.new_tensor([first, end])])
+
+    # Then at each level the rows that belong to these: children of consecutive parents are consecutive.
+    starts, lengths, counts, own = [], [], [], []
+    for kin in (None, *reversed(tables.families)):
+        if kin is not None:
+            bounds = torch.searchsorted(kin.slot, bounds * 8)
+        low, high = bounds[:-2:2], bounds[1:-2:2]
+        length = high - low
+        # Rows of the tile before its own: the stretches before theirs, and what of theirs comes before.
+        mine, mine_end = bounds[-2:].tolist()
+        before = int(((bounds[-2] - low).clamp_min(0).minimum(length)).sum())
+        starts.append(low.clone())
+        lengths.append(length)
+        counts.append(int(length.sum()))
+        own.append((before, before + mine_end - mine))
+    return Tile(*(tuple(reversed(each)) for each in (starts, lengths, counts, own)))
 
 
-def restricted(tables: Tables, tile: Tile) -> Tables:
-    """The tables of a tile's points alone, from gathers in the whole ones: of known sizes."""
-    codes = [code[rows] for code, rows in zip(tables.code, tile.rows)]
+def restricted(tables: Tables, tile: Tile, levels: Sequence[int]) -> Tables:
+    """The tables of a tile's points alone, from gathers in the whole ones: of known sizes.
+
+    levels: those of which neighbours are wanted; of the others the table is empty.
+    """
+    every = [tile.rows(level) for level in range(LEVELS + 1)]
+    codes = [code[rows] for code, rows in zip(tables.code, every)]
     number = []                      # of each level: the row among the tile's points, n_l for those outside
-    for code, rows in zip(tables.code, tile.rows):
-        new = torch.full((len(code) + 1,), len(rows), dtype=torch.int64, device=code.device)
-        number.append(new.index_copy(0, rows, torch.arange(len(rows), device=code.device)))
-    around = [new[table[rows].long()].int()
-              for new, table, rows in zip(number, tables.neighbours, tile.rows)]
+    for code, rows in zip(tables.code, every):
+        new = torch.full((len(code) + 1,), len(rows), dtype=torch.int32, device=code.device)
+        mine = torch.arange(len(rows), dtype=torch.int32, device=code.device)
+        number.append(new.index_copy_(0, rows, mine))
+
+    def renamed(table: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+        some = table.index_select(0, rows)
+        return new.index_select(0, some.flatten()).view(some.shape)
+    around = [table[:0] for table in tables.neighbours]
+    for level in levels:
+        around[level] = renamed(tables.neighbours[level], every[level], number[level])
     families = []
     for level, kin in enumerate(tables.families):
-        rows, above = tile.rows[level], tile.rows[level + 1]
-        slot = number[level + 1][kin.slot[rows] // 8] * 8 + kin.slot[rows] % 8
-        families.append(Family(codes[level + 1], number[level][kin.children[above].long()].int(), slot))
-    new = number[-1]
-    place = new[tables.place[tile.rows[0]] // VOLUME] * VOLUME + tables.place[tile.rows[0]] % VOLUME
+        slot = kin.slot[every[level]]
+        slot = number[level + 1][slot // 8] * 8 + slot % 8
+        children = renamed(kin.children, every[level + 1], number[level])
+        families.append(Family(codes[level + 1], children, slot))
+    place = tables.place[every[0]]
+    place = number[-1][place // VOLUME].long() * VOLUME + place % VOLUME
     return tables._replace(code=tuple(codes), families=tuple(families), neighbours=tuple(around), place=place,
-                           coords=tables.coords[tile.rows[-1]], cuts=(), encoder_tiles=(), decoder_tiles=())
+                           coords=tables.coords[every[-1]], cuts=(), encoder_tiles=(), decoder_tiles=())

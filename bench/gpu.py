@@ -12,7 +12,8 @@ race         `fast` and MONAI's AutoencoderKL after equal seconds of steps: whol
 recovery     a step out of memory that is repeated; a killed run that goes on, compared by its bytes
 repeat       two equal runs, compared by their bytes
 whole        one volume, exact tiles beside MONAI's sliding window
-sparse       one submanifold convolution, forward and backward
+sparse       one submanifold convolution, forward and backward; steps of the sparse autoencoder, with their
+             predicted peaks
 diffusion    a denoiser's step; a volume of 512^3 sampled, decoded and written (gpu_sample.py)
 
 Each row is printed, and written where there is a file to write, as soon as it is known. A part that cannot
@@ -42,6 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
+import gpu_sparse  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -474,22 +476,7 @@ def reconstructed(options: argparse.Namespace, image: Tensor, in_parts: Callable
 
 
 def sparse(options: argparse.Namespace) -> Rows:
-    count, width, edge = (2_000, 16, 32) if options.tiny else (100_000, 64, 128)
-    code, bits = points(edge, count).to(options.device), sparse_conv.bits_for(edge)
-    dtype = torch.bfloat16 if options.cuda else None
-    yield {"what": "table of neighbours", "points": count} | timed(
-        options, lambda device: lambda: sparse_conv.neighbours(code, bits))
-
-    def make(device: torch.device) -> Callable[[], None]:
-        conv, table = sparse_conv.SubMConv3d(width, width).to(device), sparse_conv.neighbours(code, bits)
-        x = torch.randn(count, width, device=device, requires_grad=True)
-
-        def once() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                out = conv(x, table)
-            out.float().square().sum().backward()
-        return once
-    yield {"what": "forward and backward", "points": count, "channels": width} | timed(options, make)
+    yield from gpu_sparse.rows(options, points, settings, timed)
 
 
 def timed(options: argparse.Namespace, make: peaks.MakeStep) -> dict:

@@ -115,9 +115,8 @@ def tables_of(model: SparseVAE, points: PointBatch, generators: Sequence[torch.G
 def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device, rehearsal: bool) -> PointBatch:
     """Points of a prediction: as many as a batch may hold, on shells, with all tables.
 
-    rehearsal: tensors without data take the place of them.
-
-    data.max_points a crop; without it those of data.patch at the fill that surfaces have.
+    In a prediction tensors without data take their place. data.max_points a crop; without it those of
+    data.patch at the fill that surfaces have.
     """
     size = tuple(-(-n // sparse_tables.TOKEN) * sparse_tables.TOKEN for n in cfg.data.patch or (BOX,) * 3)
     wanted = cfg.data.max_points or math.ceil(FILL * math.prod(size))
@@ -134,7 +133,7 @@ def stand_in(cfg: TrainConfig, network: SparseVAE, device: torch.device, rehears
             return x
         if id(x) not in made:
             made[id(x)] = torch.empty(x.shape, dtype=x.dtype, device=device)
-            if not rehearsal:
+            if type(made[id(x)]) is Tensor:                      # and none of a prediction, without data
                 made[id(x)].copy_(x)
         return made[id(x)]
     tables = tree_map(placed, tables)
@@ -248,7 +247,8 @@ def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor,
 
     iou: of decoded and true points. l1 and sign (share of equal signs): on the true coordinates; l1_decoded:
     on those that both have. l1_constant and l1_pca: of the median and of the principal components.
-    surface_dice: of the voxels at a change of sign, within one voxel. L1 is in units of the band.
+    surface_dice: of the voxels at a change of sign, within one voxel, mean over the channels. L1 is in units
+    of the band.
     """
     feats, recon = points.feats.float(), recon.float().clamp(-1, 1)
     if not len(feats):
@@ -265,8 +265,10 @@ def compared(points: PointBatch, code: Tensor, values: Tensor, recon: Tensor,
     if shared:
         truth = feats[torch.isin(points.code, code)]
         found["l1_decoded"] = (values.float()[both] - truth).abs().mean()
-    mine, theirs = (grid_of(c, v, points.size)[0] for c, v in ((code, values), (points.code, feats)))
-    found["surface_dice"] = surface_dice(mine, theirs)
+    mine, theirs = (grid_of(c, v, points.size) for c, v in ((code, values), (points.code, feats)))
+    dice = [surface_dice(a, b) for a, b in zip(mine, theirs)]
+    known = [value for value in dice if not math.isnan(value)]
+    found["surface_dice"] = sum(known) / len(known) if known else math.nan
     return {name: float(value) for name, value in found.items()}
 
 
@@ -396,7 +398,11 @@ def decode(ready: Ready, latent: np.ndarray, size: Sequence[int], tick: Callable
 
 
 def tokens_in(ready: Ready, latent: np.ndarray, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What `encode` gave -> codes of the tokens (T,), ascending, and their latents (T, Z)."""
+    """What `encode` gave -> codes of the tokens (T,), ascending, and their latents (T, Z).
+
+    Of residual codebooks the first ones alone may be given: a coarser latent of fewer bits.
+    """
+    cfg = ready.cfg.sparse
     grid = torch.from_numpy(latent).to(ready.device)
     is_token = grid[-1] > 0
     coords = is_token.nonzero()
@@ -404,7 +410,10 @@ def tokens_in(ready: Ready, latent: np.ndarray, size: Sequence[int]) -> tuple[Te
     code, order = sparse_tables.encode_coords(coords, 0, token_bits(size)).sort()
     rows = rows[order]
     if ready.model.quantizer is not None:
-        rows = (rows - 1).squeeze(1) if rows.shape[1] == 1 else rows - 1
+        rows = rows - 1
+        is_residual = cfg.bottleneck == "vq" and cfg.codebooks > 1
+        if not is_residual:
+            rows = rows.squeeze(1)
     else:
         rows = rows[:, :-1]
     with precision_of(ready):

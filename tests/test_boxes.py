@@ -1,4 +1,5 @@
 """volumes/boxes.py: crops of points, through data.open_data, on phantoms with a known surface."""
+import types
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 from data import Crops, main, open_data, read_volume, val_crops
 from volume_files import config, quiet, save
-from volumes.boxes import sums_of, together, tokens_of
+from volumes import surfaces
+from volumes.boxes import most_points, sums_of, together, tokens_of
 from volumes.files import DataError
 
 SPARSE = {"points": True, "surface": "0", "smooth": 0.0, "modality": "ct", "val_fraction": 0.34,
@@ -122,3 +124,13 @@ def test_point_files_in_the_guides_form_are_grids(tmp_path):
     array = read_volume(tmp_path / "points.npz").array
     assert array.shape == (1, 16, 16, 16) and np.count_nonzero(array) == 3
     assert array[0, 3, 2, 1] == .5 and array[0, 7, 8, 9] == -.25 and 0 < array[0, 4, 4, 4] < 1e-5
+
+
+def test_the_densest_box_by_looking_at_all():
+    counts = np.random.default_rng(0).integers(0, 9, (5, 4, 3)).astype(np.int32)
+    entry = types.SimpleNamespace(tokens=surfaces.summed(counts))
+    for sides in ((2, 3, 1), (9, 2, 3), (5, 4, 3)):
+        d, h, w = (min(n, side) for n, side in zip(counts.shape, sides))
+        every = [counts[i:i + d, j:j + h, k:k + w].sum()
+                 for i in range(6 - d) for j in range(5 - h) for k in range(4 - w)]
+        assert most_points([entry, entry], [8 * side for side in sides]) == max(every)

@@ -21,6 +21,7 @@ import torch
 
 import quantize
 import tasks.diffusion
+import tasks.sparse
 import tasks.vae
 import train
 from latent_files import write_set
@@ -56,6 +57,8 @@ def session(flags, out, double=False, spoil=None):
         if double:
             for room in ("training.order", "tasks.vae", "tasks.diffusion"):
                 patch.setattr(f"{room}.to_device", lambda image, device: to_device(image.double(), device))
+            points_of = tasks.sparse.points_of
+            patch.setattr("tasks.sparse.points_of", lambda image, device: doubled(points_of(image, device)))
             torch.set_default_dtype(torch.float64)
         try:
             if spoil is not None:
@@ -64,6 +67,10 @@ def session(flags, out, double=False, spoil=None):
         finally:
             torch.set_default_dtype(torch.float32)
     return code, stdout.getvalue(), stderr.getvalue()
+
+
+def doubled(points):
+    return tasks.sparse.PointBatch(points.code, points.feats.double(), *points[2:])
 
 
 def codes_of(ended):
@@ -128,6 +135,26 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(pool, tmp_path, 
     for row in whole_steps:
         voxels = row["voxels_per_second"] * row["seconds"]
         assert math.isclose(voxels, 256 * both, rel_tol=0.05)
+
+
+POINTS = ["--task", "sparse", "--preset", "sparse_light", "--sparse.model_channels", "32",
+          "--sparse.head_channels", "8", "--sparse.num_blocks", "1", "--sparse.num_codes", "8",
+          "--sparse.codebooks", "2", "--data.synthetic", "radar", "--data.surface", "none",
+          "--data.min_points", "1", "--data.synthetic_size", "16,32,32", "--patch", "8,16,16",
+          "--optim.optimizer", "adamw"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--train.ema", "0.9", "--optim.clip_percentile", "90", "--optim.clip_window", "3"],
+    ["--sparse.bottleneck", "kl", "--memory.mode", "tile", "--memory.tile", "8,8,8"]],
+    ids=["vq averaged clipped", "kl tile"])
+def test_ranks_of_points_equal_one_process(pool, tmp_path, flags):
+    """Crops of a rank have other numbers of points than those of the other: each crop counts alike."""
+    flags = [*POINTS, *flags, "--steps", "4", "--train.val_every", "2", "--train.save_every", "4"]
+    assert session([*flags, "--accum", "4"], tmp_path / "one", double=True)[0] == 0
+    ended = pool(2, session, [*flags, "--accum", "2", "--log.ddp_check", "4"], tmp_path / "two", True)
+    assert codes_of(ended) == {0}, ended
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 TILE = ["--memory.mode", "tile", "--memory.tile", "4,4,8"]

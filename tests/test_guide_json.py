@@ -1,11 +1,23 @@
 """training/guide_json.py: the guide's four scenarios and every key of it, said and effective."""
+import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from runs import load_config, make_step
-from tasks import TASKS
-from training import flags, guide_json
+import data
+import train
+from runs import flat, load_config, make_step, new_state
+from tasks import TASKS, sparse
+from training import fit, flags, guide_json
+from training.config import changed
+from training.order import MicroBatch, learning_rate
+from training.step import train_step
+from training.task import of
+from volume_files import save
+from volumes.files import DataError
 
 # The guide's scenarios, cut to this machine by flags below.
 NETWORK = {"resolution": 64, "model_channels": 512, "latent_channels": 16, "num_blocks": 8}
@@ -66,6 +78,23 @@ def test_the_scenarios_take_a_step(tmp_path, name):
     assert make_step(cfg, "cpu")().updated
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_scenarios_run_from_the_file_to_a_checkpoint(tmp_path, name):
+    """Cut: the sizes of the network and of the crops, and two steps."""
+    grid = np.stack(np.meshgrid(*[np.arange(40)] * 3, indexing="ij"), -1)
+    for number, radius in enumerate((9, 12)):
+        inside = np.linalg.norm(grid - 19.5, axis=-1) < radius
+        save(tmp_path / "in" / f"ball{number}.nii.gz", np.where(inside, 40, -1000).astype(np.int16))
+    (tmp_path / "guide.json").write_text(json.dumps(SCENARIOS[name]))
+    cut = ["--sparse.model_channels", "64", "--sparse.num_blocks", "1", "--sparse.num_codes", "16",
+           "--patch", "32,32,32", "--data.max_points", "1500", "--steps", "2", "--train.latent_crops", "2",
+           "--train.val_crops", "1", "--log.sample_every", "0", "--device", "cpu"]
+    assert train.main(["--config", str(tmp_path / "guide.json"), "--data", str(tmp_path / "in"),
+                       "--data.cache_dir", str(tmp_path / "cache"), *cut, "--out", str(tmp_path / "r")]) == 0
+    assert (tmp_path / "r" / "best.pt").exists()
+
+
 CHANGES = {
     "models": {"model_channels": 256, "latent_channels": 8, "num_blocks": 4, "num_embeddings": 1024,
                "num_heads": 4, "num_head_channels": 32, "mlp_ratio": 2.0, "attn_mode": "full",
@@ -101,6 +130,123 @@ def test_a_key_without_a_meaning_is_named_with_the_reason(tmp_path, part, key):
     after, said = read(tmp_path, guide_of(part, key, 0.5))
     line = next(line for line in said if f"{part}.{key}: no meaning here" in line)
     assert after == before and len(line.split("no meaning here, ")[1]) > 15
+
+
+# -------------------------------------------------------------------------------- what each key does
+
+SMALL = {
+    "models": {"model_channels": 64, "latent_channels": 4, "num_blocks": 2, "num_embeddings": 16,
+               "num_head_channels": 16, "window_size": 2},
+    "dataset": {"resolution": 24, "min_points": 1},
+    "trainer": {"max_steps": 20, "batch_size_per_gpu": 2, "batch_split": 2},
+}
+# Where each key shows: in the weights after some steps (output), in the predicted bytes of a step (memory),
+# in the crops (data), or in what a run does, which tests of the named files look at.
+OUTPUT = {
+    "models": {"model_channels": 32, "latent_channels": 6, "num_blocks": 1, "num_embeddings": 8,
+               "num_heads": 2, "num_head_channels": 32, "mlp_ratio": 2.0, "attn_mode": "shift_sequence",
+               "window_size": 4, "pe_mode": "rope", "qk_rms_norm": True},
+    "trainer": {"loss_type": "mse", "lambda_vq": 0.5, "lambda_commitment": 0.5, "fp16_mode": "inflat_all",
+                "ema_rate": [0.9], "lr": 0.01, "optimizer": {"name": "SGD"}, "max_steps": 40,
+                "lr_scheduler": {"name": "StepLR"}, "grad_clip": 0.01},
+}
+MEMORY = {
+    "models": {"use_fp16": True, "use_checkpoint": True, "chunk_size": 2},
+    "trainer": {"batch_size_per_gpu": 4, "batch_split": 1, "fp16_mode": "amp"},
+}
+DATA = {"dataset": {"resolution": 16, "window_type": "bone", "min_points": 500_000, "max_points": 300}}
+OF_RUNS = {
+    "training_stage": ("test_sparse_task.py", "test_stage_1_trains_the_codebook_alone"),
+    "pretrained_vae_path": ("test_sparse_task.py", "test_stages_go_on_from_one_another"),
+    "max_epoch": ("test_order.py", '"--epochs"'), "num_workers": ("test_data.py", "num_workers=workers"),
+    "i_print": ("test_distributed.py", '"--log.every", "1"'),
+    "i_sample": ("test_diffusion_task.py", '"--log.sample_every", "8"'),
+    "disable_snapshot": ("runs.py", '"--log.sample_every", "0"'),
+    "i_save": ("test_folder.py", '"--train.save_every", "1"'),
+    "i_ddpcheck": ("test_distributed.py", '"--log.ddp_check", "1"'),
+}
+
+
+def config_of(tmp_path, part, change):
+    values = {name: dict(args) for name, args in SMALL.items()}
+    values[part].update(change)
+    models = {"vqvae": {"args": values["models"]}}
+    parts = {"models": models} | {name: {"args": values[name]} for name in ("dataset", "trainer")}
+    return read(tmp_path, parts, "--device", "cpu")[0]
+
+
+def keys_of(table):
+    return [(part, key) for part, keys in table.items() for key in keys]
+
+
+def weights_after_steps(cfg):
+    """Three steps on a ball's surface, beyond the warm-up -> weights of the network and its averages."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(24)] * 3, indexing="ij"), -1).float()
+    distance = ((grid - 11).norm(dim=-1) - 8) / 2
+    image = torch.where(distance.abs() <= 1, distance, 0.0)[None, None]
+    state = new_state(cfg)
+    state.step = 12
+    points = sparse.points_of(image, "cpu")
+    tables = state.model.tables(points.code, points.size)
+    state.model.start_linear(sparse.sparse.patches(points.feats, tables))
+    for number in range(3):
+        rate = learning_rate(cfg.optim, state.step, cfg.train.steps)
+        train.set_rates(cfg, state, rate)
+        train_step(cfg, state, [MicroBatch(image * (1 + number / 4), [number], [0])])
+        state.step += 1
+    return torch.cat([flat(module).float() for module in (state.model, *state.emas)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part, key", keys_of(OUTPUT))
+def test_the_key_changes_the_output(tmp_path, part, key):
+    before = weights_after_steps(config_of(tmp_path, part, {}))
+    after = weights_after_steps(config_of(tmp_path, part, {key: OUTPUT[part][key]}))
+    assert len(before) != len(after) or not torch.equal(before, after)
+
+
+@pytest.mark.slow
+def test_the_keys_change_the_memory(tmp_path):
+    def predicted(part, change):
+        cfg = config_of(tmp_path, part, change)
+        tile = cfg.memory.tile and (32, 32, 32)                   # of the 24 voxels of `resolution`
+        cfg = changed(cfg, data={"patch": (64, 64, 64), "max_points": 20_000}, memory={"tile": tile})
+        return fit.predicted(cfg, of(TASKS, cfg), "cuda").bytes
+    before = predicted("models", {})
+    for part, key in keys_of(MEMORY):
+        after = predicted(part, {key: MEMORY[part][key]})
+        assert after > before if key.startswith("batch") else after < before, (key, after, before)
+
+
+@pytest.mark.parametrize("part, key", keys_of(DATA))
+def test_the_key_changes_the_data(tmp_path, part, key):
+    grid = np.stack(np.meshgrid(*[np.arange(40)] * 3, indexing="ij"), -1)
+    hu = 900 - 100 * np.linalg.norm(grid - 19.5, axis=-1)         # -500 at 14 voxels, 300 at 6
+    save(tmp_path / "in" / "ball.nii.gz", hu.clip(-1000, 900).astype(np.int16))
+
+    def crops(change):
+        cfg = config_of(tmp_path, part, change).data
+        cfg = dataclasses.replace(cfg, path=str(tmp_path / "in"), cache_dir=str(tmp_path / "cache"),
+                                  points=True, modality="ct")
+        dataset = data.open_data(cfg, 0, lambda text: None)
+        return [data.Crops(dataset, 0)[number][0] for number in range(4)]
+    before = crops({})
+    try:
+        after = crops({key: DATA[part][key]})
+    except DataError as error:
+        assert key == "min_points" and "data.min_points is 500000" in str(error)
+        return
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_every_key_of_the_guide_shows_somewhere():
+    shown = {(part, key) for table in (OUTPUT, MEMORY, DATA) for part, key in keys_of(table)}
+    shown |= {("trainer", key) for key in OF_RUNS}
+    known = {(part, key) for part, keys in CHANGES.items() for key in keys}
+    assert known <= shown
+    folder = Path(__file__).parent
+    for file, text in OF_RUNS.values():
+        assert text in (folder / file).read_text(encoding="utf-8"), (file, text)
 
 
 def test_what_the_guide_does_not_have_is_named_and_a_wrong_form_refused(tmp_path):

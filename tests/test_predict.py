@@ -127,6 +127,7 @@ def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):
     refused("reconstruct", runs("kl"), "--device", "tpu", words=["tpu"])
     refused("reconstruct", runs("kl"), "--overwrit", words=["did you mean --overwrite"])
     refused("encode", runs("vq"), "--sample", words=["--sample", "vq"])
+    refused("reconstruct", runs("kl"), "--mask", words=["--mask", "data.surface"])
     refused("decode", runs("kl"), words=["_latent.npz"], source=tmp_path / "nothing")
     assert use("reconstruct", runs("kl"), "--input", path, "--output", tmp_path) == 2
     failed_line(capsys, "a.nii.gz", "overwritten")

@@ -1,4 +1,5 @@
 """What predict.py writes lies on its source's grid and scale, for every kind of file."""
+import dataclasses
 import gzip
 import re
 import struct
@@ -16,7 +17,7 @@ from volumes.find import Item
 from volumes.formats import ending_out
 from volumes.intensities import Intensity, denormalise
 from volumes.loading import load
-from volumes.results import in_stored_type, to_source_grid, write_result
+from volumes.results import in_stored_type, to_source_grid, write_mask, write_result
 from volumes.volume import Origin
 
 
@@ -185,3 +186,58 @@ def test_denormalised_values_are_those_of_data():
     origin = Origin(".npy", (5, 4, 3, 2), "float32", (3, 4, 5))
     assert np.array_equal(to_source_grid([(volume, intensity)], np.eye(4), origin),
                           denormalise(volume, intensity))
+
+
+def ball_file(path, kind=np.int16):
+    """Tissue of 40 HU in air, 30x28x26 voxels as stored (x, y, z), whose axes are turned."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in (30, 28, 26)], indexing="ij"), -1)
+    hu = np.where(np.linalg.norm(grid - (14, 13, 11.5), axis=-1) < 8, 40, -1000).astype(kind)
+    affine = np.array([[-2.0, 0, 0, 5], [0, 0, 1.5, -7], [0, 3.0, 0, 2], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(hu, affine), path)
+    return hu, affine
+
+
+def test_distances_of_a_source_of_whole_numbers_are_fractions(tmp_path):
+    """int16 on disk; half a voxel on either side of the surface stays half a voxel."""
+    hu, affine = ball_file(tmp_path / "ball.nii.gz")
+    found = nib.load(through_files(tmp_path / "ball.nii.gz", tmp_path / "out", surface="-500", smooth=0.0))
+    values = found.get_fdata()
+    assert found.get_data_dtype() == np.float32 and np.allclose(found.affine, affine)
+    assert np.array_equal(values < 0, hu > -500)
+    # Beside a voxel of the other side along an axis the distance is 1/2.
+    beside = (hu[1:] > -500) != (hu[:-1] > -500)
+    assert np.allclose(np.abs(values[1:][beside]), .5) and np.allclose(np.abs(values[:-1][beside]), .5)
+
+
+def test_a_mask_is_the_inside_on_the_sources_grid(tmp_path):
+    hu, affine = ball_file(tmp_path / "ball.nii.gz")
+    item = Item(tmp_path / "ball.nii.gz")
+    case = read_case(item, reader(1), DataConfig(modality="ct", surface="-500", smooth=0.0))
+    write_mask(tmp_path / "m.nii.gz", case.volumes, case.affine, case.origin)
+    found = nib.load(tmp_path / "m.nii.gz")
+    assert found.get_data_dtype() == np.uint8 and np.allclose(found.affine, affine)
+    assert np.array_equal(found.get_fdata(), hu > -500)
+
+    # From a grid of half as many voxels across: the sides of nearly all voxels come back.
+    case = read_case(item, reader(1), DataConfig(modality="ct", surface="-500", smooth=0.0, scale=.5))
+    write_mask(tmp_path / "m.nii.gz", case.volumes, case.affine, case.origin)
+    coarse = nib.load(tmp_path / "m.nii.gz").get_fdata()
+    inside = hu > -500
+    assert coarse.shape == hu.shape
+    assert 2 * (coarse * inside).sum() / (coarse.sum() + inside.sum()) > .9
+
+    case = read_case(item, reader(1), DataConfig(modality="ct"))
+    with pytest.raises(ValueError, match="these volumes are intensities"):
+        write_mask(tmp_path / "m.nii.gz", case.volumes, case.affine, case.origin)
+
+
+def test_the_mask_of_a_blank_volume_is_empty(tmp_path):
+    distance = np.full((1, 2, 2, 2), -.5, dtype=np.float32)
+    intensity = Intensity("surface", (-2.0,), (2.0,))
+    hu = np.arange(16, dtype=np.int16).reshape(2, 2, 2, 2)
+    nib.save(nib.Nifti1Image(hu, np.eye(4)), tmp_path / "two.nii.gz")
+    case = read_case(Item(tmp_path / "two.nii.gz"), reader(1), DataConfig(modality="ct"))
+    origin = dataclasses.replace(case.origin, blank=((0, -1000.0),))
+    write_mask(tmp_path / "m.nii.gz", [(distance, intensity)], np.eye(4), origin)
+    found = nib.load(tmp_path / "m.nii.gz").get_fdata()
+    assert not found[..., 0].any() and found[..., 1].all()

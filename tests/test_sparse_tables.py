@@ -39,22 +39,22 @@ def test_a_halo_is_what_the_convolutions_see_rounded_up(convolutions, decoder, h
 def test_tiles_own_every_row_once_and_their_tables_are_those_of_their_points(edge):
     tables = st.with_tiles(scattered(), edge, 2, 1)
     for level in range(4):
-        owned = torch.cat([tile.rows[level][slice(*tile.own[level])] for tile in tables.decoder_tiles])
+        owned = torch.cat([tile.rows(level)[slice(*tile.own[level])] for tile in tables.decoder_tiles])
         assert torch.equal(owned, torch.arange(len(tables.code[level])))
     for tile in tables.encoder_tiles[::7]:
-        part = st.restricted(tables, tile)
-        direct = st.tables_of(tables.code[0][tile.rows[0]], tables.size, tables.samples)
+        part = st.restricted(tables, tile, range(4))
+        direct = st.tables_of(tables.code[0][tile.rows(0)], tables.size, tables.samples)
         for mine, theirs in zip(part.neighbours + sum(part.families, ()), direct.neighbours +
                                 sum(direct.families, ())):
             assert torch.equal(mine, theirs)
         assert torch.equal(part.place, direct.place) and torch.equal(part.coords, direct.coords)
         # Every token within 2 of the tile's cube is there, and none of another sample.
-        own = tile.rows[3][slice(*tile.own[3])]
+        own = tile.rows(3)[slice(*tile.own[3])]
         corner = tables.coords[own[0]] // edge * edge
         sample = sc.sample_of(tables.code[3], tables.bits - 3)
         away = torch.maximum(corner - tables.coords, tables.coords - corner - edge + 1).clamp_min(0).amax(1)
         wanted = (away <= 2) & (sample == sample[own[0]])
-        assert torch.equal(tile.rows[3], wanted.nonzero()[:, 0])
+        assert torch.equal(tile.rows(3), wanted.nonzero()[:, 0])
 
 
 def test_drawn_tiles_make_up_for_the_others():

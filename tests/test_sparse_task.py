@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import memtest
 import peaks
 import predict
 import train
+from data import open_data
 from runs import (
     CPU,
     RunsOut,
@@ -175,7 +177,8 @@ def test_out_of_memory_turns_the_dial_down_to_the_least_tile(tmp_path, folder, m
 
 @pytest.mark.slow
 def test_it_trains_is_stopped_and_resumed_to_the_bit(tmp_path, folder):
-    flags = ["--train.val_every", "4", "--train.ema", "0.9", "--accum", "2", "--optim.lr", "3e-3"]
+    flags = ["--train.val_every", "4", "--train.ema", "0.9", "--accum", "2", "--optim.lr", "3e-3",
+             "--optim.clip_percentile", "90", "--optim.clip_window", "3"]
     assert run(folder, tmp_path / "whole", "--steps", "12", *flags) == 0
     val = rows(tmp_path / "whole", "val")
     assert val[-1]["l1"] < val[0]["l1"] and val[-1]["iou"] > val[0]["iou"]
@@ -224,6 +227,30 @@ def test_flipped_signs_are_learnt_through_the_latent():
     assert min(found) > .65, found
 
 
+def predicted(*words):
+    """Of a step of a preset as it is."""
+    cfg = load_config(["--task", "sparse", "--device", "cpu", "--batch", "1", *words])
+    return fit.predicted(cfg, of(TASKS, cfg), CPU)
+
+
+@pytest.mark.slow
+def test_tiles_of_a_quarter_take_a_third_of_the_peak():
+    """Of 500,000 points in a ball of some 24 tokens across; with the tables, which are of all points."""
+    points = ["--preset", "sparse_light", "--data.max_points", "500000", "--patch", "256,256,256"]
+    whole = predicted(*points)
+    tiled = predicted(*points, "--memory.mode", "tile", "--memory.tile", "64,64,64")
+    assert tiled.bytes <= whole.bytes / 3, tiled.bytes / whole.bytes
+
+
+@pytest.mark.slow
+def test_the_guides_network_takes_what_the_docs_page_says():
+    """sparse_512 on 500,000 points in bf16: 3 GiB, checkpointed 2."""
+    points = ["--preset", "sparse_512", "--data.max_points", "500000", "--patch", "256,256,256"]
+    for words, gib in (([], 3), (["--memory.mode", "checkpoint"], 2)):
+        cfg = load_config(["--task", "sparse", "--amp", "--batch", "1", *points, *words])
+        assert fit.predicted(cfg, of(TASKS, cfg), "cuda").bytes <= gib * peaks.GIB
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--memory.mode", "checkpoint"],
                                    ["--memory.mode", "tile", "--memory.tile", "16,16,16"]])
@@ -234,12 +261,48 @@ def test_the_predicted_peak_is_the_counted_one(words):
     assert abs(predicted - counted) <= .1 * counted
 
 
-def test_weights_of_16_bits_make_a_step():
-    cfg, state = state_of("--train.precision", "master16", "--sparse.bottleneck", "kl")
+def test_memtest_takes_the_points_of_a_number_or_of_a_data_set(folder):
+    """The densest crop of the set is what a step is predicted for."""
+    flags = [*NETWORK, "--patch", "24,24,24", "--data.smooth", "0"]
+    of_set = ["--data", str(folder), "--data.cache_dir", str(folder / "cache")]
+
+    def points(*words):
+        return memtest.asked_for([*flags, *words]).cfg.data.max_points
+    dataset = open_data(load_config([*flags, *of_set, "--data.points", "true"]).data, 0, lambda text: None)
+    most = max(int((entry.read((slice(d, d + 24), slice(h, h + 24), slice(w, w + 24))) != 0).sum())
+               for entry in (*dataset.train, *dataset.val)
+               for d in (0, 8, 16) for h in (0, 8, 16) for w in (0, 8, 16))
+    assert points(*of_set) == most > 1000
+    assert points(*of_set, "--data.max_points", "500") == points("--data.max_points", "500") == 500
+    assert points(*of_set, "--data.max_points", "50000") == most
+
+
+@pytest.mark.parametrize("words", [[], ["--sparse.codebooks", "1", "--sparse.codebook_update", "gradient"],
+                                   ["--sparse.bottleneck", "kl"],
+                                   ["--sparse.bottleneck", "fsq", "--sparse.fsq_levels", "5,5,5"]])
+def test_weights_of_16_bits_make_a_step(words):
+    cfg, state = state_of("--train.precision", "master16", *words)
     before = flat(state.model).clone()
     result = train_step(cfg, state, [micro(crops(1))])
     assert result.updated and state.model.lin_in.weight.dtype == torch.float16
     assert not torch.equal(before, flat(state.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--memory.mode", "tile", "--memory.tile", "8,8,8"]])
+def test_a_step_in_bfloat16_has_about_the_gradient_of_float32(mode):
+    """Weights, latents and what the linear path gives stay in float32."""
+    whole, _, _ = gradient_of("--sparse.bottleneck", "kl")
+    cfg, state = state_of("--optim.grad_clip", "0", "--sparse.bottleneck", "kl", *mode)
+    state.model.start_linear(sparse.sparse.patches(*patches_input(state.model, crops(2))))
+    state.amp_dtype = torch.bfloat16
+    result = train_step(cfg, state, [micro(crops(2))])
+    found = gradients(state.model)
+    assert result.updated and found.dtype == torch.float32 and not torch.equal(found, whole)
+    assert torch.nn.functional.cosine_similarity(found, whole, 0) > .99
+    with torch.autocast("cpu", torch.bfloat16):
+        feats, tables = patches_input(state.model, crops(2))
+        assert state.model(feats, tables).recon.dtype == torch.float32
 
 
 def test_surface_dice_by_hand():
@@ -291,6 +354,13 @@ def test_tokens_alone_decode_to_the_reconstruction_to_the_bit(tmp_path, folder, 
     values = written.get_fdata()
     assert np.abs(values).max() <= 2.01                         # voxels; beyond the band its width
 
+    # And the inside as a mask, of either.
+    assert predict.main(["decode", *use, *tokens, "--output", str(tmp_path / "m"), "--mask"]) == 0
+    assert predict.main(["reconstruct", *use, *source, "--output", str(tmp_path / "n"), "--mask"]) == 0
+    mask, same = (nib.load(tmp_path / name / "ball1.nii.gz") for name in "mn")
+    assert np.array_equal(mask.get_fdata(), values < 0) and np.array_equal(same.get_fdata(), values < 0)
+    assert mask.get_data_dtype() == np.uint8 and np.allclose(mask.affine, original.affine)
+
     found = tmp_path / "e.json"
     assert predict.main(["evaluate", *use, "--data", str(folder / "ball1.nii.gz"), "--json", str(found)]) == 0
     row = json.loads(found.read_text())["volumes"][0]
@@ -300,6 +370,22 @@ def test_tokens_alone_decode_to_the_reconstruction_to_the_bit(tmp_path, folder, 
         cells = 5 * 5 * 4
         where = math.log2(math.comb(cells, tokens))
         assert row["bits_per_voxel"] == pytest.approx((where + tokens * each) / (40 * 36 * 32))
+
+
+@pytest.mark.slow
+def test_two_surfaces_are_two_channels_from_the_file_to_the_masks(tmp_path, folder):
+    two = ["--data.surface=-500,0", "--data.window", "none"]
+    assert run(folder, tmp_path / "r", "--steps", "2", *two) == 0
+    assert "in_channels: 2" in (tmp_path / "r" / "config.yaml").read_text()
+    use = ["--checkpoint", str(tmp_path / "r"), "--device", "cpu"]
+    source = ["--input", str(folder / "ball1.nii.gz")]
+    assert predict.main(["reconstruct", *use, *source, "--output", str(tmp_path / "a")]) == 0
+    assert predict.main(["encode", *use, *source, "--output", str(tmp_path / "z")]) == 0
+    tokens = ["--input", str(tmp_path / "z"), "--output", str(tmp_path / "m"), "--mask"]
+    assert predict.main(["decode", *use, *tokens]) == 0
+    distance, mask = (nib.load(tmp_path / name / "ball1.nii.gz") for name in "am")
+    assert distance.shape == mask.shape == (*nib.load(folder / "ball1.nii.gz").shape, 2)
+    assert np.array_equal(mask.get_fdata(), distance.get_fdata() < 0)
 
 
 def test_stage_1_trains_the_codebook_alone():

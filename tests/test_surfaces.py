@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from volumes import surfaces
+from volumes.config import DataConfig
 from volumes.files import DataError
 from volumes.surfaces import Surface
 
@@ -48,6 +49,22 @@ def test_a_plane_by_hand():
     np.testing.assert_allclose(window, -found)        # inside of a window: the other side
     with pytest.raises(DataError, match="no surface at 300 HU"):
         surfaces.surface_points(array, (1, 1, 1), Surface(300, np.inf, 2, 0))
+
+
+def test_several_surfaces_are_channels_of_the_same_points():
+    """HU rise along an axis; 300 is crossed five voxels after -500."""
+    hu = np.broadcast_to(np.linspace(-1000, 1000, 21, dtype=np.float32), (1, 4, 4, 21))
+    cfg = DataConfig(surface="-500,300", smooth=0.0, modality="ct")
+    assert cfg.surface_of().more == (300.0,)
+    found = surfaces.surface_points(hu, (1, 1, 1), cfg.surface_of())
+    assert found.shape == (2, 4, 4, 21)
+    low, high = found[:, 0, 0]
+    # Inside lies above: from voxel 6 (-400) and from voxel 14 (400); a band of 2 to either side.
+    assert np.allclose(low[4:8], [.75, .25, -.25, -.75]) and np.allclose(high[12:16], [.75, .25, -.25, -.75])
+    assert np.allclose(high[4:8], 1) and np.allclose(low[12:16], -1)
+    assert not found[..., 8:12].any() and not found[..., :4].any() and not found[..., 16:].any()
+    with pytest.raises(ValueError, match="or several such as -500,300"):
+        DataConfig(surface="-500,x")
 
 
 def test_smoothing_is_a_gaussian_with_repeated_borders():
@@ -117,9 +134,9 @@ def test_a_box_is_the_largest_that_holds_no_more():
 
 def test_kept_points_keep_their_neighbours():
     """A box keeps 90 % of the neighbours of its points; as many points drawn at random a few per cent."""
-    edge = 64
+    edge = 128
     place = np.stack(np.meshgrid(*[np.arange(edge)] * 3, indexing="ij"), -1) - edge / 2
-    inside = np.linalg.norm(place, axis=-1) < 24
+    inside = np.linalg.norm(place, axis=-1) < 48
     near = surfaces.signed_distance(inside, (1, 1, 1), 2) != 0
 
     def neighbours(mask):
@@ -128,23 +145,23 @@ def test_kept_points_keep_their_neighbours():
                     for d in (-1, 0, 1) for h in (-1, 0, 1) for w in (-1, 0, 1)) - mask
         return total[mask].mean()
     counts = surfaces.token_counts(near[None])
-    first, end = surfaces.choose_box(surfaces.summed(counts), (8, 8, 8), near.sum() // 4, (.3, .6, .5))
+    first, end = surfaces.choose_box(surfaces.summed(counts), (16, 16, 16), near.sum() // 4, (.3, .6, .5))
     box = np.zeros_like(near)
     box[tuple(slice(8 * a, 8 * b) for a, b in zip(first, end))] = True
     kept = near & box
     drawn = near & (np.random.default_rng(0).random(near.shape) < kept.sum() / near.sum())
-    assert neighbours(kept) >= .85 * neighbours(near)
+    assert neighbours(kept) >= .9 * neighbours(near)
     assert neighbours(drawn) < .3 * neighbours(near)
 
 
 @pytest.mark.slow
-def test_time_and_memory_follow_the_volume():
-    """At 256^3, an eighth of 512^3: an eighth of 10 s and of 1 GiB; three times the time on a busy core."""
+def test_a_volume_of_512_takes_seconds_and_a_gibibyte():
+    """At most 10 s of processor time, and 1 GiB beside the volume."""
     code = """
 import numpy as np, resource, time
 from volumes.surfaces import signed_distance
-inside = np.zeros((256, 256, 256), bool)
-inside[40:200, 50:180, 30:220] = True
+inside = np.zeros((512, 512, 512), bool)
+inside[80:400, 100:360, 60:440] = True
 inside[::7, ::5, ::11] ^= True
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 signed_distance(inside, (1, 1, 1), 2)
@@ -153,4 +170,4 @@ print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[1])
     seconds, kib = map(float, done.stdout.split())
-    assert seconds < 3 * 10 / 8 and kib < 2**20 / 8, (seconds, kib)
+    assert seconds <= 10 and kib <= 2**20, (seconds, kib)

@@ -79,8 +79,9 @@ def translated(values: dict, source: str, say: Callable[[str], None]) -> dict:
     trainer = arguments(values, "trainer", source)
     for name in values.keys() - set(PARTS):
         found.leave(one_line(name, 40), "the guide has no such part")
-    # The guide has one codebook.
-    found.sections["sparse"] = {"codebooks": 1}
+    # The guide has one codebook, which learns by gradient: so lambda_vq and, in stage 1, the rate matter.
+    found.sections["sparse"] = {"codebooks": 1, "codebook_update": "gradient"}
+    found.lines.append("the guide's codebook: sparse.codebooks 1, sparse.codebook_update gradient")
     steps = int(trainer.get("max_steps") or STEPS)
     of_network(network, int(dataset.get("resolution") or RESOLUTION), found)
     of_dataset(dataset, found)

@@ -54,6 +54,20 @@ def largest_box(entries: Sequence[Entry], cfg: DataConfig) -> tuple[int, int, in
     return tuple(-(-n // TOKEN) * TOKEN for n in wanted)
 
 
+def most_points(entries: Sequence[Entry], largest: Sequence[int]) -> int:
+    """Points of the densest box of the size `largest` (voxels, whole tokens), wherever it may lie."""
+    most = 0
+    for entry in entries:
+        counts = sums_of(entry)
+        for axis, voxels in enumerate(largest):
+            length = counts.shape[axis]
+            side = min(length - 1, voxels // TOKEN)
+            # The sums before the end of each box less those before its begin, axis by axis.
+            counts = counts.take(range(side, length), axis) - counts.take(range(length - side), axis)
+        most = max(most, int(counts.max()))
+    return most
+
+
 def box_of(entry: Entry, largest: Sequence[int], cfg: DataConfig,
            *seed) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """First voxel and size of the crop that is a function of `seed` alone: at least data.min_points where

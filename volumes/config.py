@@ -68,7 +68,8 @@ class DataConfig:
     percentiles_of: str = "foreground"       # MR: foreground (voxels above 0) | all (MAISI)
     surface: str = "none"                    # CT as points near a surface with their distance: none | auto
                                              # (by window: lung -500, bone 300, soft_tissue -150, brain 0) |
-                                             # window (inside: the window's HU) | a level in HU
+                                             # window (inside: the window's HU) | a level in HU, or
+                                             # several, each a channel: --data.surface=-500,300
     band: float = 2.0                        # of distances, voxels to either side
     metric: str = "voxels"                   # of distances: voxels (a step along each axis is 1) | mm (in
                                              # units of the finest axis; thick slices tear a surface)
@@ -266,18 +267,18 @@ class DataConfig:
         """What `surface`, `band` and `smooth` say."""
         if self.surface == "none":
             return None
-        high = math.inf
+        high, more = math.inf, []
         if self.surface == "auto":
             low = LEVELS[self.window]
         elif self.surface == "window":
             low, high = self.hu_limits()
         else:
             try:
-                low = float(self.surface)
+                low, *more = (float(level) for level in self.surface.split(","))
             except ValueError:
                 raise ValueError(f"data.surface is {self.surface!r}; use none, auto, window or a level in HU "
-                                 f"such as -500") from None
-        return Surface(low, high, self.band, self.smooth, self.metric)
+                                 f"such as -500, or several such as -500,300") from None
+        return Surface(low, high, self.band, self.smooth, self.metric, tuple(more))
 
     def voxel_settings(self, kind: str | None = None) -> "VoxelSettings":
         """What the voxels of one file depend on. kind: its `class` in a datalist."""

@@ -2,7 +2,7 @@
 numbers.
 
 Intensities in [-1, 1] on the network's grid go in. Shapes: C channels, D H W, T volumes of a 4-D file.
-Version 1.0.
+Version 1.1.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +17,39 @@ from volumes.volume import Origin
 
 def write_result(path: Path, volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.ndarray,
                  origin: Origin) -> None:
-    """Network intensities -> a file like its source: intensities, number type, grid."""
-    stored = in_stored_type(to_source_grid(volumes, affine, origin), origin)
+    """Network intensities -> a file like its source: intensities, number type, grid.
+
+    Distances from a surface are fractions of a voxel: they are float32, whatever the source holds.
+    """
+    values = to_source_grid(volumes, affine, origin)
+    if is_distance(volumes):
+        write_volume(path, values, origin)
+        return
+    stored = in_stored_type(values, origin)
     if stored.dtype.kind in "iu":
         write_volume(path, stored, origin, origin.slope, origin.inter)
     else:
         write_volume(path, stored, origin)
+
+
+def write_mask(path: Path, volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.ndarray,
+               origin: Origin) -> None:
+    """Distances on the network's grid -> a file on its source's, uint8: 1 inside of the surface, 0 outside.
+
+    The side of a voxel is told after resampling, so that edges follow the distance. Raises ValueError where
+    the volumes are no distances.
+    """
+    if not is_distance(volumes):
+        raise ValueError("a mask is the inside of a surface, and these volumes are intensities")
+    inside = (to_source_grid(volumes, affine, origin) < 0).astype(np.uint8)
+    for number, _ in origin.blank:
+        inside[number] = 0
+    write_volume(path, inside, origin)
+
+
+def is_distance(volumes: Sequence[tuple[np.ndarray, Intensity]]) -> bool:
+    """Whether the volumes are distances from a surface (surfaces.py)."""
+    return volumes[0][1].modality == "surface"
 
 
 def to_source_grid(volumes: Sequence[tuple[np.ndarray, Intensity]], affine: np.ndarray,

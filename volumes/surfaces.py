@@ -37,11 +37,7 @@ class Surface(NamedTuple):
     band: float          # to either side, in units of the metric
     smooth: float        # sigma of a Gaussian before the level, voxels; 0: none
     metric: str = "voxels"  # voxels (a step along each axis is 1) | mm (in units of the finest axis)
-
-
-def inside_of(array: np.ndarray, surface: Surface) -> np.ndarray:
-    """HU (D, H, W) float32 -> bool."""
-    return (array > surface.low) & (array <= surface.high)
+    more: tuple[float, ...] = ()  # HU of further surfaces, each a channel; inside lies above it
 
 
 def smoothed(array: np.ndarray, sigma: float) -> np.ndarray:
@@ -115,15 +111,25 @@ def squared_distance(side: np.ndarray, steps: Sequence[float], reach: Sequence[i
 
 
 def surface_points(array: np.ndarray, spacing: Sequence[float], surface: Surface) -> np.ndarray:
-    """HU (C, D, H, W) float32 -> the same shape: distances of each channel as above.
+    """HU (C, D, H, W) float32 -> distances (C L, D, H, W) of L surfaces in each channel.
 
-    Raises DataError where no voxel is near a surface.
+    A voxel near one of several surfaces is a point of all: its distance from those beyond the band is -1 or
+    1. Raises DataError where no voxel is near a surface.
     """
-    found = np.empty(array.shape, dtype=np.float32)
+    bounds = [(surface.low, surface.high), *((low, math.inf) for low in surface.more)]
+    found = np.empty((len(array) * len(bounds), *array.shape[1:]), dtype=np.float32)
     steps = spacing if surface.metric == "mm" else (1.0, 1.0, 1.0)
-    for channel, out in zip(array, found):
-        inside = inside_of(smoothed(channel, surface.smooth), surface)
-        out[:] = signed_distance(inside, steps, surface.band)
+    sides = []
+    for number, channel in enumerate(array):
+        hu = smoothed(channel, surface.smooth)
+        for place, (low, high) in enumerate(bounds, number * len(bounds)):
+            sides.append((hu > low) & (hu <= high))
+            found[place] = signed_distance(sides[-1], steps, surface.band)
+    if len(found) > 1:
+        is_point = (found != 0).any(0)
+        for distance, inside in zip(found, sides):
+            beyond = is_point & (distance == 0)
+            distance[beyond] = np.where(inside[beyond], -1, 1)
     if not found.any():
         raise DataError(f"no surface at {surface.low:g} HU: all voxels lie on one side of it; set "
                         f"data.surface to another level")
