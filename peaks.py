@@ -38,6 +38,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 GIB = 2 ** 30
 SPARE = 0.1                  # share of a budget that a plan leaves to what predictions leave out
+MOST_ELEMENTS = 2 ** 31      # of a tensor: beyond it CUDA's kernels fail, or are wrong without a word
 LEFT_OUT = ("Predictions count tensors and, by a model fitted to an H200, the workspaces of convolutions: "
             "the CUDA context (0.3-0.6 GiB)\nand fragmentation come on top.")
 Size = tuple[int, int, int]
@@ -211,6 +212,11 @@ def cudnn_warning(torch_version: str, cudnn_version: int | None) -> str | None:
 
 # --------------------------------------------------------------------------------------------------- planner
 
+def is_too_large(peak: Peak, device: torch.device | str) -> bool:
+    """Whether the step has a tensor that CUDA's kernels do not take."""
+    return torch.device(device).type == "cuda" and peak.largest > MOST_ELEMENTS
+
+
 class Plan(NamedTuple):
     """What `plan` found: the settings that fit, or, where none does, the least hungry ones."""
     memory: dict                                 # the candidate
@@ -228,13 +234,20 @@ def plan(make_step_for: MakeStepFor, size: Size, budget: float, candidates: Sequ
     """The first candidate, cheapest first, whose step is predicted to leave SPARE of `budget` (bytes) free.
 
     A candidate is whatever make_step_for(size, candidate) takes, a dict of memory settings. size is D,H,W.
+    One with a tensor that CUDA's kernels do not take is left out; ValueError where all are.
     """
-    limit, tried = int(budget * (1 - SPARE)), []
+    limit, tried, too_large = int(budget * (1 - SPARE)), [], 0
     for memory in candidates:
-        bytes_needed = predict(make_step_for(size, memory), device).bytes
-        tried.append((memory, bytes_needed))
-        if bytes_needed <= limit:
-            return Plan(memory, bytes_needed, limit, tried)
+        peak = predict(make_step_for(size, memory), device)
+        if is_too_large(peak, device):
+            too_large = peak.largest
+            continue
+        tried.append((memory, peak.bytes))
+        if peak.bytes <= limit:
+            return Plan(memory, peak.bytes, limit, tried)
+    if not tried:
+        raise ValueError(f"every setting has a tensor of more than 2^31 elements, the last {too_large:,}, "
+                         "beyond which CUDA's kernels fail; take smaller volumes or a smaller batch")
     least = min(tried, key=lambda row: row[1])
     return Plan(*least, limit, tried)
 
