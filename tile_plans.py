@@ -211,6 +211,7 @@ def tiling(piece: Piece, tile_units: Size | None, ranks: int = 1) -> Tiling:
         entire = max(entire, channels * prod(axis[i] for axis in longest))
 
     if tile_units is None:
+        entire = max(alive, default=0)           # whole, nothing is cropped
         # Of forward, again, and backward twice as long, torch's checkpoint leaves out again what nothing is
         # kept of: from the last convolution on.
         work -= (work - before_last) / 4

@@ -18,6 +18,7 @@ import tile_plans
 import tiles
 import training.config
 import training.plan
+import training.ranks
 import vae3d
 from networks import build, objective, peak, relative
 from tasks import TASKS
@@ -194,10 +195,12 @@ def planning(group) -> dict:
         memory_reserved=lambda device: 0,
         mem_get_info=lambda device: (int(alone[-1][1] * (1.5 + 50 * group.rank())), 0),
     )
+    training.ranks._here["alike"] = True                         # as training/ranks.py starts its processes
     try:
         budget = training.plan.budget_of(dial, "cuda")
     finally:
         torch.cuda = original
+        training.ranks._here.clear()
     found = training.plan.settled(vae, dial, size, 1, torch.float32, budget).dial
     card = vae.memory("tile", found.tile, found.stretch, group=group).tiling().plan(size, 1, torch.float32)
     return {
