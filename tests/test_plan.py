@@ -217,6 +217,9 @@ def test_mode_none_says_so_before_it_fails(monkeypatch):
                 "and CUDA's kernels fail beyond 2.31; use --memory.mode tile, a smaller --patch")
         with pytest.raises(ValueError, match=said):
             checked("512,512,512", "--memory.mode", mode)
+    large = load_config(["--preset", "high_res", "--patch", "512,512,512", "--batch", "1", "--amp"])
+    line = fit.predicted_peak(large, of(TASKS, large), torch.device("cuda"))
+    assert line.startswith("no step on cuda: a tensor of 4,294,967,296 elements") and "\n" not in line
     with pytest.raises(ValueError, match="memory mode tile: at 512,512,512, .*; take a smaller tile"):
         checked("512,512,512", "--memory.mode", "tile", "--memory.tile", "512,512,512")
     checked("512,512,512", "--vae.up_narrows", "true")

@@ -76,8 +76,11 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
     """The same as a line; needs no such device."""
     try:
         peak = predicted(cfg, task, device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"predicted peak: none, {line_of(error)}"
+    if peaks.is_too_large(peak, device):
+        return (f"no step on {device.type}: a tensor of {peak.largest:,} elements, and its kernels fail "
+                "beyond 2^31; use --memory.mode tile, a smaller --patch or a smaller --batch")
     left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
     return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
 
