@@ -93,6 +93,18 @@ def test_fit_tries_first_what_auto_comes_to():
     assert [each.tile for each in plans if each.work <= 1.5] == [each["tile"] for each in bounded[2:]]
 
 
+def test_fit_keeps_a_tenth_of_its_budget_free(monkeypatch):
+    seen = []
+
+    def noted(network, size, batch, dtype, limit):
+        seen.append(limit)
+        return [{"mode": "none"}]
+    monkeypatch.setattr(fit, "candidates", noted)
+    cfg = load_config(TINY)
+    fit.fit(cfg, of(TASKS, cfg), CPU, "2", seen.append)
+    assert seen[0] == pytest.approx(1.8 * GIB)
+
+
 def test_points_are_offered_cubes_and_others_what_they_have():
     points = load_config(["--task", "sparse"])
     found = plan.candidates(plan.network_of(points, of(TASKS, points)), (64, 32, 32), 1, torch.float32)
