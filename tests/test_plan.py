@@ -218,6 +218,7 @@ def test_a_volume_beyond_it_is_said_in_a_line():
         peaks.plan(lambda size, memory: None, (8, 8, 8), GIB, [])
 
 
+@pytest.mark.slow
 def test_mode_none_says_so_before_it_fails(monkeypatch):
     """512^3 with 32 channels, 2^32 elements, as CUDA refused it; with 16, which are 2^31, it runs."""
     def checked(size, *flags):
