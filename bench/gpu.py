@@ -230,7 +230,7 @@ def one_peak(options: argparse.Namespace, preset: str, size: str, mode: str, amp
     if key in known:                             # `times` has rows of `peaks`
         return known[key]
     cfg, _ = plan.settled_config(cfg, of(TASKS, cfg), options.device)
-    row["tile"] = plan.tile_text(cfg.memory.tile)
+    row["tile"] = cfg.memory.tile
     predicted = fit.predicted(cfg, of(TASKS, cfg), options.device).bytes
     row["predicted_gib"] = round(predicted / peaks.GIB, 4)
     if options.cuda and predicted > torch.cuda.mem_get_info()[0] * (1 - peaks.SPARE):
