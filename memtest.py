@@ -29,10 +29,10 @@ from training import capacity, facts, fit
 from training.config import TrainConfig, changed, to_yaml
 from training.console import clear_line
 from training.devices import set_backend
-from training.fit import memory_text, network_of, size_text
+from training.fit import memory_text, size_text
 from training.flags import Parser, load_config
 from training.flags import build_parser as train_parser
-from training.memory import modes_of
+from training.plan import NO_BUDGET, Budget, budget_of, modes_of, network_of, of_card, settled_config
 from training.spellings import spelled
 from training.task import Task, of
 from volumes.boxes import most_points
@@ -51,7 +51,8 @@ class Row:
     batch: int
     amp: bool
     mode: str
-    tile: Size | str | None                   # memory.tile or auto; None in other modes
+    tile: Size | str | None                   # of a network whose tiles are not planned: auto; None in other
+                                              # modes
     params: int                               # of the network that is trained
     predicted_gib: float | None = None
     measured_gib: float | None = None         # allocated
@@ -91,10 +92,16 @@ def new_row(cfg: TrainConfig, task: Task) -> Row:
 def fill(row: Row, make_step: MakeStep, device: str, measured: bool) -> Row:
     """Predict the row and, when asked, run it.
 
-    A step that fails makes a row that says so: the other rows are worth having.
+    A step that fails makes a row that says so: the other rows are worth having. So does one that CUDA's
+    kernels do not take.
     """
     try:
-        row.predicted_gib = peaks.predict(make_step, device).bytes / GIB
+        peak = peaks.predict(make_step, device)
+        row.predicted_gib = peak.bytes / GIB
+        if peaks.is_too_large(peak, device):
+            row.fits = False
+            row.error = f"fails: a tensor of {peak.largest:,} elements, and CUDA's kernels take 2^31"
+            return row
     except Exception as error:
         row.error = failure_text("prediction", error)
 
@@ -133,10 +140,12 @@ def in_process(arguments: Sequence[str]) -> dict:
 
 # -------------------------------------------------------------------------------- the table
 
-def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: float | None) -> list[Row]:
+def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: float | None,
+          planned: Budget) -> list[Row]:
     """fp32, AMP, then AMP with every further mode of the dial; and AMP again with twice the batch.
 
-    budget: in bytes, which `fits` is about. Rows that are measured run in processes of their own.
+    budget: in bytes, which `fits` is about; planned: what tiles are chosen for. Rows that are measured run in
+    processes of their own.
     """
     modes = modes_of(network_of(cfg, task))
     settings = [(False, "none", 1)]                              # amp, mode, times the batch
@@ -148,12 +157,13 @@ def table(cfg: TrainConfig, task: Task, device: str, measured: bool, budget: flo
         tell_progress(f"row {number} of {len(settings)} ...")
         batch = times * cfg.train.batch
         chosen = changed(cfg, train={"amp": amp, "batch": batch}, memory={"mode": mode})
+        chosen, _ = settled_config(chosen, task, device, planned)
         row = new_row(chosen, task)
         if measured:
             row = dataclasses.replace(row, **measured_row(chosen, device))
         else:
             fill(row, lambda d, chosen=chosen: fit.make_step(chosen, task, d, rehearsal=True), device, False)
-        if budget and row.predicted_gib is not None:
+        if budget and row.predicted_gib is not None and row.fits is None:
             row.fits = row.predicted_gib * GIB <= budget * (1 - SPARE)
         rows.append(row)
     clear_line()
@@ -280,8 +290,8 @@ def print_plan(cfg: TrainConfig, task: Task, budget: float, device: str, yaml: s
         print(f"{name}: {size_text(best.size)}, {best.bytes / GIB:.2f} GiB, {memory_text(best.memory)}")
         there = changed(cfg, data={"patch": best.size}, memory=best.memory)
         print(f"  {capacity.command(there, task, TASKS)}", flush=True)
-    print(f"({precision_text(cfg.train.amp)}, batch {cfg.train.batch}; at most {fit.MOST_WORK:.0f} times the "
-          f"time of a checkpointed step; the largest to 3 % of their edges)")
+    print(f"({precision_text(cfg.train.amp)}, batch {cfg.train.batch}; the largest to 3 % of their edges, in "
+          f"at most {capacity.MOST_WORK:.0f} times the time of a checkpointed step)")
 
     # Then what would do instead, or the answer as a file for train.py --config.
     if not found.fits:
@@ -341,6 +351,7 @@ class Asked:
     device: str                               # cuda, present or not, or cpu
     measured: bool                            # whether steps are run, not only predicted
     budget: float | None                      # bytes
+    planned: Budget                           # what `auto` chooses tiles for
 
 
 def asked_for(argv: Sequence[str]) -> Asked:
@@ -375,7 +386,9 @@ def asked_for(argv: Sequence[str]) -> Asked:
     for path in (own.json, own.svg, own.yaml):
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: no such folder {Path(path).absolute().parent}; make it first")
-    return Asked(own, cfg, device, measured, budget)
+    whose = "the card has free" if own.budget in (None, "card") else "--budget gives"
+    planned = budget_of(cfg.memory, device, NO_BUDGET if budget is None else of_card(budget, whose))
+    return Asked(own, cfg, device, measured, budget, planned)
 
 
 def densest(cfg: TrainConfig) -> TrainConfig:
@@ -423,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_backend(cfg)
     task = of(TASKS, cfg)
     if own.one:
+        cfg, _ = settled_config(cfg, task, device, asked.planned)
         row = fill(new_row(cfg, task), lambda d: fit.make_step(cfg, task, d), device, asked.measured)
         print(json.dumps(dataclasses.asdict(row)))
         return 0 if row.predicted_gib is not None else 1
@@ -437,11 +451,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
 
     # Then the table, on the console and as files.
-    rows = table(cfg, task, device, asked.measured, asked.budget)
+    rows = table(cfg, task, device, asked.measured, asked.budget, asked.planned)
     millions = rows[0].params / 1e6
     title = f"{cfg.preset} {size_text(cfg.data.patch)}, {millions:.2f} M parameters, one step on {device}"
     print(title)
     print_table(rows)
+    if any(row.mode == "tile" for row in rows):
+        print(f"Tiles are planned for {asked.planned.why}.")
     print(LEFT_OUT)
     for text in peaks.environment_warnings():
         print(f"warning: {text}")

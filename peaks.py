@@ -6,13 +6,13 @@
 
 How: the real step runs once on fake tensors (torch's FakeTensorMode: shapes without data) as on a CUDA
 device with bf16, and the storages that live at the same time are added up, rounded to the 512 bytes of
-CUDA's allocator. `count` does the same with real steps on the CPU. A prediction leaves out what no tensor
-of the step owns: the CUDA context (0.3-0.6 GiB), workspaces and layout copies inside kernels (cuDNN), and
-fragmentation (up to 1 MiB a block, and whatever the allocator cannot reuse). The planner keeps 10 % free
-for them.
+CUDA's allocator. `count` does the same with real steps on the CPU. What CUDA's kernels take inside is added
+by a model of them (`workspace`), fitted to measurements. A prediction leaves out the CUDA context
+(0.3-0.6 GiB) and fragmentation (up to 1 MiB a block, and whatever the allocator cannot reuse). The planner
+keeps 10 % free for them.
 
 Sizes are D,H,W. Memory is in bytes inside, in GiB (2^30 bytes) wherever it is shown.
-Version 0.2 (2026-11).
+Version 0.3 (2026-11).
 """
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 GIB = 2 ** 30
 SPARE = 0.1                  # share of a budget that a plan leaves to what predictions leave out
-LEFT_OUT = ("Predictions count tensors: the CUDA context (0.3-0.6 GiB), cuDNN workspaces and other memory "
-            "inside kernels, and\nfragmentation come on top.")
+MOST_ELEMENTS = 2 ** 31      # of a tensor: beyond it CUDA's kernels fail, or are wrong without a word
+LEFT_OUT = ("Predictions count tensors and, by a model fitted to an H200, the workspaces of convolutions: "
+            "the CUDA context (0.3-0.6 GiB)\nand fragmentation come on top.")
 Size = tuple[int, int, int]
 MakeStep = Callable[[torch.device], Callable[[], object]]   # builds all on a device; the result runs a step
 MakeStepFor = Callable[[Size, dict], MakeStep]              # (volume's D,H,W, memory settings) -> its step
@@ -55,7 +56,9 @@ class Peak:
     gradients: int           # theirs
     optimizer: int           # states, such as AdamW's two moments
     activations: int         # the rest: batch, activations, temporaries, networks that are not trained
+    workspaces: int          # inside kernels, as `workspace` models them
     first_step: int          # peak of the first step alone, before the optimizer has states
+    largest: int             # elements of the largest tensor of the steps
 
 
 def peak_of_steps(make_step: MakeStep, device: torch.device, steps: int) -> Peak:
@@ -72,8 +75,8 @@ def peak_of_steps(make_step: MakeStep, device: torch.device, steps: int) -> Peak
             step()
         most, parts = log.peak(starts[0], steady=steps == 1)
         first, _ = log.peak(starts[0], starts[1] if steps > 1 else None)
-    fields = [parts[kind] for kind in ("parameters", "gradients", "optimizer", "activations")]
-    return Peak(most, *fields, first)
+    kinds = ("parameters", "gradients", "optimizer", "activations", "workspaces")
+    return Peak(most, *(parts[kind] for kind in kinds), first, log.largest)
 
 
 def count(make_step: MakeStep) -> Peak:
@@ -93,6 +96,65 @@ def predict(make_step: MakeStep, device: torch.device | str = "cuda") -> Peak:
     """
     with simulated(torch.device(device)) as simulated_device:
         return peak_of_steps(make_step, simulated_device, 1)
+
+
+# ---------------------------------------------------------------------- inside CUDA's kernels: a fitted model
+#
+# No tensor of a step owns what follows, and torch says nothing about it. What was measured is the peak of 22
+# steps on one H200 (torch 2.11, cuDNN 9.19); docs/MEMORY.md has each of them beside its prediction. The two
+# constants were fitted to them, and are right where they were: networks in channels_last_3d.
+
+# A float32 convolution's backward copies its input and the gradient of its output into another layout. This
+# times their bytes is what .74 to .76 GiB of three steps at 64,256,256 come to.
+FLOAT32_COPIES = 1
+# 16-bit convolutions take channels by this many: volumes with fewer are copied and filled up with zeros.
+# 64 MiB for one channel at 64,256,256, which is what `fast` took above its tensors.
+CHANNELS_AT_ONCE = 8
+
+
+def workspace(name: str, args: Sequence, out: object) -> int:
+    """Bytes that the CUDA kernel of an operator takes beside its results, and gives back when it ends.
+
+    name: of the operator, such as aten.convolution.default; args, out: what it was given and gives. 0 for
+    operators without a row here, and for convolutions that are not in channels_last_3d.
+    """
+    if name == "aten.upsample_nearest3d.default":                # knows no channels_last: copies its result
+        return bytes_of(out) if in_channels_last(out) else 0
+    if name == "aten.upsample_nearest3d_backward.default":       # and here its input
+        return bytes_of(args[0]) if in_channels_last(args[0]) else 0
+    if name == "aten.convolution.default":
+        x, weight, y = args[0], args[1], out
+        read = [x]
+    elif name == "aten.convolution_backward.default":
+        y, x, weight = args[:3]
+        read = [x, y]
+    else:
+        return 0
+    if x.dim() != 5 or not (in_channels_last(x) or in_channels_last(weight)):
+        return 0
+    # What is in another layout, or a part of a larger tensor, is copied before the kernel is called.
+    copies = [t for t in read if not t.is_contiguous(memory_format=torch.channels_last_3d)]
+    total = sum(bytes_of(t) for t in copies)
+    if x.dtype is torch.float32 and len(read) == 2:
+        return total + FLOAT32_COPIES * (bytes_of(x) + bytes_of(y))
+    if x.dtype.itemsize == 2:
+        total += max(filled_up(x), filled_up(y))
+    return total
+
+
+def bytes_of(t: Tensor) -> int:
+    return t.numel() * t.dtype.itemsize
+
+
+def filled_up(t: Tensor) -> int:
+    """Bytes of (B, C, D, H, W) with channels filled up to a multiple of CHANNELS_AT_ONCE; 0: they are one."""
+    channels = -(-t.shape[1] // CHANNELS_AT_ONCE) * CHANNELS_AT_ONCE
+    return 0 if channels == t.shape[1] else bytes_of(t) // t.shape[1] * channels
+
+
+def in_channels_last(t: Tensor) -> bool:
+    """Whether (B, C, D, H, W), or a part of one, is laid out with its channels side by side."""
+    return t.dim() == 5 and t.stride(1) == 1 and t.stride(4) >= t.shape[1]
 
 
 # ----------------------------------------------------------------------------------------------- measurement
@@ -150,6 +212,11 @@ def cudnn_warning(torch_version: str, cudnn_version: int | None) -> str | None:
 
 # --------------------------------------------------------------------------------------------------- planner
 
+def is_too_large(peak: Peak, device: torch.device | str) -> bool:
+    """Whether the step has a tensor that CUDA's kernels do not take."""
+    return torch.device(device).type == "cuda" and peak.largest > MOST_ELEMENTS
+
+
 class Plan(NamedTuple):
     """What `plan` found: the settings that fit, or, where none does, the least hungry ones."""
     memory: dict                                 # the candidate
@@ -167,13 +234,20 @@ def plan(make_step_for: MakeStepFor, size: Size, budget: float, candidates: Sequ
     """The first candidate, cheapest first, whose step is predicted to leave SPARE of `budget` (bytes) free.
 
     A candidate is whatever make_step_for(size, candidate) takes, a dict of memory settings. size is D,H,W.
+    One with a tensor that CUDA's kernels do not take is left out; ValueError where all are.
     """
-    limit, tried = int(budget * (1 - SPARE)), []
+    limit, tried, too_large = int(budget * (1 - SPARE)), [], 0
     for memory in candidates:
-        bytes_needed = predict(make_step_for(size, memory), device).bytes
-        tried.append((memory, bytes_needed))
-        if bytes_needed <= limit:
-            return Plan(memory, bytes_needed, limit, tried)
+        peak = predict(make_step_for(size, memory), device)
+        if is_too_large(peak, device):
+            too_large = peak.largest
+            continue
+        tried.append((memory, peak.bytes))
+        if peak.bytes <= limit:
+            return Plan(memory, peak.bytes, limit, tried)
+    if not tried:
+        raise ValueError(f"every setting has a tensor of more than 2^31 elements, the last {too_large:,}, "
+                         "beyond which CUDA's kernels fail; take smaller volumes or a smaller batch")
     least = min(tried, key=lambda row: row[1])
     return Plan(*least, limit, tried)
 
@@ -236,7 +310,8 @@ def largest(peak_of: Callable[[Size], int], shape: Sequence[float], unit: int, l
 # guard of XLA by that of `meta`: the one change that stays. Where a name of the two imports is missing,
 # importing this file fails and says which. Where the table of device guards is missing,
 # predict(device="cuda") raises RuntimeError; for the CPU neither table nor patches are needed.
-# - batch norm's single kernels, which have no form without data, by the shapes that they return (BATCH_NORM).
+# - batch norm's single kernels, which have no form without data, by the shapes that they return (BATCH_NORM);
+# - results of convolutions and of nearest upsampling by ones in the layout that CUDA gives them.
 
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,
@@ -261,13 +336,21 @@ class LiveStorages(TorchDispatchMode):
         self.events: list[tuple[int, int]] = []
         # id of a storage -> its number, and the callback that sees it go
         self.alive: dict[int, tuple[int, weakref.ref]] = {}
-        # number -> field of Peak, for those that optimizers hold
+        # number -> field of Peak, for those that optimizers hold and for workspaces
         self.kinds: dict[int, str] = {}
+        self.largest = 0                                        # elements
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
             self.see(tensor)
+            self.largest = max(self.largest, tensor.numel())
+        # A workspace is there beside the results, for the time of the kernel.
+        inside = workspace(str(func), args, out) if self.device_type == "cuda" else 0
+        if inside:
+            number = len(self.events)
+            self.kinds[number] = "workspaces"
+            self.events += [(number, inside), (number, -inside)]
         return out
 
     def see(self, tensor: Tensor) -> int | None:
@@ -375,13 +458,34 @@ class FakeDevice(FakeTensorMode):
                 out = func(*args, **kwargs)
             if isinstance(out, tuple):
                 return tuple(t if t is None else FakeTensor(self, t, device) for t in out)
-            return out if isinstance(out, FakeTensor) else FakeTensor(self, out, device)
+            out = out if isinstance(out, FakeTensor) else FakeTensor(self, out, device)
+            return self.in_layout_of_cuda(func, args, out)
         try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
         except DataDependentOutputException:
             if func is torch.ops.aten._local_scalar_dense.default:
                 return item_of(args[0].dtype)
             raise
+        return self.in_layout_of_cuda(func, args, out)
+
+    def in_layout_of_cuda(self, func, args, out):
+        """The result in channels_last_3d where CUDA gives it so, and torch without data does not.
+
+        Convolutions: where input or weight is. Nearest upsampling: where its input is.
+        """
+        aten = torch.ops.aten
+        if func is aten.convolution.default:
+            like = args[:2]
+        elif func in (aten.upsample_nearest3d.default, aten.upsample_nearest3d_backward.default):
+            like = args[:1]
+        else:
+            return out
+        if out.dim() != 5 or out.fake_device.type != "cuda" or not any(map(in_channels_last, like)):
+            return out
+        with in_kernel_invocation_manager(self):
+            last = torch.channels_last_3d
+            out_last = torch.empty(out.shape, dtype=out.dtype, device="meta", memory_format=last)
+        return FakeTensor(self, out_last, out.fake_device)
 
     def device_for_meta_kernel(self, func, args, kwargs) -> torch.device | None:
         """The device of the result where the meta kernel will do: all inputs are fake and on one device."""

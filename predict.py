@@ -54,7 +54,8 @@ from training.flags import Parser, field_comments
 from training.foreign import explained
 from training.jobs import Job
 from training.order import seed_of
-from training.ready import BUDGET, Ready, data_config, describe, load
+from training.plan import BUDGET, tiles_used
+from training.ready import Ready, data_config, describe, load
 from training.signals import SIGNALS, Stopped, stopped_by_signals
 from volumes import formats
 from volumes.config import DataConfig
@@ -93,7 +94,7 @@ def reconstruct(options: argparse.Namespace) -> bool:
             results.append((recon, intensity))
         speed = jobs.speed(case.arrays, started)
         write(job.output, results, case.affine, case.origin)
-        return f"{speed} -> {job.output}"
+        return f"{speed}{tiles_used(ready.model)} -> {job.output}"
 
     items = jobs.list_inputs(options.input, output=options.output)
     todo = jobs.make_jobs(items, options.output, formats.ending_out, made_by(options, ready, cfg))
@@ -137,7 +138,7 @@ def encode(options: argparse.Namespace) -> bool:
         speed = jobs.speed(case.arrays, started)
         found = latents.of_case(case, arrays, ready, subject)
         latents.write(job.output, found, ready, options.sample)
-        return f"{speed} -> {job.output}"
+        return f"{speed}{tiles_used(ready.model)} -> {job.output}"
 
     items = [item for item, _ in variants]
     todo = jobs.make_jobs(items, options.output, lambda path: latents.ENDING, made_by(options, ready, cfg))
@@ -158,7 +159,7 @@ def decode(options: argparse.Namespace) -> bool:
         speed = jobs.speed(volumes, started)
         results = list(zip(volumes, found.intensities))
         write(job.output, results, found.affine, found.origin)
-        return f"{speed} -> {job.output}"
+        return f"{speed}{tiles_used(ready.model)} -> {job.output}"
 
     items = jobs.list_latents(options.input)
     todo = jobs.make_jobs(items, options.output, latents.ending_of_source, made_by(options, ready, cfg))
@@ -273,7 +274,7 @@ def evaluate(options: argparse.Namespace) -> bool:
                     clear_line()
                     which = f" volume {case.numbers[t]}" if case.numbers else ""
                     name = f"[{number}/{len(items)}] {show(item.path)}{which}"
-                    print(f"{name}: {evaluation.row_text(rows[-1])}", flush=True)
+                    print(f"{name}: {evaluation.row_text(rows[-1])}{tiles_used(ready.model)}", flush=True)
 
         # Then all of them together: a table, the figures as JSON, a page with the worst, median and best.
         result = evaluation.summary(ready, rows, failed, totals)

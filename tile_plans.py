@@ -8,7 +8,8 @@ Needs torch, tiles.py, local_layers.py and lean_norm.py, and nothing else.
 A network is lists of layers (its sides). The levels of its resolution pyramid are gathered into stretches,
 runs of local layers that are tiled together; what is left is run whole and checkpointed. The cost model
 counts multiply-adds and live elements over the same spans as the tiles themselves, halos and passes for norms
-included. It is made for planning: its peak is an upper estimate, up to 40 % high.
+included. It is made for planning: its peak is an estimate, mostly too high, by up to 45 %. What `auto`
+comes to is TileMode.plan, a function of network, size, batch, precision and budget alone.
 
 Shapes: sizes are (D, H, W) in voxels. A unit is the least length that all strides of a stretch divide.
 Version 0.5 (2026-11).
@@ -30,7 +31,9 @@ TILE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)     # tiles along an axis that are 
 LEAST_TILE = 8                                   # voxels of a piece's finest grid; below, nearly all is halo
 WORK_BOUND = 1.4                                 # without a budget: the least memory within this much time
 MOVE_COST = 32                                   # multiply-adds that reading and writing one element is worth
-FREE_SHARE = 0.9                                 # of a card's free memory that a plan may take
+MOST_ELEMENTS = 2 ** 31                          # of a tensor: beyond it CUDA's kernels fail, or are wrong
+LATENT_COPIES = 9                                # float32 tensors like the one between two sides: mean and
+                                                 # log-variance, noise, sample, their gradients
 
 
 class Side(NamedTuple):
@@ -58,6 +61,7 @@ class TilePlan(NamedTuple):
     stretch: str                                 # levels a stretch, highest resolution first: "1", "2", "2+1"
     work: float                                  # time of a training step over the checkpointed one's
     peak_bytes: int                              # of such a step: weights, gradients, AdamW, activations
+    largest: int                                 # elements of the largest tensor
     segments: tuple[tuple[Segment, ...], ...]    # what to do with the layers of each side
 
 
@@ -159,6 +163,7 @@ class Tiling(NamedTuple):
     """What a piece costs in tiles of `tile_units`, or whole where that is None."""
     work: float                                  # a quarter of a step's multiply-adds, halos included
     elements: float                              # activations alive while one tile's gradient is computed
+    largest: float                               # elements of the largest of them
     tile_units: Size | None
 
 
@@ -167,7 +172,8 @@ def attention_cost(piece: Piece) -> Tiling:
     kernel.
     """
     elements, voxels = piece.held[0], prod(piece.size)
-    return Tiling(elements * (4 * elements // voxels + 2 * voxels), 10 * elements, None)
+    work = elements * (4 * elements // voxels + 2 * voxels)
+    return Tiling(work, 10 * elements, 3 * elements, None)       # q, k, v are one tensor
 
 
 def tiling(piece: Piece, tile_units: Size | None, ranks: int = 1) -> Tiling:
@@ -177,18 +183,22 @@ def tiling(piece: Piece, tile_units: Size | None, ranks: int = 1) -> Tiling:
     if piece.ops is None:
         return attention_cost(piece)
     # First the tiles: spans along each axis, of which they are products, and from them the length of each
-    # operation's output in each tile.
+    # operation's output in each tile; and the longest along each axis before it is cropped, at both ends.
     found = []
     for axis, n in enumerate(piece.size):
         found.append(spans(piece.ops, axis, n, tile_units[axis] if tile_units else n, len(piece.ops)))
     lengths = [list(zip(*([cut.length for cut in span.cuts] for span in axis))) for axis in found]
+    longest = []
+    for axis in found:
+        longest.append([max(2 * cut.crop + cut.length for cut in cuts)
+                        for cuts in zip(*(span.cuts for span in axis))])
     norms = []                                   # each takes a pass of its own over the operations before it
     if tile_units:
         norms = [i for i, op in enumerate(piece.ops) if row(op).groups is not None]
 
     # Then the operations: work over all tiles, memory of the largest one.
     channels = piece.held[0] // prod(piece.size)
-    work, before_last, alive = 0.0, 0.0, []
+    work, before_last, alive, entire = 0.0, 0.0, [], 0
     for i, op in enumerate(piece.ops):
         channels, taps = row(op).channels(op, channels), row(op).taps(op)
         if taps:
@@ -198,15 +208,17 @@ def tiling(piece: Piece, tile_units: Size | None, ranks: int = 1) -> Tiling:
         largest = prod(max(axis[i]) for axis in lengths)
         work += passes * voxels * channels * (taps + MOVE_COST)
         alive.append(0 if isinstance(op, Fork) else channels * largest)
+        entire = max(entire, channels * prod(axis[i] for axis in longest))
 
     if tile_units is None:
+        entire = max(alive, default=0)           # whole, nothing is cropped
         # Of forward, again, and backward twice as long, torch's checkpoint leaves out again what nothing is
         # kept of: from the last convolution on.
         work -= (work - before_last) / 4
     else:
         tiles = prod(map(len, found))
         work *= -(-tiles // ranks) / tiles       # of the rank that has most
-    return Tiling(work, sum(alive) + 2 * max(alive, default=0), tile_units)
+    return Tiling(work, sum(alive) + 2 * max(alive, default=0), entire, tile_units)
 
 
 def cheapest(costs: Sequence[Tiling], limit: float) -> Tiling:
@@ -234,15 +246,16 @@ def tile_ladder(size: Sequence[int]) -> list[Size]:
         at[max(open_axes, key=lambda axis: tile[axis])] += 1
 
 
-def make_plans(network: Network, size: Sequence[int], batch_bytes: int, tile: Sequence[int] | None = None,
-               stretches: Sequence[str] = (), ranks: int = 1) -> list[TilePlan]:
+def make_plans(network: Network, size: Sequence[int], batch: int, itemsize: int,
+               tile: Sequence[int] | None = None, stretches: Sequence[str] = (),
+               ranks: int = 1) -> list[TilePlan]:
     """Every setting of the dial worth having, by rising work and falling peak.
 
-    size: of the network's input. batch_bytes: of one activation over the batch. tile: None for every one
-    worth trying. stretches: to try, such as "2+1"; (): all. ranks: that share the tiles.
+    size: of the network's input. itemsize: bytes of an activation. tile: None for every one worth trying.
+    stretches: to try, such as "2+1"; (): all. ranks: that share the tiles.
     The tile is that of the stretches that reach the volume's own resolution. A stretch of lower levels
     takes the tile of least work that needs no more memory than theirs: no two are computed at once, so the
-    largest decides.
+    largest decides. Raises ValueError where every setting has a tensor of more than MOST_ELEMENTS.
     """
     tables: dict = {}                            # the same piece occurs in several settings
 
@@ -284,21 +297,37 @@ def make_plans(network: Network, size: Sequence[int], batch_bytes: int, tile: Se
             for side in parts:
                 segments.append(tuple(Segment(p.start, p.stop, costs[id(p)].tile_units) for p in side))
             work = sum(each.work for each in costs.values()) / base
-            peak = peak_elements(order, costs) * batch_bytes
+            peak = batch * peak_of_sample(parts, costs, itemsize)
             state = 16 * network.parameters      # bytes: float32 weight, gradient, AdamW's two moments
-            found.append(TilePlan(choice, stretch, work, int(peak) + state, tuple(segments)))
-    return pareto(found)
+            largest = batch * max(max(*piece.held, costs[id(piece)].largest) for piece in order)
+            found.append(TilePlan(choice, stretch, work, int(peak) + state, int(largest), tuple(segments)))
+    possible = [plan for plan in found if plan.largest <= MOST_ELEMENTS]
+    if not possible:
+        least = min(plan.largest for plan in found)
+        remedy = "a smaller tile" if tile else "smaller volumes or a smaller batch"
+        raise ValueError(f"memory mode tile: at {','.join(map(str, size))}, batch {batch} no tiles keep "
+                         f"every tensor within 2^31 elements, beyond which CUDA's kernels fail; the least "
+                         f"is {least:,}; take {remedy}")
+    return pareto(possible)
 
 
-def peak_elements(order: Sequence[Piece], costs: dict[int, Tiling]) -> float:
-    """Most elements alive in a piece's backward: inputs up to it, the network's output, two gradients, one
-    tile.
+def peak_of_sample(sides: Sequence[Sequence[Piece]], costs: dict[int, Tiling], itemsize: int) -> float:
+    """Most bytes alive in the backward of a sample: the inputs of pieces, two gradients, one tile.
+
+    Before the last piece's backward the network's output and its gradient are alive, and no tile.
     """
-    peak, kept, output = 0.0, 0, order[-1].held[1]
-    for piece in order:
-        kept += piece.held[0]
-        peak = max(peak, kept + output + sum(piece.held) + costs[id(piece)].elements)
-    return peak
+    peak, kept, output = 0.0, 0.0, sides[-1][-1].held[1] * itemsize
+    for number, side in enumerate(sides):
+        for piece in side:
+            before, after = (n * itemsize for n in piece.held)
+            gradients = before + after
+            if piece is side[0] and number == 0:
+                before, gradients = piece.held[0] * max(4, itemsize), after     # a volume, in float32
+            elif piece is side[0]:
+                before = LATENT_COPIES * piece.held[0] * max(4, itemsize)
+            kept += before
+            peak = max(peak, kept + gradients + costs[id(piece)].elements * itemsize)
+    return max(peak, kept + 2 * output)
 
 
 def pareto(plans: Sequence[TilePlan]) -> list[TilePlan]:
@@ -339,9 +368,10 @@ class TileMode:
     level, "2" the two upper ones together, "2+1" those and then the next apart, "3" three as one; levels that
     are not named are run whole, as are layers that are not local, such as attention. "auto": chosen.
     budget: GiB that a whole training step may take. What is left to "auto" is the plan of least recomputation
-    whose predicted peak fits, or the one of least memory where none does. Without a budget: with a tile
-    given, the least memory; on CUDA FREE_SHARE of what is free at the first volume of a size; elsewhere the
-    least memory whose step takes at most WORK_BOUND times as long as a checkpointed one.
+    whose estimated peak fits, or the one of least memory where none does. Without a budget: with a tile
+    given, the least memory; else the least memory whose step takes at most WORK_BOUND times as long as a
+    checkpointed one. No plan has a tensor of more than MOST_ELEMENTS. What a card has free is for the caller
+    to find out: the plan is the same on every machine.
     group: the ranks of this process group share the tiles of the same volume, in forward, backward and
     inference; None: this process alone. Layers outside of stretches run on every rank alike, and a rank
     beyond the number of tiles idles, so what is left to "auto" counts the ranks. Every rank must have the
@@ -350,7 +380,7 @@ class TileMode:
     output and the same whole gradients, bit for bit where kernels are deterministic: a step must not sum or
     average them over the ranks again. Where the tiles of one rank fail, all raise (tiles.together). A copy of
     this object has no group. rehearsal: for predicting memory on tensors without data: the largest tile runs
-    twice, and no other; ranks take no part, and the plan is made as for a CPU.
+    twice, and no other; ranks take no part.
     Raises ValueError for a tile that is not three positive integers, a stretch that is not such a sum, or a
     group that this process does not belong to.
     """
@@ -370,7 +400,8 @@ class TileMode:
         self.network = network
         self.tile, self.stretch, self.budget, self.rehearsal = tile, stretch, budget, rehearsal
         self.group = group if group is not None and group.size() > 1 else None
-        self.chosen: dict[tuple, TilePlan] = {}  # by size, batch, dtype and device
+        self.chosen: dict[tuple, TilePlan] = {}  # by size, batch and dtype
+        self.used: TilePlan | None = None        # the last one that something was run by
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"group": None}   # for copy and pickle, which know no process groups
@@ -385,17 +416,13 @@ class TileMode:
         size = tuple(-(-n // lcm(*each)) * lcm(*each) for n, each in zip(size, strides))
         stretches = () if self.stretch == "auto" else (self.stretch,)
         ranks = 1 if self.group is None else self.group.size()
-        return make_plans(self.network, size, batch * dtype.itemsize, self.tile, stretches, ranks)
+        return make_plans(self.network, size, batch, dtype.itemsize, self.tile, stretches, ranks)
 
-    def plan(self, size: Sequence[int], batch: int, dtype: torch.dtype,
-             device: torch.device | str = "cpu") -> TilePlan:
-        """The one that is used for such an input."""
-        key = tuple(size), batch, dtype, str(device)
+    def plan(self, size: Sequence[int], batch: int, dtype: torch.dtype) -> TilePlan:
+        """The one that is used for such an input: what `auto` comes to, and nothing else decides it."""
+        key = tuple(size), batch, dtype
         if key not in self.chosen:
             budget = None if self.budget is None else self.budget * 2 ** 30
-            on_card = torch.device(device).type == "cuda" and torch.cuda.is_available()
-            if budget is None and self.tile is None and on_card:
-                budget = free_bytes(device, self.group)
             plans = self.plans(size, batch, dtype)
             self.chosen[key] = choose(plans, budget, least_memory=self.tile is not None)
         return self.chosen[key]
@@ -406,10 +433,8 @@ class TileMode:
 
         size: of the network's input that x is or stands for. tell: told the layers done, after each tile.
         """
-        device, group = x.device, self.group
-        if self.rehearsal:
-            device, group = torch.device("cpu"), None
-        plan = self.plan(size, len(x), activation_dtype(x), device)
+        group = None if self.rehearsal else self.group
+        plan = self.used = self.plan(size, len(x), activation_dtype(x))
         layers = self.network.sides[side].layers
         for start, stop, tile_units in plan.segments[side]:
             if tile_units is None:
@@ -422,16 +447,3 @@ class TileMode:
             told = None if tell is None else tick
             x = run_tiled(layers[start:stop], tile_units, x, told, group, self.rehearsal)
         return x
-
-
-def free_bytes(device: torch.device | str, group: Group = None) -> float:
-    """What a plan may take of a CUDA card's memory: the least of the ranks that share tiles, which need the
-    same ones.
-    """
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    budget = FREE_SHARE * free
-    if group is not None:
-        least = torch.tensor(budget, device=device)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
-        budget = float(least)
-    return budget

@@ -277,7 +277,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, opened: Sequence[S
             raise ValueError(f"train.stage 2 goes on from stage 1, but {cfg.train.init} holds no codebook "
                              f"of vae.num_codes={cfg.vae.num_codes}; run --train.stage 1 first")
     # What the dials leave to `auto` is chosen here, for the whole run.
-    opened = edges.settle_dials(opened, state)
+    opened, plans = edges.settle_dials(opened, state)
     stages = planned(cfg, opened, state.global_batch, state.edges)
 
     # Then the run folder: its lock and the log are closed however the run ends.
@@ -291,7 +291,7 @@ def train(cfg: TrainConfig, task: Task, device: torch.device, opened: Sequence[S
         run = Run(cfg, opened, stages, state, device, out, log)
         edges.attach(run)
         save_config(run)
-        introduce(run, started_from)
+        introduce(run, started_from, plans)
 
         # Then the loop, and a last barrier: torchrun ends the other ranks as soon as one has left, so none
         # leaves before all is saved.

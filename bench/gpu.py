@@ -56,8 +56,7 @@ import vae3d  # noqa: E402
 from bench import gpu_sample  # noqa: E402
 from runs import RunsOut  # noqa: E402
 from tasks import TASKS  # noqa: E402
-from tasks import vae as tasks_vae  # noqa: E402
-from training import config, devices, fit  # noqa: E402
+from training import config, devices, fit, plan  # noqa: E402
 from training.console import line_of  # noqa: E402
 from training.flags import load_config  # noqa: E402
 from training.jobs import list_inputs  # noqa: E402
@@ -231,6 +230,8 @@ def one_peak(options: argparse.Namespace, preset: str, size: str, mode: str, amp
     known, key = vars(options).setdefault("known", {}), tuple(row.values())
     if key in known:                             # `times` has rows of `peaks`
         return known[key]
+    cfg, _ = plan.settled_config(cfg, of(TASKS, cfg), options.device)
+    row["tile"] = cfg.memory.tile
     predicted = fit.predicted(cfg, of(TASKS, cfg), options.device).bytes
     row["predicted_gib"] = round(predicted / peaks.GIB, 4)
     if options.cuda and predicted > torch.cuda.mem_get_info()[0] * (1 - peaks.SPARE):
@@ -436,7 +437,7 @@ def whole_volume(options: argparse.Namespace) -> Rows:
     torch.manual_seed(0)
     image, vae = torch.rand(1, 1, *size) * 2 - 1, vae3d.VAE3D.from_preset("fast").eval()
     vae = devices.on_device(vae, options.device)
-    tiled = tasks_vae.set_tiles(copy.deepcopy(vae), (16, 16, 16) if options.tiny else "auto")
+    tiled = plan.for_volumes(copy.deepcopy(vae), (16, 16, 16) if options.tiny else "auto")
     ours = [lambda x, network=network: network.decode(network.encode(x).mu, x.shape[2:])
             for network in (tiled, vae)]
     yield {"what": "exact tiles, fast", "size": size} | reconstructed(options, image, *ours)

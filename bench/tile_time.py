@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 import peaks  # noqa: E402
 import training.config  # noqa: E402
-import training.memory  # noqa: E402
+import training.plan  # noqa: E402
 import vae3d  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from training.fit import make_step  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> int:
         step = make_step(cfg, of(TASKS, cfg), "cpu")
         step()
         pairs = [(seconds(base_step), seconds(step)) for _ in range(options.pairs)]
-        plan = training.memory.set_dial(vae3d.VAE3D(cfg.vae), cfg.memory).tiling().plan(
+        plan = training.plan.set_dial(vae3d.VAE3D(cfg.vae), cfg.memory).tiling().plan(
             cfg.data.patch, 1, torch.float32
         )
         rows.append(

@@ -33,6 +33,7 @@ from training.devices import to_device
 from training.forward import forward
 from training.latent_data import LatentData
 from training.order import MicroBatch, seed_of
+from training.plan import for_volumes
 from training.ready import Ready, load
 from training.run import Run, stop_if_signalled
 from training.state import State
@@ -363,7 +364,7 @@ def decoder(path: str, digest: str | None, device: str) -> Ready:
     """The autoencoder, with exact tiles. ValueError where it is not the one that encoded the latents."""
     ready = load(path, {"vae": autoencoder}, ("decode",), device)
     check_decoder(ready, digest)
-    autoencoder.set_tiles(ready.model)
+    for_volumes(ready.model)
     return ready
 
 

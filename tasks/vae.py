@@ -34,9 +34,9 @@ from training.evaluation import MOST_PSNR, compared
 from training.forward import forward
 from training.latents import LatentKind
 from training.log import codebook_use
-from training.memory import set_dial
 from training.order import MicroBatch, ramp, seed_of
-from training.ready import BUDGET, Ready, run_network
+from training.plan import for_volumes, set_dial
+from training.ready import Ready, run_network
 from training.run import Run, recovered, stop_if_signalled
 from training.signals import RunStopped
 from training.state import State
@@ -349,27 +349,13 @@ def prepare(ready: Ready, options: argparse.Namespace, cfg: DataConfig) -> None:
     """Exact tiles, as --tile and --memory say. ValueError for --sample where there is no noise."""
     if getattr(options, "sample", False):
         check_has_noise(ready)
-    set_tiles(ready.model, options.tile, options.memory)
+    for_volumes(ready.model, options.tile, options.memory)
 
 
 def check_has_noise(ready: Ready) -> None:
     if ready.model.quantizer is not None:
         raise ValueError(f"--sample: vae.bottleneck is {ready.model.cfg.bottleneck}, whose codes have no "
                          f"noise; leave the flag out")
-
-
-def set_tiles(vae: VAE3D, tile: Sequence[int] | str = "auto", budget: float = BUDGET) -> VAE3D:
-    """Exact tiles for whole volumes. tile: D,H,W, `auto` or `none`.
-
-    `auto` is the cheapest that the planner counts within `budget` GiB. The planner counts a training step,
-    more than inference takes. Its choice depends on the volume's size alone, so that every run, and `decode`
-    after `encode`, computes the same bits.
-    """
-    if tile == "none":
-        return vae.memory("none")
-    if tile == "auto":
-        return vae.memory("tile", "auto", budget=budget)
-    return vae.memory("tile", tile)
 
 
 def encode(ready: Ready, array: np.ndarray, generator: torch.Generator | None = None,

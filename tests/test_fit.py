@@ -13,9 +13,8 @@ from tasks import TASKS
 from training import devices, ranks
 from training import fit as fit_room
 from training.config import changed
-from training.fit import check_memory, fit, predicted, tile_plans
+from training.fit import check_memory, fit, predicted
 from training.task import of
-from vae3d import VAE3D
 
 
 @pytest.mark.slow
@@ -106,11 +105,3 @@ def test_the_machines_memory_is_what_the_system_says(tmp_path, monkeypatch):
     for text, wanted in (("max\n", built_in), ("12345\n", 12345), (str(2 ** 70), built_in)):
         limit.write_text(text)
         assert devices.machine_memory() == wanted
-
-
-def test_tile_plans_take_at_most_twice_as_long_as_a_checkpointed_step():
-    network = VAE3D.from_preset("high_res")
-    every = network.memory("tile").tiling().plans((96, 96, 96))
-    assert any(2 < plan.work < 20 for plan in every)
-    wanted = [plan for plan in every if plan.work <= 2]
-    assert tile_plans(network, (96, 96, 96), 1, torch.float32) == wanted

@@ -18,7 +18,7 @@ import vae3d
 from bench import gpu, gpu_sample
 from peaks import GIB
 from tasks import TASKS
-from training import fit
+from training import fit, plan
 from training.task import of
 
 KEYS = [
@@ -55,10 +55,11 @@ def quick(monkeypatch):
         per_voxel = {"none": 1000, "checkpoint": 400, "tile": 20}[cfg.memory.mode] * (
             1 if cfg.train.amp else 2
         )
-        return types.SimpleNamespace(bytes=10 ** 7 + per_voxel * math.prod(cfg.data.patch) * cfg.train.batch)
+        found = 10 ** 7 + per_voxel * math.prod(cfg.data.patch) * cfg.train.batch
+        return types.SimpleNamespace(bytes=found, largest=1)
     monkeypatch.setattr(peaks, "predict", formula)
-    monkeypatch.setattr(fit, "tile_plans", lambda vae, size, batch, dtype: [types.SimpleNamespace(
-        tile=(64, 64, 64), stretch="1", peak_bytes=15 * math.prod(size) * batch)])
+    monkeypatch.setattr(plan, "tile_plans_of", lambda vae, size, batch, dtype: [types.SimpleNamespace(
+        tile=(64, 64, 64), stretch="1", peak_bytes=15 * math.prod(size) * batch, work=1.2)])
     monkeypatch.setattr(fit, "make_step", lambda cfg, task, device, rehearsal=False: cfg)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -84,7 +85,8 @@ def test_json_rows_have_their_keys_and_the_picture_is_an_svg(quick, tmp_path, ca
     for row in rows:                                             # a label and a figure each
         mode = {"none": "all kept", "checkpoint": "checkpointed", "tile": "tiled"}[row["mode"]]
         precision = "bf16 AMP" if row["amp"] else "float32"
-        assert f"{precision}, {mode}, batch {row['batch']}" in words, words
+        tile = f" by {','.join(map(str, row['tile']))}" if row["tile"] else ""
+        assert f"{precision}, {mode}{tile}, batch {row['batch']}" in words, words
         assert f"{pictures.figure(row['predicted_gib'])} GiB" in words, words
     bars = [
         element for element in picture.iter(f"{SVG}rect") if element.get("height") == f"{pictures.THICK:.1f}"

@@ -19,7 +19,8 @@ from predictions import ROOT, TINY, ct_file, failed_line, oriented, same_grid, u
 from tasks import TASKS, vae
 from training import latents
 from training.cases import read_case
-from training.ready import BUDGET, Ready, data_config, load
+from training.plan import BUDGET, for_volumes
+from training.ready import Ready, data_config, load
 from training.task import named
 from volumes.find import Item
 
@@ -37,7 +38,7 @@ def test_decode_of_encode_equals_reconstruct_to_the_bit(tmp_path, runs, kind):
     assert (tmp_path / "r" / "a.nii.gz").read_bytes() == (tmp_path / "d" / "a.nii.gz").read_bytes()
     ready = load(runs(kind), TASKS, device="cpu")  # before the rounding to int16 too
     volume = read_case(Item(path), ready, data_config(ready)).volumes[0][0]
-    vae.set_tiles(ready.model, (8, 16, 8))
+    for_volumes(ready.model, (8, 16, 8))
     found = latents.read(tmp_path / "z" / "a_latent.npz", ready)
     recon = vae.reconstruct(ready, volume)
     assert np.array_equal(vae.decode(ready, found.arrays[0], found.size), recon)
@@ -78,7 +79,7 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
     found, results = {}, {}
     for tile, depth in (("none", 24), ("none", 120), ((8, 16, 32), 24), ((8, 16, 32), 120)):
         x = np.random.default_rng(0).standard_normal((1, depth, 32, 32)).astype(np.float32)
-        vae.set_tiles(network, tile)
+        for_volumes(network, tile)
         with peaks.LiveStorages("cpu") as log:
             results[tile, depth] = vae.reconstruct(ready, x)
         found[tile, depth] = log.peak()[0]
@@ -91,12 +92,16 @@ def test_tiles_equal_the_untiled_volume_and_bound_the_peak():
 
 
 @pytest.mark.slow
-def test_default_tiles_depend_on_the_size_alone():
+def test_default_tiles_depend_on_the_size_alone(monkeypatch):
     """So that encode and decode, run apart, compute the same bits; and a large volume is cut."""
-    network = vae.set_tiles(vae3d.VAE3D.from_preset("ultra_lightweight"))
+    network = for_volumes(vae3d.VAE3D.from_preset("ultra_lightweight"))
     plan = network.tiling().plan((160, 512, 512), 1, torch.float32)
     assert plan.peak_bytes <= BUDGET * 2 ** 30
-    assert plan == network.tiling().plan((160, 512, 512), 1, torch.float32, "cuda")
+    # And not on what a card has free.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 20, 2 ** 20))
+    again = for_volumes(vae3d.VAE3D.from_preset("ultra_lightweight"))
+    assert plan == again.tiling().plan((160, 512, 512), 1, torch.float32)
 
 
 def test_what_cannot_start_is_one_line(tmp_path, runs, capsys):

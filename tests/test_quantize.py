@@ -407,6 +407,7 @@ def test_levels_on_the_device_belong_to_no_state_dict_and_keep_their_values_in_1
 
 def test_fsq_of_a_nan_has_an_index_and_keeps_the_nan():
     """Its index once lay outside of the codes, so that a step which is not finite ended the run."""
-    found = quantize.FiniteScalarQuantizer((8, 5, 5))(torch.tensor([[float("nan"), 0.1, 0.2], [0.3, 0.1, 0.2]]))
+    rows = torch.tensor([[float("nan"), 0.1, 0.2], [0.3, 0.1, 0.2]])
+    found = quantize.FiniteScalarQuantizer((8, 5, 5))(rows)
     assert 0 <= int(found.index.min()) and int(found.index.max()) < 200
     assert found.z_q[0].isnan().any() and found.z_q[1].isfinite().all()

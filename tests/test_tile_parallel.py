@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import tile_plans
 import tiles
 import training.config
-import training.memory
+import training.plan
+import training.ranks
 import vae3d
 from networks import build, objective, peak, relative
 from tasks import TASKS
@@ -184,22 +185,24 @@ def planning(group) -> dict:
         [(p.work, p.peak_bytes) for p in vae.memory("tile", group=g).tiling().plans(size)]
         for g in (None, group)
     )
-    plain, originals = (
-        vae.memory("tile", budget=1e3).tiling().plan(size, 1, torch.float32),
-        (torch.cuda, torch.tensor),
-    )
+    plain = vae.memory("tile", budget=1e3).tiling().plan(size, 1, torch.float32)
     roomy = vae.memory("tile", budget=1e3, group=group).tiling().plan(size, 1, torch.float32)
     bound = vae.memory("tile", group=group).tiling().plan(size, 1, torch.float32).work
+    # Then cards of which the first rank's has least free.
+    dial, original = training.config.MemoryConfig(mode="tile", tile_parallel=True), torch.cuda
     torch.cuda = SimpleNamespace(
         is_available=lambda: True,
         memory_reserved=lambda device: 0,
         mem_get_info=lambda device: (int(alone[-1][1] * (1.5 + 50 * group.rank())), 0),
     )
-    torch.tensor = lambda *args, device=None, tensor=torch.tensor: tensor(*args)
+    training.ranks._here["alike"] = True                         # as training/ranks.py starts its processes
     try:
-        card = vae.tiling().plan(size, 1, torch.float32, "cuda")
+        budget = training.plan.budget_of(dial, "cuda")
     finally:
-        torch.cuda, torch.tensor = originals
+        torch.cuda = original
+        training.ranks._here.clear()
+    found = training.plan.settled(vae, dial, size, 1, torch.float32, budget).dial
+    card = vae.memory("tile", found.tile, found.stretch, group=group).tiling().plan(size, 1, torch.float32)
     return {
         "alone": alone,
         "shared": shared,
@@ -248,8 +251,8 @@ def of_rank(folder: Path) -> None:
         and bool((alone.encoder[0].weight == vae.encoder[0].weight).all())
     )
     dial = (
-        training.memory.set_dial(vae, training.config.MemoryConfig(mode="tile", tile_parallel=True)).group,
-        training.memory.set_dial(vae, training.config.MemoryConfig()).group,
+        training.plan.set_dial(vae, training.config.MemoryConfig(mode="tile", tile_parallel=True)).group,
+        training.plan.set_dial(vae, training.config.MemoryConfig()).group,
     )
     found["dial"] = dial[0] is dist.group.WORLD and dial[1] is None
     try:
@@ -346,7 +349,7 @@ def test_configuration_of_train():
                                              ".* add --memory.mode tile"):
             training.config.MemoryConfig(mode=mode, tile_parallel=True)
     memory = training.config.MemoryConfig(mode="tile", tile=(16, 16, 16), stretch="1", tile_parallel=True)
-    vae = training.memory.set_dial(vae3d.VAE3D.from_preset("ultra_lightweight", base_channels=4), memory)
+    vae = training.plan.set_dial(vae3d.VAE3D.from_preset("ultra_lightweight", base_channels=4), memory)
     assert vae.group is None                                     # one process: nothing to share
     cfg = training.config.changed(training.config.TrainConfig(), vae={"base_channels": 4})
     state = SimpleNamespace(

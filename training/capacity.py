@@ -17,13 +17,14 @@ import peaks
 from peaks import SPARE, MakeStep, Size
 from training import fit
 from training.config import TrainConfig, changed, config_dict, to_yaml
-from training.fit import memory_settings, network_of
 from training.flags import load_config
+from training.plan import activations_of, candidates, network_of
 from training.task import Task
 
 # In the settings of a plan these stand also where they are the default.
 SAID = {("data", "patch"), ("train", "amp"), ("train", "batch"), ("memory", "mode")}
 PER_VOXEL = 16               # bytes of a step in the leanest tiles, about; where the search begins
+MOST_WORK = 2.0              # of the largest volume's tiles, over a checkpointed step
 
 
 class Fit(NamedTuple):
@@ -41,9 +42,10 @@ def step_for(cfg: TrainConfig, task: Task, size: Size, memory: dict) -> MakeStep
 
 def answer(cfg: TrainConfig, task: Task, budget: float, device: str) -> Fit:
     """The cheapest settings with which cfg's volume fits, or, where none do, those that take least."""
-    size, limit = cfg.data.patch, int(budget * (1 - SPARE))
-    candidates = memory_settings(network_of(cfg, task), size, cfg.train.batch, dtype_of(cfg), limit)
-    found = peaks.plan(functools.partial(step_for, cfg, task), size, budget, candidates, device)
+    network, size, limit = network_of(cfg, task), cfg.data.patch, int(budget * (1 - SPARE))
+    dtype = activations_of(cfg, torch.device(device), network)
+    settings = candidates(network, size, cfg.train.batch, dtype, limit)
+    found = peaks.plan(functools.partial(step_for, cfg, task), size, budget, settings, device)
     return Fit(size, found.memory, found.bytes, found.fits)
 
 
@@ -54,10 +56,11 @@ def largest(cfg: TrainConfig, task: Task, budget: float, device: str, shape: Siz
     tell: hears which size is looked at. per_voxel: of the last search, so that this one begins near its end.
     """
     network, batch = network_of(cfg, task), cfg.train.batch
+    dtype = activations_of(cfg, torch.device(device), network)
 
     @functools.cache
     def leanest(size: Size) -> dict:
-        return memory_settings(network, size, batch, dtype_of(cfg))[-1]
+        return candidates(network, size, batch, dtype, most_work=MOST_WORK)[-1]
 
     def peak_of(size: Size) -> int:
         tell(f"looking for the largest volume: {fit.size_text(size)} ...")
@@ -72,10 +75,6 @@ def largest(cfg: TrainConfig, task: Task, budget: float, device: str, shape: Siz
         return None
     size, peak = found
     return Fit(size, leanest(size), peak, True)
-
-
-def dtype_of(cfg: TrainConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.train.amp else torch.float32
 
 
 def stride_of(network: torch.nn.Module) -> tuple[int, int, int]:

@@ -27,8 +27,8 @@ from training import checkpoints, fit, memory, ranks
 from training.config import MemoryConfig, TrainConfig, changed
 from training.console import line_of
 from training.devices import on_device, pick_precision
-from training.memory import dial_text
 from training.order import seed_of
+from training.plan import Settled, activations_of, budget_of, dial_text, network_of, settled
 from training.run import Run
 from training.signals import RunStopped
 from training.stages import Stage, planned, without
@@ -54,30 +54,34 @@ def begin(cfg: TrainConfig, opened: Sequence[Stage], task: Task, device: torch.d
     state = memory.begin(opened[number].cfg, task, device, features)
     state.global_batch = cfg.train.batch * cfg.train.accum * ranks.workers()
     for stage in opened[number + 1:]:
-        fit.network_of(stage.cfg, task)
+        network_of(stage.cfg, task)
         judge = task.helpers(stage.cfg, torch.device("cpu"), features).get("perceptual")
         if state.perceptual is None and judge is not None:
             state.perceptual = on_device(judge, device)
     return state
 
 
-def settle_dials(opened: Sequence[Stage], state: State) -> list[Stage]:
-    """The stages with what their dials leave to `auto` chosen, and that of the stage at hand turned.
+def settle_dials(opened: Sequence[Stage], state: State) -> tuple[list[Stage], list[str]]:
+    """The stages with what their dials leave to `auto` chosen, and that of the stage at hand turned; a line
+    about each choice.
 
     Chosen before the first step, since the free memory of a card is another one in a resumed run.
     """
-    def dials() -> list[MemoryConfig]:
+    def dials() -> list[Settled]:
         found = []
         for stage in opened:
-            cfg = stage.cfg
-            dtype, _ = pick_precision(cfg.train.amp, state.device, state.model)
-            shape = (cfg.train.batch, stage.dataset.channels, *stage.dataset.patch)
-            then = dataclasses.replace(state, amp_dtype=dtype)
-            found.append(memory.settled(cfg, then, cfg.memory, shape))
+            cfg, network = stage.cfg, network_of(stage.cfg, state.task)
+            dtype = activations_of(cfg, state.device, network)
+            budget = budget_of(cfg.memory, state.device)
+            found.append(settled(network, cfg.memory, stage.dataset.patch, cfg.train.batch, dtype, budget))
         return found
     chosen = ranks.chosen(0, dials)
-    memory.turn_dial(state, chosen[len(state.edges)])
-    return [with_dial_of(stage, dial) for stage, dial in zip(opened, chosen)]
+    memory.turn_dial(state, chosen[len(state.edges)].dial)
+    lines = []
+    for stage, choice in zip(opened, chosen):
+        if choice.text is not None:
+            lines.append(f"stage {stage.name}: {choice.text}" if stage.name else choice.text)
+    return [with_dial_of(stage, choice.dial) for stage, choice in zip(opened, chosen)], lines
 
 
 def with_dial_of(stage: Stage, dial: MemoryConfig) -> Stage:
@@ -154,7 +158,7 @@ def enter(state: State, cfg: TrainConfig, number: int) -> None:
         state.forward = torch.compile(state.model)
 
     # Then what is trained: all weights, or with train.stage 1 the codebook alone.
-    wanted = fit.network_of(cfg, state.task).parameters()
+    wanted = network_of(cfg, state.task).parameters()
     for weight, master, new in zip(state.model.parameters(), state.weights, wanted):
         weight.requires_grad_(new.requires_grad)
         master.requires_grad_(new.requires_grad)

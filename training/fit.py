@@ -20,9 +20,10 @@ import peaks
 from training import devices, ranks
 from training.config import MemoryConfig, TrainConfig, changed, convert
 from training.console import line_of
-from training.devices import pick_precision, to_device
-from training.memory import begin, modes_of
+from training.devices import to_device
+from training.memory import begin
 from training.order import MicroBatch
+from training.plan import activations_of, candidates, network_of, settled_config
 from training.step import StepResult, train_step
 from training.task import Task
 
@@ -30,9 +31,6 @@ from training.task import Task
 FEW_ITERATIONS = 2
 # Bytes that no step takes for a voxel of its crops; attention without a fused kernel is what comes near.
 MOST_PER_VOXEL = 100_000
-# Tile plans that take longer, over a checkpointed step, are not considered.
-MOST_WORK = 2.0
-CUBES = (128, 64, 32, 16, 8)                  # edges of tiles for a network of points, voxels
 
 
 def make_step(cfg: TrainConfig, task: Task, device: torch.device | str,
@@ -70,7 +68,11 @@ def few_slabs(x: torch.Tensor, every: Callable = losses.slabs) -> Iterator[tuple
 
 
 def predicted(cfg: TrainConfig, task: Task, device: torch.device | str) -> peaks.Peak:
-    """Of a step of this config. Raises RuntimeError where it cannot be simulated."""
+    """Of a step of this config, in the tiles that a run on such a device would choose.
+
+    Raises RuntimeError where it cannot be simulated, ValueError where no tiles will do.
+    """
+    cfg, _ = settled_config(cfg, task, device)
     return peaks.predict(lambda d: make_step(cfg, task, d, rehearsal=True), device)
 
 
@@ -78,64 +80,49 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
     """The same as a line; needs no such device."""
     try:
         peak = predicted(cfg, task, device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"predicted peak: none, {line_of(error)}"
-    left_out = f"; {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
+    if peaks.is_too_large(peak, device):
+        return (f"no step on {device.type}: a tensor of {peak.largest:,} elements, and its kernels fail "
+                "beyond 2^31; use --memory.mode tile, a smaller --patch or a smaller --batch")
+    left_out = f". {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
     return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
 
 
 def check_memory(cfg: TrainConfig, task: Task, device: torch.device) -> None:
-    """Raises ValueError where a step on a CPU is predicted to take more than the machine has.
+    """Raises ValueError where a step cannot be: on a CPU one of more memory than the machine has, on a card
+    one with a tensor of more than 2^31 elements.
 
-    There the system would end the process in the middle of a step, without a word. Steps that are small for
-    this memory are not predicted, which would take a second or two.
+    There the system would end the process in the middle of a step, without a word, and here CUDA's kernels
+    fail, or are wrong without a word. Steps that are small for this are not predicted, which would take a
+    second or two.
     """
     limit = devices.machine_memory() / ranks.on_this_machine()
-    if device.type != "cpu" or MOST_PER_VOXEL * cfg.train.batch * math.prod(cfg.data.patch) < limit:
+    voxels = cfg.train.batch * math.prod(cfg.data.patch)
+    if device.type == "cpu":
+        is_small = MOST_PER_VOXEL * voxels < limit
+    else:
+        is_small = widest_of(network_of(cfg, task)) * voxels <= peaks.MOST_ELEMENTS
+    if is_small or device.type not in ("cpu", "cuda"):
         return
     try:
-        peak = predicted(cfg, task, device).bytes
+        peak = predicted(cfg, task, device)
     except RuntimeError:                      # a step that cannot be simulated is tried
         return
-    if peak > limit:
+    step = f"a step at {size_text(cfg.data.patch)}, batch {cfg.train.batch}, memory mode {cfg.memory.mode}"
+    if device.type == "cpu" and peak.bytes > limit:
         each = f" for each of {ranks.on_this_machine()} processes" if ranks.on_this_machine() > 1 else ""
-        raise ValueError(f"a step at {size_text(cfg.data.patch)}, batch {cfg.train.batch}, memory mode "
-                         f"{cfg.memory.mode} is predicted to take {peak / peaks.GIB:.2f} GiB, and this "
-                         f"machine has {limit / peaks.GIB:.2f}{each}; use --fit {limit / peaks.GIB:.2f}, a "
-                         "smaller --patch or a smaller --batch")
+        raise ValueError(f"{step} is predicted to take {peak.bytes / peaks.GIB:.2f} GiB, and this machine "
+                         f"has {limit / peaks.GIB:.2f}{each}; use --fit {limit / peaks.GIB:.2f}, a smaller "
+                         "--patch or a smaller --batch")
+    if peaks.is_too_large(peak, device):
+        raise ValueError(f"{step} has a tensor of {peak.largest:,} elements, and CUDA's kernels fail beyond "
+                         "2^31; use --memory.mode tile, a smaller --patch or a smaller --batch")
 
 
-def network_of(cfg: TrainConfig, task: Task) -> torch.nn.Module:
-    """Without weights, to count or to plan."""
-    with torch.device("meta"):
-        return task.build(cfg)
-
-
-def tile_plans(network: torch.nn.Module, size: Sequence[int], batch: int, dtype: torch.dtype) -> list:
-    """TilePlan by rising work, none above MOST_WORK, for volumes of `size`."""
-    plans = network.memory("tile").tiling().plans(size, batch, dtype)
-    return [p for p in plans if p.work <= MOST_WORK] or plans[:1]
-
-
-def memory_settings(network: torch.nn.Module, size: Sequence[int], batch: int, dtype: torch.dtype,
-                    limit: float = math.inf) -> list[dict]:
-    """Candidates for peaks.plan as fields of section `memory`, by rising recomputation: none, checkpoint,
-    then tile plans.
-
-    dtype: of the activations. Of the tile plans those whose own estimate is within `limit` bytes, or the one
-    of least memory."""
-    found = [{"mode": mode} for mode in modes_of(network) if mode != "tile"]
-    if "tile" in modes_of(network) and not hasattr(network, "tiling"):
-        # Points have no estimate of their own: cubes by falling size, each of which is predicted.
-        found += [{"mode": "tile", "tile": (edge, edge, edge)} for edge in CUBES if edge < max(size)]
-    elif "tile" in modes_of(network):
-        plans = tile_plans(network, size, batch, dtype)
-        found += [tile_memory(p) for p in plans if p.peak_bytes <= limit] or [tile_memory(plans[-1])]
-    return found
-
-
-def tile_memory(plan) -> dict:
-    return {"mode": "tile", "tile": plan.tile, "stretch": plan.stretch}
+def widest_of(network: torch.nn.Module) -> int:
+    """The most channels that any of its layers has."""
+    return max((max(p.shape[:2]) for p in network.parameters() if p.dim() > 1), default=1)
 
 
 def size_text(size) -> str:
@@ -161,18 +148,16 @@ def fit(cfg: TrainConfig, task: Task, device: torch.device, budget: str,
         limit = float(torch.cuda.mem_get_info(device)[0])
     else:
         limit = convert(budget, float, "--fit") * peaks.GIB
-    dtype = pick_precision(cfg.train.amp, device, network_of(cfg, task))[0] or torch.float32
-    if cfg.train.precision == "master16":
-        dtype = torch.float16
-    size = cfg.data.patch
-    candidates = memory_settings(network_of(cfg, task), size, cfg.train.batch, dtype, limit)
+    network, size = network_of(cfg, task), cfg.data.patch
+    dtype = activations_of(cfg, device, network)
+    found = candidates(network, size, cfg.train.batch, dtype, limit * (1 - peaks.SPARE))
     if cfg.memory.tile_parallel:
-        candidates = [memory for memory in candidates if memory["mode"] == "tile"]
+        found = [memory for memory in found if memory["mode"] == "tile"]
 
     def step_with(size: Sequence[int], memory: dict) -> Callable:
         chosen = changed(cfg, data={"patch": size}, memory=memory)
         return lambda d: make_step(chosen, task, d, rehearsal=True)
-    plan = peaks.plan(step_with, size, limit, candidates, device)
+    plan = peaks.plan(step_with, size, limit, found, device)
     text = (f"{plan.bytes / peaks.GIB:.2f} GiB predicted at {size_text(size)}, "
             f"{limit / peaks.GIB:.2f} given, 10 % kept free")
     if not plan.fits:

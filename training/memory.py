@@ -31,50 +31,13 @@ import torch
 import tiles
 from training import graphs, ranks
 from training.config import MemoryConfig, TrainConfig
+from training.plan import budget_of, dial_text, modes_of, network_of, set_dial, settled, smaller
 from training.signals import RunStopped
 from training.state import State, new_state, quantizer_of
 from training.task import Task
 
 # The share of the memory taken now that the next, smaller tile may take.
 SMALLER = 0.8
-MODES = ("none", "checkpoint", "tile")
-
-
-# -------------------------------------------------------------------------------- the dial
-
-def modes_of(network: torch.nn.Module) -> tuple[str, ...]:
-    """The settings of the dial that a network has.
-
-    Exact tiles where it can plan them, checkpoints where it has a dial at all.
-    """
-    if hasattr(network, "tiling") or hasattr(network, "softer"):
-        return MODES
-    if hasattr(network, "memory"):
-        return MODES[:2]
-    return MODES[:1]
-
-
-def set_dial(network: torch.nn.Module, dial: MemoryConfig, rehearsal: bool = False) -> torch.nn.Module:
-    """Put the dial on a network. Raises ValueError for a mode that it does not have.
-
-    rehearsal: for memory prediction, see vae3d.VAE3D.memory.
-    With memory.tile_parallel every rank takes the same micro-batches with the same noise (the global batch
-    is batch x accum), and backward() leaves the whole gradients on each, so that a step adds up neither
-    gradients nor terms over the ranks.
-    """
-    modes = modes_of(network)
-    if len(modes) == 1 and dial.mode != "none":
-        raise ValueError(f"memory.mode={dial.mode}: this network has no memory dial; leave it at none")
-    if len(modes) == 1:
-        return network
-    if "tile" not in modes:
-        return network.memory(dial.mode)
-    if not hasattr(network, "tiling"):
-        return network.memory(dial.mode, dial.tile, dial.tiles)
-    dist, group = torch.distributed, None
-    if dial.tile_parallel and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    return network.memory(dial.mode, dial.tile, dial.stretch, dial.budget, group, rehearsal)
 
 
 def begin(
@@ -96,51 +59,28 @@ def turn_dial(state: State, dial: MemoryConfig, rehearsal: bool = False) -> None
         set_dial(network, dial, rehearsal)
 
 
-def settled(cfg: TrainConfig, state: State, dial: MemoryConfig, shape: Sequence[int]) -> MemoryConfig:
-    """The dial with what it leaves to `auto` chosen for good.
+def next_dial(cfg: TrainConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:
+    """The dial turned by one notch; None where there is none left.
 
-    On CUDA the choice depends on the free memory, on which a resumed run must not depend.
     shape: (b, C, D, H, W) of what the network is given.
     """
-    if dial.mode != "tile" or (dial.tile is not None and dial.stretch != "auto"):
-        return dial
-    if not hasattr(state.model, "tiling"):
-        return dial
-    planner = set_dial(state.task.build(cfg), dial)
-    plan = planner.tiling().plan(shape[2:], shape[0], state.activations, state.device)
-    return dataclasses.replace(dial, tile=plan.tile, stretch=plan.stretch)
-
-
-def next_dial(cfg: TrainConfig, state: State, shape: Sequence[int]) -> MemoryConfig | None:
-    """The dial turned by one notch; None where there is none left."""
     dial, modes = state.dial, modes_of(state.model)
     if dial.mode == "none" and "checkpoint" in modes:
         return dataclasses.replace(dial, mode="checkpoint")
     if "tile" not in modes:
         return None
-    free = dataclasses.replace(dial, mode="tile", tile=None, stretch="auto")
+    size, batch, network = shape[2:], shape[0], network_of(cfg, state.task)
     if dial.mode == "checkpoint":
-        return settled(cfg, state, free, shape)
+        free = dataclasses.replace(dial, mode="tile", tile=None, stretch="auto")
+        budget = budget_of(free, state.device)
+        return settled(network, free, size, batch, state.activations, budget).dial
 
     # In tiles already: half their edge, or the plan of least work among those that are predicted to take
     # clearly less.
-    batch, size = shape[0], shape[2:]
     if not hasattr(state.model, "tiling"):
         tile = state.model.softer()
         return None if tile is None else dataclasses.replace(dial, tile=tile)
-    now = state.model.tiling().plan(size, batch, state.activations, state.device).peak_bytes
-    plans = set_dial(state.task.build(cfg), free).tiling().plans(size, batch, state.activations)
-    smaller = [plan for plan in plans if plan.peak_bytes <= SMALLER * now]
-    if not smaller:
-        return None
-    return dataclasses.replace(free, tile=smaller[0].tile, stretch=smaller[0].stretch)
-
-
-def dial_text(dial: MemoryConfig) -> str:
-    if dial.mode != "tile":
-        return dial.mode
-    tile = "auto" if dial.tile is None else ",".join(map(str, dial.tile))
-    return f"tile {tile}, stretch {dial.stretch}"
+    return smaller(network, dial, size, batch, state.activations, SMALLER)
 
 
 # -------------------------------------------------------------------------------- recovery

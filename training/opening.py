@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 import peaks
-from training import memory, ranks
+from training import ranks
 from training.console import shown, tell, unit_of
 from training.devices import pick_precision
 from training.edges import stage_text
+from training.plan import dial_text
 from training.run import Run
 from training.run_page import NAME, note_command, read_rows
 from training.task import metric_of
@@ -22,8 +23,8 @@ from volumes.told import counted
 MOSTLY = 0.5                                  # share of a crop that is padding; more is told
 
 
-def introduce(run: Run, started_from: Sequence[str]) -> None:
-    """The first lines: what is trained, where, on what."""
+def introduce(run: Run, started_from: Sequence[str], plans: Sequence[str] = ()) -> None:
+    """The first lines: what is trained, where, on what. plans: what memory.tile auto came to."""
     cfg, state, log = run.cfg, run.state, run.log
     disc = ""
     if state.disc is not None:
@@ -32,9 +33,12 @@ def introduce(run: Run, started_from: Sequence[str]) -> None:
     if state.masters is not None:
         precision = "16-bit weights, float32 masters"
     log.say(f"{state.task.title(cfg)}: {count(state.model):,} parameters, {disc}memory mode "
-            f"{memory.dial_text(state.dial)}; {run.device}, {precision}")
+            f"{dial_text(state.dial)}; {run.device}, {precision}")
     for text in started_from:
         log.say(text)
+    for text in plans:
+        log.say(f"memory: {text}")
+        log.write({"step": run.state.step, "split": "memory", "change": text})
     patients = len({patient_of([entry]) for entry in run.dataset.val})
     if not cfg.train.val_whole and len(run.held_out) < patients:
         log.say(f"validation looks at {len(run.held_out)} of {patients} held-out patients; raise "

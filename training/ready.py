@@ -26,9 +26,6 @@ from training.stages import stage_configs
 from training.task import Task, serving, task_of
 from volumes.config import DataConfig
 
-BUDGET = 4.0                                                     # GiB for which tiles of whole volumes are
-                                                                 # chosen, the same whoever chooses
-
 
 class Ready(NamedTuple):
     """A network that is ready to be used, and what its run knew about the data."""

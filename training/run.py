@@ -14,7 +14,8 @@ import data
 from training import ranks
 from training.config import MemoryConfig, TrainConfig, to_yaml
 from training.log import Log
-from training.memory import dial_text, turn_dial, with_recovery
+from training.memory import turn_dial, with_recovery
+from training.plan import dial_text
 from training.signals import Stopped
 from training.stages import Stage, with_dial
 from training.state import State

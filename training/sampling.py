@@ -28,7 +28,8 @@ from training.config import CondConfig, convert
 from training.devices import to_device
 from training.latent_data import header_of, mapped
 from training.order import seed_of
-from training.ready import BUDGET, Ready
+from training.plan import BUDGET
+from training.ready import Ready
 from volumes import formats
 from volumes.files import DataError, naming, short_digest, write_atomic
 from volumes.format_nibabel import write_nifti

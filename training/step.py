@@ -112,6 +112,9 @@ def accumulate(
 
         # First the network's loss and its gradient. There is none where a codebook learns by averages alone.
         out, terms, crops = state.task.objective(cfg, state, state.forward, micro, generators)
+        # Of the output backward needs no more than the graph has: a reconstruction is as large as its volume.
+        index = None if usage is None else out.index
+        del out
         if gan:
             adversary.generator_terms(cfg, state, crops, terms)
         if terms["loss"].requires_grad:
@@ -126,13 +129,13 @@ def accumulate(
 
         # Then the sums for the log. They stay on the device: reading them would wait for it each time.
         if usage is not None:
-            index = state.model.quantizer.numbered(out.index).flatten()
+            index = state.model.quantizer.numbered(index).flatten()
             chosen = torch.zeros_like(usage).scatter_add_(0, index, torch.ones_like(index))
             usage = usage + chosen
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() * share
         # The next forward must not find this graph alive.
-        del out, terms, crops
+        del terms, crops
     return sums, usage
 
 
