@@ -31,10 +31,10 @@ import peaks  # noqa: E402
 import unet  # noqa: E402
 import vae3d  # noqa: E402
 from diffusion import DiffusionConfig  # noqa: E402
-from tasks import vae as autoencoder  # noqa: E402
 from training import devices  # noqa: E402
 from training.config import convert  # noqa: E402
 from training.fit import size_text  # noqa: E402
+from training.plan import for_volumes  # noqa: E402
 from volumes.format_nibabel import write_nifti  # noqa: E402
 
 Size = tuple[int, int, int]
@@ -50,7 +50,7 @@ class Networks:
         if tiny:
             cfg = unet.UNetConfig(4, 4, (16, 16), residual=True, time_channels=16)
         self.denoiser = self.placed(unet.UNet(cfg))
-        self.vae = autoencoder.set_tiles(self.placed(vae3d.VAE3D.from_preset("fast")))
+        self.vae = for_volumes(self.placed(vae3d.VAE3D.from_preset("fast")))
 
     def placed(self, network: nn.Module) -> nn.Module:
         return devices.on_device(network.eval().requires_grad_(False), self.device)

@@ -54,6 +54,7 @@ except ModuleNotFoundError:
 
 import data  # noqa: E402
 import losses  # noqa: E402
+import muon  # noqa: E402
 import peaks  # noqa: E402
 import pictures  # noqa: E402
 import vae3d  # noqa: E402
@@ -117,16 +118,20 @@ def our_step(
 
 class Theirs:
     """A MONAI network, its optimizer and the loop around them; loss weights and clipping are those of
-    `cfg`."""
+    `cfg`. Its optimizer is AdamW, or with `by_muon` ours."""
 
     def __init__(
-        self, name: str, cfg: training.config.TrainConfig, device: torch.device, dtype: torch.dtype | None
+        self, name: str, cfg: training.config.TrainConfig, device: torch.device, dtype: torch.dtype | None,
+        by_muon: bool = False
     ):
         torch.manual_seed(cfg.train.seed)
         self.network, self.cfg, self.dtype = THEIRS[name]().to(device), cfg, dtype
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), cfg.optim.lr, weight_decay=cfg.optim.weight_decay, fused=True
-        )
+        decay = cfg.optim.weight_decay
+        if by_muon:
+            self.optimizer = muon.Muon(muon.groups_of(self.network), cfg.optim.lr, decay)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.network.parameters(), cfg.optim.lr, weight_decay=decay, fused=True)
 
     def step(self, image: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -289,9 +294,10 @@ def race(
     seed: int,
     val_crops: int,
     their_lr: float,
+    their_muon: bool,
 ) -> dict:
     """Train both for `steps`, then ours anew for MONAI's seconds; figures on held-out crops after each,
-    and every quarter of the first."""
+    and every quarter of the first. their_muon: MONAI's network by our optimizer and rate beside them."""
     cfg, dtype = config(size, batch, data=folder, seed=str(seed)), PRECISIONS[precision]
     dataset = data.open_data(cfg.data, cfg.train.seed, lambda line: None)
     crops = data.Crops(dataset, cfg.train.seed)
@@ -300,6 +306,7 @@ def race(
         for crop in data.val_crops(dataset, cfg.train.seed, val_crops)
     ]
     theirs, ours = Theirs(name, cfg, device, dtype), begin(cfg, of(TASKS, cfg), device)
+    mixed = Theirs(name, cfg, device, dtype, by_muon=True) if their_muon else None
     ours.amp_dtype = dtype
     spent, curve = {"theirs": [], "ours": []}, []
     for step, micro in batches(cfg, crops, steps, device):
@@ -310,6 +317,9 @@ def race(
             seconds(lambda micro=micro: training.step.train_step(cfg, ours, [micro]), device)
         )
         ours.step = step + 1
+        if mixed is not None:
+            set_rate(mixed.optimizer, cfg, step, steps)
+            mixed.step(micro.image)
         if (step + 1) % max(1, steps // 4) == 0:
             curve.append(
                 {
@@ -339,6 +349,9 @@ def race(
         f"PSNR {after['psnr']:.2f}",
         flush=True,
     )
+    beside = {} if mixed is None else {"theirs_by_muon": scores(mixed.network, held_out, dtype)}
+    if beside:
+        print(f"{name} by Muon: PSNR {beside['theirs_by_muon']['psnr']:.2f}", flush=True)
     if png is not None:
         png.write_bytes(pictures.png(picture(held_out[0], theirs.network, equal.model, dtype, dataset)))
     return {
@@ -355,7 +368,7 @@ def race(
         "step_time_ratio": time_ratio,
         "steps_of_equal_seconds": longer,
         "curve": curve,
-        "equal_steps": {side: curve[-1][side] for side in ("theirs", "ours")},
+        "equal_steps": {side: curve[-1][side] for side in ("theirs", "ours")} | beside,
         "equal_seconds": {"theirs": curve[-1]["theirs"], "ours": after},
         "gain_equal_steps_db": round(curve[-1]["ours"]["psnr"] - curve[-1]["theirs"]["psnr"], 2),
         "gain_equal_seconds_db": round(after["psnr"] - curve[-1]["theirs"]["psnr"], 2),
@@ -405,8 +418,10 @@ def main() -> int:
         "--their-lr",
         type=float,
         default=5e-4,
-        help="MONAI's highest learning rate, of the same schedule [5e-4, as ours]",
+        help="MONAI's highest learning rate, of the same schedule [5e-4]",
     )
+    parser.add_argument("--their-muon", action="store_true",
+                        help="race MONAI's network by our optimizer and rate too")
     parser.add_argument("--race-size", default="32,64,64", help="its crops [32,64,64]")
     parser.add_argument("--race-precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--val-crops", type=int, default=16, help="held-out crops [16]")
@@ -457,7 +472,7 @@ def main() -> int:
     for folder in args.data:
         png = args.png if args.png and not races else None
         races.append(race("AutoencoderKL", folder, race_size, args.batch, args.steps, args.race_precision,
-                          device, png, args.seed, args.val_crops, args.their_lr))
+                          device, png, args.seed, args.val_crops, args.their_lr, args.their_muon))
     if args.json:
         facts = {
             "date": datetime.date.today().isoformat(),

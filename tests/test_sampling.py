@@ -79,12 +79,12 @@ def test_a_sample_is_what_the_networks_make_of_its_noise(made, tmp_path, runs):
 
 def test_tiles_of_decoding_leave_no_seams(made, tmp_path, runs, monkeypatch):
     """In one piece and in tiles the HU are the same, all over the volume: nothing is blended."""
-    asked, set_tiles = [], vae.set_tiles
+    asked, for_volumes = [], vae.for_volumes
 
     def noted(network, tile, budget):
         asked.append(tile)
-        return set_tiles(network, tile, budget)
-    monkeypatch.setattr(vae, "set_tiles", noted)
+        return for_volumes(network, tile, budget)
+    monkeypatch.setattr(vae, "for_volumes", noted)
     for name, tile in (("whole", "none"), ("tiles", "8,16,8")):
         flags = ["--size", "16,32,24", "--tile", tile, "--output", tmp_path / name]
         assert sample(made, runs, *flags) == 0
