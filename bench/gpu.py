@@ -8,6 +8,7 @@ correctness  outputs and gradients in float32 against float64 on the CPU: VAE3D 
              convolution, quantiser
 peaks        predicted against measured peak of a step
 times        milliseconds of a step of `fast` beside MONAI's networks by MONAI and by us
+graphs       milliseconds of a step with train.cuda_graph and without, and whether they agree (gpu_graphs.py)
 race         `fast` and MONAI's AutoencoderKL after equal seconds of steps: whole volumes of --test
 recovery     a step out of memory that is repeated; a killed run that goes on, compared by its bytes
 repeat       two equal runs, compared by their bytes
@@ -53,7 +54,7 @@ import sparse_conv  # noqa: E402
 import tiles  # noqa: E402
 import train  # noqa: E402
 import vae3d  # noqa: E402
-from bench import gpu_sample  # noqa: E402
+from bench import gpu_graphs, gpu_sample  # noqa: E402
 from runs import RunsOut  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from training import config, devices, fit, plan  # noqa: E402
@@ -273,6 +274,12 @@ def beside(options: argparse.Namespace, room: ModuleType, name: str, size: tuple
     row = {f"{side}_ms": round(1000 * statistics.median(values), 2) for side, values in times.items()}
     return row | {"ratio": room.ratio(times["ours"], times["theirs"]),
                   "same_network_ratio": room.ratio(times["same_network"], times["theirs"])}
+
+
+def replayed(options: argparse.Namespace) -> Rows:
+    for row in gpu_graphs.rows(options.device, options.tiny, functools.partial(settings, options)):
+        errors = {name: row.pop(name) for name in ("weights", "norm")}
+        yield row | judged(**errors)
 
 
 # ----------------------------------------------------------------------------------------------- how good
@@ -496,8 +503,8 @@ def denoiser(options: argparse.Namespace) -> Rows:
     yield from gpu_sample.rows(options.device, options.tiny)
 
 
-PARTS = {"correctness": correctness, "peaks": peaks_of_steps, "times": step_times, "race": race,
-         "recovery": recovery, "repeat": repeat, "whole": whole_volume, "sparse": sparse,
+PARTS = {"correctness": correctness, "peaks": peaks_of_steps, "times": step_times, "graphs": replayed,
+         "race": race, "recovery": recovery, "repeat": repeat, "whole": whole_volume, "sparse": sparse,
          "diffusion": denoiser}
 
 
