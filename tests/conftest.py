@@ -2,7 +2,6 @@
 make the suite slower.
 """
 import gc
-import locale
 import os
 
 import pytest
@@ -24,14 +23,6 @@ def pytest_collection_modifyitems(items):
     def place(item):
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
     items.sort(key=place)
-
-
-CTYPE = locale.setlocale(locale.LC_CTYPE)
-
-
-def pytest_runtest_setup():
-    # SimpleITK leaves C behind when it has read a series of DICOM: text files then open as ASCII.
-    locale.setlocale(locale.LC_CTYPE, CTYPE)
 
 
 def pytest_collection_finish():

@@ -1,4 +1,5 @@
 """MetaImage, NRRD and DICOM: the same voxels at the same places as nibabel reads them from a NIfTI."""
+import locale
 import os
 import random
 import sys
@@ -36,6 +37,7 @@ def series_of(image, folder: Path, names: str = "{:03d}.dcm", uid: str = "1.2.3"
     folder.mkdir(parents=True, exist_ok=True)
     writer, paths, d = sitk().ImageFileWriter(), [], image.GetDirection()
     writer.KeepOriginalImageUIDOn()
+    before = locale.setlocale(locale.LC_CTYPE)
     for k in range(image.GetDepth()):
         if k in skip:
             continue
@@ -52,6 +54,8 @@ def series_of(image, folder: Path, names: str = "{:03d}.dcm", uid: str = "1.2.3"
         writer.SetImageIO("GDCMImageIO")
         writer.Execute(part)
         Path(f"{paths[-1]}.dcm").rename(paths[-1])
+    # The writer leaves the process in the locale C, where text files open as ASCII.
+    locale.setlocale(locale.LC_CTYPE, before)
     return paths
 
 
@@ -110,6 +114,7 @@ def test_a_series_of_dicom(names, tmp_path):
     series_of(image, root / "pat2", names, "1.2.4")
     series_of(image + 5, root / "pat2", "b" + names, "1.2.5")
     said: list[str] = []
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     items = list_items(root, say=said.append)["training"]
     assert {item.name for item in items} == {"pat1/ct", "pat2/series_1", "pat2/series_2"}
     wanted = formats.read_volume(path)
@@ -119,6 +124,8 @@ def test_a_series_of_dicom(names, tmp_path):
         assert np.array_equal(found.array - found.array.min(), wanted.array - wanted.array.min()), item.name
         np.testing.assert_allclose(found.affine, wanted.affine, atol=1e-3)
     assert len({item.path for item in items}) == len(items)
+    # Reading leaves the process's locale alone: in C text files open as ASCII.
+    assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
 
 
 def test_results_of_dicom_are_nifti(tmp_path, runs):

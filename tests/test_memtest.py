@@ -273,7 +273,7 @@ def test_the_larger_denoiser_trains_on_latents_of_512_within_8_gib(capsys):
     # a ControlNet beside the smaller one, whose label maps have 512^3 voxels; it took 36 GiB
     beside = ["--preset", "denoiser_light", "--cond.control", "x", "--init", "x", "--cond.control_width", "8"]
     assert memtest.main([*flags, *beside, *lean]) == 0
-    assert 8 < json.loads(capsys.readouterr().out.splitlines()[-1])["predicted_gib"] <= 14
+    assert 8 < json.loads(capsys.readouterr().out.splitlines()[-1])["predicted_gib"] <= 15
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_control_and_concat_are_taken_as_training_takes_them():
     z, beside = torch.randn(1, 4, 4, 4, 4), torch.randn(1, 2, 4, 4, 4)
     from training.latent_data import fold
     folded = torch.from_numpy(fold(label, (2, 4, 4), (4, 4, 4)))[None]
-    _, cond = task.prepared(cfg, state, torch.cat([z, beside, folded], 1), None)
+    _, cond = task.prepared(cfg, state.latent, torch.cat([z, beside, folded], 1), None)
 
     class Spy:
         model = staticmethod(lambda *inputs: seen.append(inputs) or state.model(*inputs))
