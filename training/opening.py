@@ -57,7 +57,7 @@ def introduce(run: Run, started_from: Sequence[str], plans: Sequence[str] = ()) 
         log.say(f"{run.total} steps in {len(run.stages)} stages{of_ranks}: {names}; {where}")
         log.say(stage_text(run))
     else:
-        log.say(f"{run.total} steps of {counted(run.stage.global_batch, 'crop')}{of_ranks}, "
+        log.say(f"{counted(run.total, 'step')} of {counted(run.stage.global_batch, 'crop')}{of_ranks}, "
                 f"{run.stage.per_epoch} an epoch; {where}")
     note_command(run)
 
