@@ -144,6 +144,7 @@ class Graphs:
             if not was_warm or tiles.is_out_of_memory(error):
                 raise
             self.failed = f"a step cannot be recorded ({line_of(error)[:160]})"
+            self.pieces.clear()
             work()
 
     # ---------------------------------------------------------------------------- 1. gradients
@@ -195,7 +196,9 @@ class Graphs:
             terms = state.task.objective(cfg, state, state.forward, micro, ()).terms
             (terms["loss"] * slot.share * slot.scale).backward()
             for name, term in terms.items():
-                slot.terms.setdefault(name, self.number()).add_(term.detach() * slot.share)
+                if name not in slot.terms:
+                    slot.terms[name] = self.number()
+                slot.terms[name].add_(term.detach() * slot.share)
         return work
 
     # ---------------------------------------------------------------------------- 2. norm, 3. update
