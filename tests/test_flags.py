@@ -148,3 +148,12 @@ def test_keys_that_hints_name_are_there():
     for text in spellings.INSTEAD:
         for key in re.findall(r"\b([a-z]+)\.([a-z_]+)", spellings.in_file(text)):
             assert key == ("train", "py") or key[1] in sections[key[0]], key
+
+
+@pytest.mark.parametrize("text", ["preset: [base]", "preset: {base: 1}", "task: [vae]", "task: {vae: 1}"])
+def test_a_preset_or_task_that_is_no_name_is_a_line(text, tmp_path):
+    """A list once was a TypeError."""
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=text.split(":")[0]):
+        load_config(["--config", str(path)])

@@ -161,8 +161,9 @@ def starting_point(flags: dict, from_file: dict, tasks: Mapping[str, ModuleType]
     if foreign is not None:
         preset, presets = foreign.layout, {foreign.layout: foreign.vae}
         from_file.pop("preset", None)
-    # A run from such a file has its layout as preset, which its config.yaml may name but no flag.
-    elif "preset" not in flags and preset in task.FILE_PRESETS:
+    # A run from such a file has its layout as preset, which its config.yaml may name but no flag. What a YAML
+    # file says may be a list or a dict, of which no dict knows whether it has it.
+    elif "preset" not in flags and preset in tuple(task.FILE_PRESETS):
         presets = task.FILE_PRESETS
     one_of("preset", preset, tuple(presets))
     return TrainConfig(task.name, preset, **task.sections(presets[preset]))
