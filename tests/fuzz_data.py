@@ -253,11 +253,14 @@ def judge_pt(path: Path, rng: random.Random) -> str:
 
 
 def judge_run(path: Path, rng: random.Random) -> str:
-    """train.py goes on from it by a step, or says in a line why not."""
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    """train.py goes on from it by a step, or says in a line why not; or that damaged weights made the loss
+    something that is not finite, which is the last line of a run and exit code 1.
+    """
+    errors, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(said):
         code = train.main(["--resume", str(path), "--steps", "3"])
-    if code == 0 and not errors.getvalue():
+    is_told = code == 1 and "not finite at the end" in (said.getvalue().splitlines() or [""])[-1]
+    if (code == 0 or is_told) and not errors.getvalue():
         outcome = "accepted"
     elif code in (1, 2) and errors.getvalue().count("\n") == 1:
         check_line(errors.getvalue().removesuffix("\n"))
