@@ -1,7 +1,8 @@
 """The README's picture: a whole CT, its reconstruction and the error, in slices.
 
-    python train.py --preset fast --data DATA --patch 16,64,64 --steps 800 --seed 1 --out runs/picture
-    python bench/picture.py --checkpoint runs/picture --input DATA/SCAN.nii.gz --png docs/sample.png
+    python train.py --preset thick --data DATA --data.split_seed 3 --patch 8,128,128 --steps 1100 \
+        --out runs/picture
+    python bench/picture.py --checkpoint runs/picture --input DATA/abdomen_5mm_slab.nii.gz --png docs/ct.png
 
 The volume goes through predict.py whole. Columns: input and reconstruction in a window of HU, then the
 error: black where there is none, red at half of --error, yellow at --error. The slices are those with most
@@ -52,7 +53,8 @@ def main() -> int:
     x, spacing = read(options.input)
 
     # The figure is of all that the network was given, the window is for the eye alone.
-    mse = (x.clamp(-1000, 1000) - y.clamp(-1000, 1000)).square().mean().item()
+    x, y = x.clamp(-1000, 1000), y.clamp(-1000, 1000)            # below air is the scanner's padding
+    mse = (x - y).square().mean().item()
     print(f"{options.input.name}: {10 * math.log10(2000 ** 2 / mse):.2f} dB over {tuple(x.shape)} voxels")
     weight = (x > -300).float()
     seen = [2 * (v - low) / (high - low) - 1 for v in (x, y)]
