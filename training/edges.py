@@ -203,11 +203,8 @@ def peaks_of(opened: Sequence[Stage], task: Task, device: torch.device) -> list[
             lines.append(f"stage {stage.name}: no prediction, {line_of(error)}")
     if found:
         largest = max(found, key=found.get)
-        left_out = ", without kernels' own"
-        if device.type == "cuda":
-            left_out = f". {' '.join(peaks.LEFT_OUT.split())}"
         lines.append(f"predicted peak of a step on {device.type}: {found[largest]:.2f} GiB, in stage "
-                     f"{largest}{left_out}")
+                     f"{largest}{fit.left_out(device)}")
     return lines
 
 

@@ -85,8 +85,12 @@ def predicted_peak(cfg: TrainConfig, task: Task, device: torch.device) -> str:
     if peaks.is_too_large(peak, device):
         return (f"no step on {device.type}: a tensor of {peak.largest:,} elements, and its kernels fail "
                 "beyond 2^31; use --memory.mode tile, a smaller --patch or a smaller --batch")
-    left_out = f". {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
-    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out}"
+    return f"predicted peak of a step on {device.type}: {peak.bytes / peaks.GIB:.2f} GiB{left_out(device)}"
+
+
+def left_out(device: torch.device) -> str:
+    """What a prediction for such a device does not count, as the end of a line."""
+    return f". {' '.join(peaks.LEFT_OUT.split())}" if device.type == "cuda" else ", without kernels' own"
 
 
 def check_memory(cfg: TrainConfig, task: Task, device: torch.device) -> None:

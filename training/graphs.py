@@ -161,7 +161,7 @@ class Graphs:
         # Then each micro-batch through the tensors of its shape.
         total = sum(len(m.image) for m in micro_batches)
         for micro in micro_batches:
-            given = given_of(cfg, state, micro)
+            given = state.task.given(cfg, state, micro, micro.generators())
             key = tuple((x.shape, x.dtype) for x in (micro.image, micro.label, *given) if x is not None)
             if key not in self.slots:
                 self.slots[key] = self.new_slot(micro, given)
@@ -229,12 +229,6 @@ class Graphs:
         for rate, group in zip(self.rates, optimizer.param_groups):
             rate.fill_(group["lr"])
         self.run("update", work)
-
-
-def given_of(cfg: TrainConfig, state: State, micro: MicroBatch) -> tuple[Tensor, ...]:
-    """What the task's objective takes from the host, by the micro-batch's own generators."""
-    generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]
-    return state.task.given(cfg, state, micro, generators)
 
 
 def fill(slot: Slot, micro: MicroBatch, given: Sequence[Tensor]) -> None:

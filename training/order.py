@@ -32,6 +32,10 @@ class MicroBatch(NamedTuple):
     crops_in_step: int | None = None          # of all ranks; none: those of the micro-batches at hand
     given: tuple[Tensor, ...] | None = None   # Task.given of it, where the device has that already
 
+    def generators(self) -> list[torch.Generator]:
+        """One a sample, made anew by each call, so that a repeated step draws the same noise."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
 
 def learning_rate(o: OptimConfig, step: int, total: int, plateau_factor: float = 1.0) -> float:
     """The rate of step `step` in [0, total): linear warm-up to o.lr, then the schedule as a function of the

@@ -107,8 +107,7 @@ def accumulate(
     usage = None if state.usage is None else torch.zeros_like(state.usage)
     for micro in micro_batches:
         share = len(micro.image) / (micro.crops_in_step or total)
-        # Made here and not kept, so that a repeated step draws the same noise.
-        generators = [torch.Generator().manual_seed(seed) for seed in micro.seeds]
+        generators = micro.generators()
 
         # First the network's loss and its gradient. There is none where a codebook learns by averages alone.
         out, terms, crops = state.task.objective(cfg, state, state.forward, micro, generators)
