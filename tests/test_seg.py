@@ -31,12 +31,17 @@ def segmenter(logits_of, out_channels=3, patch=(4, 8, 8)):
     return Ready(Path(), cfg, named(TASKS, "seg"), model, {}, None, "float32", "")
 
 
-def test_the_legend_names_the_value_that_a_class_has_in_the_files(tmp_path):
+def on_a_pair(folder, values):
+    """The config of a segmentation whose data, written here, are one pair with these values in its label."""
     image, label = pair_like((9, 10, 11))
-    save(tmp_path / "in" / "a_image.nii.gz", image)
-    save(tmp_path / "in" / "a_label.nii.gz", np.array([0, 1, 5, 9], np.uint8)[label])
-    fields = {"path": str(tmp_path / "in"), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
-    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    save(folder / "in" / "a_image.nii.gz", image)
+    save(folder / "in" / "a_label.nii.gz", np.array(values, np.uint8)[label])
+    fields = {"path": str(folder / "in"), "cache_dir": str(folder / "cache"), "patch": (4, 4, 4)}
+    return changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+
+
+def test_the_legend_names_the_value_that_a_class_has_in_the_files(tmp_path):
+    cfg = on_a_pair(tmp_path, [0, 1, 5, 9])
     cfg, dataset = open_data(cfg, named(TASKS, "seg"), quiet, None)
     entry = dataset.train[0]
     crop = types.SimpleNamespace(image=torch.from_numpy(entry.read()), entry=entry,
@@ -48,11 +53,7 @@ def test_the_legend_names_the_value_that_a_class_has_in_the_files(tmp_path):
 
 
 def test_a_run_from_before_gaps_were_closed_goes_on_with_its_classes(tmp_path):
-    image, label = pair_like((9, 10, 11))
-    save(tmp_path / "in" / "a_image.nii.gz", image)
-    save(tmp_path / "in" / "a_label.nii.gz", np.array([0, 3, 5, 9], np.uint8)[label])
-    fields = {"path": str(tmp_path / "in"), "cache_dir": str(tmp_path / "cache"), "patch": (4, 4, 4)}
-    cfg = changed(TrainConfig(task="seg", preset="unet_light"), data=fields)
+    cfg = on_a_pair(tmp_path, [0, 3, 5, 9])
     for known, classes in ((None, 4), ({"classes": 10, "label_values": None}, 10),
                            ({"classes": 4, "label_values": [0, 3, 5, 9]}, 4)):
         settled, dataset = open_data(cfg, named(TASKS, "seg"), quiet, known)
